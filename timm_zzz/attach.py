@@ -1,0 +1,153 @@
+"""Put ZZZ heads in place of the classifier of a timm model."""
+
+import functools
+import inspect
+from typing import Any, Dict, Optional, Set, Tuple, TypeVar, Union
+
+import torch
+from timm.layers import AttentionPool2d, RotAttentionPool2d
+from torch import nn
+
+from .head import ZZZHead
+
+__all__ = ['attach', 'HEAD_OPTIONS']
+
+ModelT = TypeVar('ModelT', bound=nn.Module)
+
+# The options of a head that a model's creator chooses; the rest follows from the classifier that it replaces.
+HEAD_OPTIONS = tuple(
+    name for name in inspect.signature(ZZZHead).parameters if name not in ('num_classes', 'feat_dim', 'device', 'dtype')
+)
+
+
+def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_options: Any) -> ModelT:
+    """Put a ZZZ head in place of a timm model's classifier, in place and at the same module path.
+
+    From then on ``model.reset_classifier(n)`` gives a new ZZZ head with the same options, or timm's identity for n = 0. The
+    head takes the classifier's device and dtype and the model's train/eval mode. Everything else of the model, its
+    pooling, dropout and pre-logits code included, stays as it is.
+
+    Args:
+        model: A timm classification model whose classifier is a single linear layer. With ``num_classes=0`` there is
+            nothing to replace yet; the head comes with ``reset_classifier``.
+        rank: Rank of the class covariances, 0 <= rank <= width of the embedding.
+        warm_start: Take the class means and the bias from the linear layer's rows and bias; with False, or where the
+            rows are zero, start from a new head.
+        head_options: Further keyword arguments of :class:`~timm_zzz.ZZZHead`: v_min, sigma2_min, v_init, sigma2_init.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the model's classifier is not a single linear layer fed pooled embeddings, or for an option out of
+            its range.
+        TypeError: For an unknown option.
+
+    Example:
+        >>> import timm
+        >>> model = attach(timm.create_model('test_vit', num_classes=5), rank=4)
+        >>> model(torch.randn(2, 3, 160, 160)).shape
+        torch.Size([2, 5])
+    """
+    options = dict(head_options, rank=rank)
+    unknown = sorted(options.keys() - set(HEAD_OPTIONS))
+    if unknown:
+        raise TypeError(f'Unknown option of a ZZZ head: {", ".join(unknown)} (known: {", ".join(HEAD_OPTIONS)})')
+    found = find_classifier(model)
+    if found is not None:
+        _replace(model, *found, options=options, warm_start=warm_start)
+    base = type(model)
+    if not issubclass(base, _ZZZModel):
+        model.__class__ = _zzz_class(base)
+    model.zzz_options = options  # type: ignore[assignment]
+    return model
+
+
+def find_classifier(model: nn.Module) -> Optional[Tuple[str, Union[nn.Linear, ZZZHead]]]:
+    """Module path and classifier of a timm model; None if it has been removed (``num_classes=0``).
+
+    Raises:
+        ValueError: If the classifier is not a single linear layer fed pooled embeddings; says what it is.
+    """
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    name = cfg.get('architecture') or type(model).__name__
+
+    def unsupported(what: str) -> ValueError:
+        return ValueError(f'A ZZZ head replaces a single linear classifier fed pooled embeddings; {name} has {what}.')
+
+    if not hasattr(model, 'get_classifier') or not hasattr(model, 'reset_classifier'):
+        raise unsupported('no classifier')
+    try:
+        classifier = model.get_classifier()
+    except (AttributeError, NotImplementedError) as e:
+        raise unsupported('no classifier') from e
+    if not isinstance(classifier, nn.Module):
+        kinds = [type(c).__name__ for c in classifier] if isinstance(classifier, (tuple, list)) else [type(classifier)]
+        raise unsupported(
+            'no classifier' if classifier is None else f'several classifiers ({", ".join(map(str, kinds))})'
+        )
+    paths = cfg.get('classifier')
+    if isinstance(paths, (tuple, list)) and len(paths) > 1:
+        raise unsupported(f'several classifiers ({", ".join(paths)})')
+    if isinstance(classifier, nn.Identity):
+        return None
+    path = next((path for path, module in model.named_modules() if module is classifier), '')
+    if not path or not isinstance(classifier, (nn.Linear, ZZZHead)):
+        raise unsupported(f'a {type(classifier).__name__} as its classifier' + (f' ({path})' if path else ''))
+    parent = model.get_submodule(path.rpartition('.')[0])
+    if isinstance(parent, (AttentionPool2d, RotAttentionPool2d)):
+        raise unsupported(f'a projection inside its attention pooling ({path}), fed tokens')
+    return path, classifier
+
+
+def _replace(
+    model: nn.Module,
+    path: str,
+    classifier: Union[nn.Linear, ZZZHead],
+    options: Dict[str, Any],
+    warm_start: bool,
+) -> None:
+    weight = classifier.weight
+    head = ZZZHead(classifier.out_features, classifier.in_features, device=weight.device, dtype=weight.dtype, **options)
+    if warm_start and not weight.is_meta and bool((weight.detach() != 0).any(1).all()):
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            if classifier.bias is not None:
+                head.bias.copy_(classifier.bias)
+    model.set_submodule(path, head.train(model.training))
+
+
+class _ZZZModel:
+    """Mixed into a timm model's class: what has to know that the classifier is a ZZZ head."""
+
+    zzz_options: Dict[str, Any]
+
+    def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
+        super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]
+        if num_classes > 0:
+            attach(self, warm_start=False, **self.zzz_options)  # type: ignore[type-var]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        inherited = getattr(super(), 'no_weight_decay', set)()
+        return set(inherited) | {
+            f'{path}.{name}'
+            for path, module in self.named_modules()
+            if isinstance(module, ZZZHead)  # type: ignore[attr-defined]
+            for name in module.no_weight_decay()
+        }
+
+    def __reduce_ex__(self, protocol: Any) -> Tuple[Any, ...]:
+        # The class is made at run time, so a pickle names the class that it was made from.
+        state = super().__reduce_ex__(max(2, protocol))[2:]
+        return (_new_model, (type(self).__mro__[2],), *state)
+
+
+@functools.lru_cache(maxsize=None)
+def _zzz_class(base: type) -> type:
+    return type(f'ZZZ{base.__name__}', (_ZZZModel, base), dict(__module__=__name__, __doc__=base.__doc__))
+
+
+def _new_model(base: type) -> nn.Module:
+    cls = _zzz_class(base)
+    return cls.__new__(cls)

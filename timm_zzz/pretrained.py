@@ -1,0 +1,87 @@
+"""Meet timm at the moment when it loads weights into a model that it has just built.
+
+timm's entrypoints build a model and load its weights in one go. A ZZZ head has to be there in between, so that timm's own
+code (download, key remapping, adaptation of the class count) fills it like any other layer. PyTorch's hooks allow that
+without replacing a function of timm or torch: the first runs when a module gets a child, which tells the root of the model
+apart from its parts; the others run when that root loads a state dict.
+"""
+
+import threading
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Set
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+__all__ = ['on_load']
+
+
+class _Watch(threading.local):
+    current: Any = None
+
+
+_watch = _Watch()
+
+
+class _Loading:
+    """The models under construction in one thread, and what to do when one of them loads weights."""
+
+    def __init__(self, before: Callable[[nn.Module], None], after: Callable[[nn.Module, List[str]], None]):
+        self.before = before
+        self.after = after
+        self.children: Set[int] = set()
+        self.handles: Dict[int, Any] = {}
+        self.modules: List[nn.Module] = []  # keeps the ids above from being used again
+
+    def registered(self, parent: nn.Module, child: Any) -> None:
+        if not isinstance(child, nn.Module):
+            return
+        if id(parent) not in self.children and id(parent) not in self.handles:
+            self.modules.append(parent)
+            self.handles[id(parent)] = (
+                parent.register_load_state_dict_pre_hook(_before),
+                parent.register_load_state_dict_post_hook(_after),
+            )
+        if id(child) not in self.children:
+            self.modules.append(child)
+            self.children.add(id(child))
+            self.release(child)
+
+    def release(self, module: nn.Module) -> None:
+        for handle in self.handles.pop(id(module), ()):
+            handle.remove()
+
+
+# Plain functions: a hook that is part of a model when it is copied or pickled must not drag the watch along.
+def _before(module: nn.Module, *args: Any) -> None:
+    if _watch.current is not None and id(module) in _watch.current.handles:
+        _watch.current.before(module)
+
+
+def _after(module: nn.Module, incompatible_keys: Any) -> None:
+    if _watch.current is not None and id(module) in _watch.current.handles:
+        _watch.current.after(module, incompatible_keys.missing_keys)
+
+
+def _registered(parent: nn.Module, name: str, child: Any) -> None:
+    if _watch.current is not None:
+        _watch.current.registered(parent, child)
+
+
+@contextmanager
+def on_load(before: Callable[[nn.Module], None], after: Callable[[nn.Module, List[str]], None]) -> Iterator[None]:
+    """Within the context, in this thread, a model built there meets two callbacks when it loads a state dict.
+
+    Args:
+        before: Called with the model before any tensor is copied; may still change its submodules.
+        after: Called with the model and the keys that the state dict did not have.
+    """
+    outer, _watch.current = _watch.current, _Loading(before, after)
+    hook = register_module_module_registration_hook(_registered)
+    try:
+        yield
+    finally:
+        hook.remove()
+        loading, _watch.current = _watch.current, outer
+        for module in loading.modules:
+            loading.release(module)

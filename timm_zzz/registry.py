@@ -1,0 +1,215 @@
+"""The names ``ARCHITECTURE[.TAG].zzz_rN`` in timm's model registry. The only file that touches that registry."""
+
+import dataclasses
+import functools
+import re
+import sys
+import warnings
+from collections import deque
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Union
+
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    get_pretrained_cfg,
+    list_models,
+    model_entrypoint,
+    register_model,
+)
+from torch import nn
+
+from .attach import HEAD_OPTIONS, attach, find_classifier
+from .pretrained import on_load
+
+__all__ = ['register', 'RANKS']
+
+RANKS = (4, 8, 16)
+DEFAULT_RANK = 8
+
+_PREFIX = 'zzz_'
+_TAG = re.compile(r'(?:(?P<base>.+)\.)?zzz_r(?P<rank>0|[1-9]\d*)')
+_SOURCE_KEYS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'source')
+# Layers between backbone and classifier that timm makes or leaves out by the kind of pooling
+_POOLING_LAYERS = ('fc_norm', 'attn_pool')
+
+Cfg = Union[None, str, Dict[str, Any], PretrainedCfg]
+
+
+class _Request(NamedTuple):
+    """What a call to an entrypoint asks of this package."""
+
+    tag: Optional[str]  # the whole tag, if it ends in .zzz_rN
+    base_tag: Optional[str]
+    options: Dict[str, Any]
+
+
+def register(names: Union[str, Iterable[str], None] = None, ranks: Sequence[int] = RANKS) -> None:
+    """Make timm know ``NAME.zzz_rN`` and ``NAME.TAG.zzz_rN``. ``import timm_zzz`` does it for all names and ranks 4, 8, 16.
+
+    Plain names, their tags and default weights, and every listing that leaves tags out stay as they are.
+
+    Args:
+        names: Architectures, e.g. ``'resnet50'``; all that timm lists if None.
+        ranks: Ranks N to register.
+
+    Raises:
+        ValueError: For an unknown name or a rank that is not an int >= 0.
+
+    Example:
+        >>> import timm
+        >>> register('test_vit', ranks=[2])
+        >>> timm.create_model('test_vit.zzz_r2').head.rank
+        2
+    """
+    ranks = list(ranks)
+    for rank in ranks:
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+            raise ValueError(f'ranks: expected ints >= 0, got {rank!r}')
+    known = set(list_models())
+    names = known if names is None else [names] if isinstance(names, str) else list(names)
+    unknown = sorted(set(names) - known)
+    if unknown:
+        raise ValueError(f'names: timm lists no architecture named {", ".join(unknown)}')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='Overwriting .* in registry')
+        for name in names:
+            _register(name, ranks)
+
+
+def _register(name: str, ranks: Sequence[int]) -> None:
+    entrypoint = model_entrypoint(name)
+    default_cfgs = getattr(sys.modules[entrypoint.__module__], 'default_cfgs', {})
+    cfg = default_cfgs.get(name)
+    if cfg is not None:
+        if not isinstance(cfg, DefaultCfg):  # the older form, one configuration per architecture
+            cfg = default_cfgs[name] = DefaultCfg(tags=deque(['']), cfgs={'': PretrainedCfg(**cfg)})
+        weightless = dict.fromkeys(_SOURCE_KEYS)  # the weights are the base tag's: list_pretrained stays as it was
+        default = cfg.tags[0]
+        for tag in [tag for tag in cfg.tags if not _TAG.fullmatch(tag)]:
+            base_cfg = dataclasses.replace(cfg.cfgs[tag], **weightless)
+            for zzz_tag in [f'{_PREFIX}r{rank}' for rank in ranks]:
+                for new in ([zzz_tag] if tag == default else []) + ([f'{tag}.{zzz_tag}'] if tag else []):
+                    if new not in cfg.cfgs:
+                        cfg.tags.append(new)
+                        cfg.cfgs[new] = base_cfg
+    if not hasattr(entrypoint, 'zzz_original'):
+        entrypoint = _wrap(entrypoint)
+    register_model(entrypoint)
+
+
+def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    @functools.wraps(original)
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        request = _parse(original.__name__, kwargs)
+        if request is None:
+            return original(pretrained=pretrained, **kwargs)
+        return _create(original, request, pretrained, kwargs)
+
+    entrypoint.zzz_original = original  # type: ignore[attr-defined]
+    return entrypoint
+
+
+def _parse(name: str, kwargs: Dict[str, Any]) -> Optional[_Request]:
+    """Take this package's part out of an entrypoint's keyword arguments; None if there is none."""
+    options = {key[len(_PREFIX) :]: kwargs.pop(key) for key in list(kwargs) if key.startswith(_PREFIX)}
+    unknown = sorted(options.keys() - set(HEAD_OPTIONS))
+    if unknown:
+        raise TypeError(
+            f'Unknown argument {", ".join(_PREFIX + key for key in unknown)} '
+            f'(known: {", ".join(_PREFIX + key for key in HEAD_OPTIONS)})'
+        )
+    cfg = kwargs.get('pretrained_cfg')
+    tag = cfg if isinstance(cfg, str) else cfg.get('tag') if isinstance(cfg, dict) else getattr(cfg, 'tag', None)
+    match = _TAG.fullmatch(tag or '')
+    if match is None:
+        if tag and tag.rpartition('.')[2].startswith(_PREFIX):
+            raise ValueError(f'Invalid tag in {name}.{tag}: a ZZZ head is asked for as {name}.zzz_r{DEFAULT_RANK}')
+        if not options:
+            return None
+        options.setdefault('rank', DEFAULT_RANK)
+        return _Request(None, None, options)
+    if isinstance(cfg, str):
+        _check_registered(name, match['base'], match['rank'])
+    options.setdefault('rank', int(match['rank']))
+    kwargs['pretrained_cfg'] = _base_cfg(name, cfg, match['base'])
+    return _Request(tag, match['base'], options)
+
+
+def _check_registered(name: str, base_tag: Optional[str], rank: str) -> None:
+    """Say which part of ``name[.base_tag].zzz_rank`` timm does not know; its scripts look names up before building."""
+    prefix = name
+    try:
+        if base_tag:
+            prefix = f'{name}.{base_tag}'
+            get_pretrained_cfg(prefix)
+    except RuntimeError as e:
+        raise ValueError(f'Invalid tag: timm knows no {prefix}, so there is no {prefix}.zzz_r{rank}') from e
+    try:
+        get_pretrained_cfg(f'{prefix}.zzz_r{rank}')
+    except RuntimeError as e:
+        raise ValueError(
+            f'{prefix}.zzz_r{rank} is not registered: create {prefix}.zzz_r{DEFAULT_RANK} with zzz_rank={rank} (in a recipe '
+            f'model_kwargs: {{zzz_rank: {rank}}}), or call timm_zzz.register({name!r}, ranks=[{rank}]) first'
+        ) from e
+
+
+def _base_cfg(name: str, cfg: Cfg, base_tag: Optional[str]) -> Cfg:
+    """The configuration to build the backbone from: what timm itself would pass for the name without the ZZZ tag."""
+    if isinstance(cfg, str) or cfg is None:
+        return base_tag
+    fields = dict(cfg) if isinstance(cfg, dict) else {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    fields['tag'] = base_tag
+    if not any(fields.get(key) for key in _SOURCE_KEYS):
+        base = get_pretrained_cfg(f'{name}.{base_tag}' if base_tag else name)
+        if base is not None:
+            fields.update({key: getattr(base, key) for key in _SOURCE_KEYS})
+    return fields
+
+
+def _create(
+    original: Callable[..., nn.Module],
+    request: _Request,
+    pretrained: bool,
+    kwargs: Dict[str, Any],
+) -> nn.Module:
+    if kwargs.get('features_only', False):  # timm's feature extractor, without any classifier
+        return original(pretrained=pretrained, **kwargs)
+
+    def swap(model: nn.Module) -> None:
+        attach(model, warm_start=False, **request.options)
+
+    def check(model: nn.Module, missing_keys: List[str]) -> None:
+        _check_backbone(model, missing_keys, kwargs.get('in_chans'))
+
+    if pretrained:
+        with on_load(before=swap, after=check):
+            model = original(pretrained=True, **kwargs)
+    else:
+        model = original(pretrained=False, **kwargs)
+    if not hasattr(model, 'zzz_options'):
+        # Not loaded, or loaded by the model's own reader (NumPy files), which fills the linear layer.
+        attach(model, warm_start=pretrained, **request.options)
+
+    if request.tag:
+        model.pretrained_cfg['tag'] = request.tag  # type: ignore[index, operator]
+    model._model_args = dict(  # type: ignore[assignment]
+        getattr(model, '_model_args', {}), **{_PREFIX + key: value for key, value in request.options.items()}
+    )
+    return model
+
+
+def _check_backbone(model: nn.Module, missing_keys: List[str], in_chans: Optional[int]) -> None:
+    """Refuse weights that leave a part of the backbone at random; timm only logs it when it adapts the class count."""
+    cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    found = find_classifier(model)
+    lenient = {found[0].partition('.')[0] if found else str(cfg.get('classifier')).partition('.')[0], *_POOLING_LAYERS}
+    missing = [key for key in missing_keys if key.partition('.')[0] not in lenient]
+    if in_chans not in (None, cfg['input_size'][0]):  # timm starts an input layer anew that it can't convert
+        first = cfg.get('first_conv') or ()
+        inputs = {f'{name}.weight' for name in ((first,) if isinstance(first, str) else first)}
+        missing = [key for key in missing if key not in inputs]
+    if missing:
+        raise RuntimeError(
+            f'{cfg.get("architecture")}: the checkpoint lacks {len(missing)} tensors of the backbone '
+            f'({", ".join(missing[:4])}{", ..." if len(missing) > 4 else ""}): it is truncated or of another architecture.'
+        )
