@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from typing import Any, Dict, Optional, Set, Tuple, TypeVar, Union
+from typing import Any, Callable, Dict, Optional, Set, Tuple, TypeVar, Union, cast
 
 import torch
 from timm.layers import AttentionPool2d, RotAttentionPool2d
@@ -10,11 +10,13 @@ from torch import nn
 
 from .head import ZZZHead
 
-__all__ = ['attach', 'HEAD_OPTIONS']
+__all__ = ['attach', 'find_classifier', 'HEAD_OPTIONS', 'SIGMA2_INIT']
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
-# The options of a head that a model's creator chooses; the rest follows from the classifier that it replaces.
+SIGMA2_INIT = 1 / 16
+
+# What a model's creator chooses of a head; the rest follows from the classifier that it replaces
 HEAD_OPTIONS = tuple(
     name for name in inspect.signature(ZZZHead).parameters if name not in ('num_classes', 'feat_dim', 'device', 'dtype')
 )
@@ -23,8 +25,8 @@ HEAD_OPTIONS = tuple(
 def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_options: Any) -> ModelT:
     """Put a ZZZ head in place of a timm model's classifier, in place and at the same module path.
 
-    From then on ``model.reset_classifier(n)`` gives a new ZZZ head with the same options, or timm's identity for n = 0. The
-    head takes the classifier's device and dtype and the model's train/eval mode. Everything else of the model, its
+    From then on ``model.reset_classifier(n)`` gives a new ZZZ head with the same options, or timm's identity for n = 0.
+    The head takes the classifier's device and dtype and the model's train/eval mode. Everything else of the model, its
     pooling, dropout and pre-logits code included, stays as it is.
 
     Args:
@@ -34,13 +36,15 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
         warm_start: Take the class means and the bias from the linear layer's rows and bias; with False, or where the
             rows are zero, start from a new head.
         head_options: Further keyword arguments of :class:`~timm_zzz.ZZZHead`: v_min, sigma2_min, v_init, sigma2_init.
+            sigma2_init is 1/16 unless given, not the bare head's 0.69, from which a fine-tuning run is too short to
+            bring sigma2 down to where the logits are sharp enough.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If the model's classifier is not a single linear layer fed pooled embeddings, or for an option out of
-            its range.
+        ValueError: If the model's classifier is not a single linear layer fed pooled embeddings, or for an option out
+            of its range.
         TypeError: For an unknown option.
 
     Example:
@@ -49,17 +53,16 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
         >>> model(torch.randn(2, 3, 160, 160)).shape
         torch.Size([2, 5])
     """
-    options = dict(head_options, rank=rank)
+    options: Dict[str, Any] = dict(dict(sigma2_init=SIGMA2_INIT), **head_options, rank=rank)
     unknown = sorted(options.keys() - set(HEAD_OPTIONS))
     if unknown:
         raise TypeError(f'Unknown option of a ZZZ head: {", ".join(unknown)} (known: {", ".join(HEAD_OPTIONS)})')
     found = find_classifier(model)
     if found is not None:
         _replace(model, *found, options=options, warm_start=warm_start)
-    base = type(model)
-    if not issubclass(base, _ZZZModel):
-        model.__class__ = _zzz_class(base)
-    model.zzz_options = options  # type: ignore[assignment]
+    if not isinstance(model, _ZZZModel):
+        model.__class__ = _zzz_class(cast(Any, type(model)))
+    setattr(model, 'zzz_options', options)  # noqa: B010  # not a name that nn.Module declares
     return model
 
 
@@ -78,7 +81,7 @@ def find_classifier(model: nn.Module) -> Optional[Tuple[str, Union[nn.Linear, ZZ
     if not hasattr(model, 'get_classifier') or not hasattr(model, 'reset_classifier'):
         raise unsupported('no classifier')
     try:
-        classifier = model.get_classifier()
+        classifier: Any = model.get_classifier()  # type: ignore[operator]
     except (AttributeError, NotImplementedError) as e:
         raise unsupported('no classifier') from e
     if not isinstance(classifier, nn.Module):
@@ -117,7 +120,7 @@ def _replace(
     model.set_submodule(path, head.train(model.training))
 
 
-class _ZZZModel:
+class _ZZZModel(nn.Module):
     """Mixed into a timm model's class: what has to know that the classifier is a ZZZ head."""
 
     zzz_options: Dict[str, Any]
@@ -125,15 +128,15 @@ class _ZZZModel:
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
         super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]
         if num_classes > 0:
-            attach(self, warm_start=False, **self.zzz_options)  # type: ignore[type-var]
+            attach(self, warm_start=False, **self.zzz_options)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        inherited = getattr(super(), 'no_weight_decay', set)()
-        return set(inherited) | {
+        inherited: Callable[[], Any] = getattr(super(), 'no_weight_decay', set)
+        return set(inherited()) | {
             f'{path}.{name}'
             for path, module in self.named_modules()
-            if isinstance(module, ZZZHead)  # type: ignore[attr-defined]
+            if isinstance(module, ZZZHead)
             for name in module.no_weight_decay()
         }
 
@@ -143,11 +146,11 @@ class _ZZZModel:
         return (_new_model, (type(self).__mro__[2],), *state)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _zzz_class(base: type) -> type:
     return type(f'ZZZ{base.__name__}', (_ZZZModel, base), dict(__module__=__name__, __doc__=base.__doc__))
 
 
-def _new_model(base: type) -> nn.Module:
-    cls = _zzz_class(base)
+def _new_model(base: type) -> Any:
+    cls: Any = _zzz_class(base)
     return cls.__new__(cls)

@@ -4,8 +4,8 @@ A class ``c`` is a Gaussian over L2-normalised embeddings with mean ``mu_c`` and
 
     Sigma_c = U_c diag(v_c) U_c^T + sigma2 I,        U_c^T U_c = I,
 
-of which only ``U_c`` (d x r), ``v_c`` (r) and the scalar ``sigma2`` are stored. No d x d matrix, no inverse and no tensor of
-shape (batch, classes, d) is ever formed: with ``a = 1 / sigma2``, ``delta = x - mu_c`` and ``t = U_c^T delta``,
+of which only ``U_c`` (d x r), ``v_c`` (r) and the scalar ``sigma2`` are stored. No d x d matrix, no inverse and no
+tensor of shape (batch, classes, d) is ever formed: with ``a = 1 / sigma2``, ``delta = x - mu_c`` and ``t = U_c^T delta``,
 
     delta^T Sigma_c^-1 delta = a |delta|^2 - a sum_i t_i^2 (a v_i) / (1 + a v_i)       (Woodbury identity)
     log |Sigma_c|            = d log sigma2 + sum_i log(1 + a v_i)                      (matrix determinant lemma)
@@ -47,7 +47,7 @@ def normalize(x: Tensor) -> Tensor:
 
 
 def _gram_schmidt(rows: Tensor) -> Tuple[Tensor, Tensor]:
-    """Gram-Schmidt with one re-orthogonalisation, which is enough (Giraud et al., 2005, doi:10.1007/s00211-005-0615-4).
+    """Gram-Schmidt with one re-orthogonalisation, which is enough (Giraud et al. 2005, doi:10.1007/s00211-005-0615-4).
 
     Element-wise products and sums instead of matrix products: neither autocast nor TF32 can lower their precision, and
     there is no factorisation that raises or synchronises with the device.
@@ -56,8 +56,8 @@ def _gram_schmidt(rows: Tensor) -> Tuple[Tensor, Tensor]:
         rows: Vectors to orthonormalise in order, shape (..., r, d), r <= d.
 
     Returns:
-        Orthonormal rows q of shape (..., r, d) and upper-triangular R of shape (..., r, r) with rows = R^T q. A row that
-        depends on those before it is replaced by a unit vector orthogonal to them and gets a huge diagonal entry in R,
+        Orthonormal rows q of shape (..., r, d) and upper-triangular R of shape (..., r, r) with rows = R^T q. A row
+        that depends on those before it is replaced by a unit vector orthogonal to them and gets a huge diagonal entry in R,
         so that no gradient flows back to it.
     """
     r, d = rows.shape[-2], rows.shape[-1]
@@ -94,7 +94,7 @@ def _gram_schmidt(rows: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 class _Orthonormalize(torch.autograd.Function):
-    """QR of the transpose with the closed-form backward, which keeps only q and R (Walter & Lehmann, arXiv:1009.6112)."""
+    """QR of the transpose with its closed-form backward from q and R alone (Walter & Lehmann, arXiv:1009.6112)."""
 
     generate_vmap_rule = True
 

@@ -39,14 +39,14 @@ class ZZZHead(nn.Module):
 
     The logit of class c for an embedding f is, with x = f / |f| and mu_c = weight_c / |weight_c|,
 
-        -1/2 (x - mu_c)^T Sigma_c^-1 (x - mu_c) - 1/2 log|Sigma_c| + bias_c,     Sigma_c = U_c diag(v_c) U_c^T + sigma2 I
+        -1/2 (x - mu_c)^T Sigma_c^-1 (x - mu_c) - 1/2 log|Sigma_c| + bias_c,
 
-    where U_c is the Q factor of A_c, v_c = softplus(v_raw_c) + v_min and sigma2 = softplus(sigma2_raw) + sigma2_min. With
-    rank 0 it is a cosine classifier with temperature sigma2.
+    where Sigma_c = U_c diag(v_c) U_c^T + sigma2 I, U_c is the Q factor of A_c, v_c = softplus(v_raw_c) + v_min and
+    sigma2 = softplus(sigma2_raw) + sigma2_min. With rank 0 it is a cosine classifier with temperature sigma2.
 
     A drop-in replacement for ``nn.Linear(feat_dim, num_classes)``: ``weight`` and ``bias`` have the same shapes and the
-    state dict of a linear layer loads, its rows becoming the class means. Logits are float32 (float64 for float64 input),
-    also under autocast and for a float16 or bfloat16 module.
+    state dict of a linear layer loads, its rows becoming the class means. Logits are float32 (float64 for float64
+    input), also under autocast and for a float16 or bfloat16 module.
 
     Args:
         num_classes: Number of classes C, >= 1.
@@ -100,9 +100,9 @@ class ZZZHead(nn.Module):
             raise ValueError(f'feat_dim: expected at least 1, got {feat_dim}')
         if not 0 <= rank <= feat_dim:
             raise ValueError(f'rank: expected 0 <= rank <= feat_dim = {feat_dim}, got {rank}')
-        for name, value in (('v_min', v_min), ('sigma2_min', sigma2_min)):
-            if not 0 < value < math.inf:
-                raise ValueError(f'{name}: expected a finite value > 0, got {value}')
+        for name, minimum in (('v_min', v_min), ('sigma2_min', sigma2_min)):
+            if not 0 < minimum < math.inf:
+                raise ValueError(f'{name}: expected a finite value > 0, got {minimum}')
         # in_features and out_features as on nn.Linear, for code that reads them off a classifier
         self.num_classes = self.out_features = num_classes
         self.feat_dim = self.in_features = feat_dim
@@ -195,7 +195,7 @@ def _adapt_state_dict(
         expected.append(head.rank)
         labels.append('rank')
     if shape != expected:
-        figures = ', '.join(f'{label} {a} -> {b}' for label, a, b in zip(labels, shape, expected))
+        figures = ', '.join(f'{label} {a} -> {b}' for label, a, b in zip(labels, shape, expected, strict=False))
         if len(shape) != len(expected):
             figures = f'weight shape {shape} -> {expected}'
         error_msgs.append(f'{name}: a {kind} of another size (checkpoint -> model): {figures}.')

@@ -1,9 +1,9 @@
 """Meet timm at the moment when it loads weights into a model that it has just built.
 
-timm's entrypoints build a model and load its weights in one go. A ZZZ head has to be there in between, so that timm's own
-code (download, key remapping, adaptation of the class count) fills it like any other layer. PyTorch's hooks allow that
-without replacing a function of timm or torch: the first runs when a module gets a child, which tells the root of the model
-apart from its parts; the others run when that root loads a state dict.
+timm's entrypoints build a model and load its weights in one go. A ZZZ head has to be there in between, so that timm's
+own code (download, key remapping, adaptation of the class count) fills it like any other layer. PyTorch's hooks allow
+that without replacing a function of timm or torch: the first runs when a module gets a child, which tells the root of a
+model apart from its parts; the others run when that root loads a state dict.
 """
 
 import threading

@@ -44,7 +44,7 @@ class _Request(NamedTuple):
 
 
 def register(names: Union[str, Iterable[str], None] = None, ranks: Sequence[int] = RANKS) -> None:
-    """Make timm know ``NAME.zzz_rN`` and ``NAME.TAG.zzz_rN``. ``import timm_zzz`` does it for all names and ranks 4, 8, 16.
+    """Make timm know ``NAME.zzz_rN`` and ``NAME.TAG.zzz_rN``; importing timm_zzz did, for all names and ranks 4, 8, 16.
 
     Plain names, their tags and default weights, and every listing that leaves tags out stay as they are.
 
@@ -83,7 +83,9 @@ def _register(name: str, ranks: Sequence[int]) -> None:
     if cfg is not None:
         if not isinstance(cfg, DefaultCfg):  # the older form, one configuration per architecture
             cfg = default_cfgs[name] = DefaultCfg(tags=deque(['']), cfgs={'': PretrainedCfg(**cfg)})
-        weightless = dict.fromkeys(_SOURCE_KEYS)  # the weights are the base tag's: list_pretrained stays as it was
+        weightless: Dict[str, Any] = dict.fromkeys(
+            _SOURCE_KEYS
+        )  # the weights are the base tag's: list_pretrained stays as it was
         default = cfg.tags[0]
         for tag in [tag for tag in cfg.tags if not _TAG.fullmatch(tag)]:
             base_cfg = dataclasses.replace(cfg.cfgs[tag], **weightless)
@@ -148,8 +150,8 @@ def _check_registered(name: str, base_tag: Optional[str], rank: str) -> None:
         get_pretrained_cfg(f'{prefix}.zzz_r{rank}')
     except RuntimeError as e:
         raise ValueError(
-            f'{prefix}.zzz_r{rank} is not registered: create {prefix}.zzz_r{DEFAULT_RANK} with zzz_rank={rank} (in a recipe '
-            f'model_kwargs: {{zzz_rank: {rank}}}), or call timm_zzz.register({name!r}, ranks=[{rank}]) first'
+            f'{prefix}.zzz_r{rank} is not registered: create {prefix}.zzz_r{DEFAULT_RANK} with zzz_rank={rank} '
+            f'(in a recipe model_kwargs: {{zzz_rank: {rank}}}), or first call timm_zzz.register({name!r}, ranks=[{rank}])'
         ) from e
 
 
@@ -171,7 +173,7 @@ def _create(
     request: _Request,
     pretrained: bool,
     kwargs: Dict[str, Any],
-) -> nn.Module:
+) -> Any:
     if kwargs.get('features_only', False):  # timm's feature extractor, without any classifier
         return original(pretrained=pretrained, **kwargs)
 
@@ -183,7 +185,7 @@ def _create(
 
     if pretrained:
         with on_load(before=swap, after=check):
-            model = original(pretrained=True, **kwargs)
+            model: Any = original(pretrained=True, **kwargs)
     else:
         model = original(pretrained=False, **kwargs)
     if not hasattr(model, 'zzz_options'):
@@ -191,9 +193,9 @@ def _create(
         attach(model, warm_start=pretrained, **request.options)
 
     if request.tag:
-        model.pretrained_cfg['tag'] = request.tag  # type: ignore[index, operator]
-    model._model_args = dict(  # type: ignore[assignment]
-        getattr(model, '_model_args', {}), **{_PREFIX + key: value for key, value in request.options.items()}
+        model.pretrained_cfg['tag'] = request.tag
+    model._model_args = dict(
+        getattr(model, '_model_args', {}), **{_PREFIX + key: value for key, value in model.zzz_options.items()}
     )
     return model
 
@@ -211,5 +213,6 @@ def _check_backbone(model: nn.Module, missing_keys: List[str], in_chans: Optiona
     if missing:
         raise RuntimeError(
             f'{cfg.get("architecture")}: the checkpoint lacks {len(missing)} tensors of the backbone '
-            f'({", ".join(missing[:4])}{", ..." if len(missing) > 4 else ""}): it is truncated or of another architecture.'
+            f'({", ".join(missing[:4])}{", ..." if len(missing) > 4 else ""}): '
+            f'it is truncated or of another architecture.'
         )
