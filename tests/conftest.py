@@ -41,7 +41,13 @@ def run(tmp_path):
     def _run(*args, check=True, **kwargs):
         env = {**os.environ, 'OMP_NUM_THREADS': '2', **kwargs.pop('env', {})}
         result = subprocess.run(
-            [sys.executable, *map(str, args)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600, **kwargs
+            [sys.executable, *map(str, args)],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            **kwargs,
         )
         if check:
             assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]

@@ -1,4 +1,5 @@
 """The facts about the function, each against torch.distributions or numerical differentiation."""
+
 import math
 
 import pytest

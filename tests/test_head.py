@@ -217,7 +217,9 @@ def test_training_fits():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_cuda_agrees_and_never_synchronises():
     head, x = ZZZHead(50, 123, 8, sigma2_init=0.05), torch.randn(33, 123)
-    expected = zzz_logits(x.double(), *[p.double() for p in (head.weight, head.bias, head.A, head.v_raw, head.sigma2_raw)])
+    expected = zzz_logits(
+        x.double(), *[p.double() for p in (head.weight, head.bias, head.A, head.v_raw, head.sigma2_raw)]
+    )
     head, x, y = head.cuda(), x.cuda(), torch.arange(33, device='cuda')
     F.cross_entropy(head(x), y).backward()  # loads the kernels
     head.zero_grad()

@@ -1,6 +1,6 @@
 """``python -m timm_zzz demo``: train a ZZZ head and a linear head on images of beetles drawn on the spot.
 
-Everything but the drawing and the tables is timm's: models, loaders, optimiser, schedule, training task, checkpoint format.
+Everything but the drawing and the tables is timm's: models, loaders, optimiser, schedule, training task, checkpoints.
 """
 
 import argparse
@@ -250,12 +250,12 @@ def _positive(text: str) -> int:
 def main(arguments: List[str]) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m timm_zzz demo',
-        description=f'Draws {len(CLASSES)} classes of beetles that differ in details, trains {ARCHITECTURE} with a linear '
-        'head and with a ZZZ head on them, and saves the latter. Needs no data set and no network.',
+        description=f'Draws {len(CLASSES)} classes of beetles that differ in details, trains {ARCHITECTURE} with a '
+        'linear head and with a ZZZ head on them, and saves the latter. Needs no data set and no network.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument('--output', type=Path, default=Path('zzz-demo'), help='folder for the results; must not exist')
-    parser.add_argument('--epochs', type=_positive, default=18, help='training epochs')
+    parser.add_argument('--epochs', type=_positive, default=24, help='training epochs')
     parser.add_argument('--images', type=_positive, default=120, help='training images per class')
     parser.add_argument('--rank', type=int, choices=timm_zzz.registry.RANKS, default=8, help='rank of the ZZZ head')
     parser.add_argument('--seed', type=int, default=0, help='random seed')
@@ -298,6 +298,5 @@ def _run(args: argparse.Namespace) -> None:
         if not same:
             raise RuntimeError('the model reloaded from the checkpoint gives other logits')
     print(f"\nreloaded with timm.create_model('local-dir:{args.output}/model', pretrained=True): same logits")
-    print(
-        f'checkpoint  {args.output}/model\nconfusions  {args.output}/confusions.png\nimages      {args.output}/validation'
-    )
+    for what, name in (('checkpoint', 'model'), ('confusions', 'confusions.png'), ('images', 'validation')):
+        print(f'{what:12}{args.output}/{name}')

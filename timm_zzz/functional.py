@@ -5,7 +5,7 @@ A class ``c`` is a Gaussian over L2-normalised embeddings with mean ``mu_c`` and
     Sigma_c = U_c diag(v_c) U_c^T + sigma2 I,        U_c^T U_c = I,
 
 of which only ``U_c`` (d x r), ``v_c`` (r) and the scalar ``sigma2`` are stored. No d x d matrix, no inverse and no
-tensor of shape (batch, classes, d) is ever formed: with ``a = 1 / sigma2``, ``delta = x - mu_c`` and ``t = U_c^T delta``,
+tensor of shape (batch, classes, d) is ever formed: with ``a = 1 / sigma2``, ``delta = x - mu_c``, ``t = U_c^T delta``,
 
     delta^T Sigma_c^-1 delta = a |delta|^2 - a sum_i t_i^2 (a v_i) / (1 + a v_i)       (Woodbury identity)
     log |Sigma_c|            = d log sigma2 + sum_i log(1 + a v_i)                      (matrix determinant lemma)
@@ -57,8 +57,8 @@ def _gram_schmidt(rows: Tensor) -> Tuple[Tensor, Tensor]:
 
     Returns:
         Orthonormal rows q of shape (..., r, d) and upper-triangular R of shape (..., r, r) with rows = R^T q. A row
-        that depends on those before it is replaced by a unit vector orthogonal to them and gets a huge diagonal entry in R,
-        so that no gradient flows back to it.
+        that depends on those before it is replaced by a unit vector orthogonal to them and gets a huge diagonal entry
+        in R, so that no gradient flows back to it.
     """
     r, d = rows.shape[-2], rows.shape[-1]
     eps = 2.3e-16 if rows.dtype == torch.float64 else 1.2e-7

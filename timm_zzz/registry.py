@@ -151,7 +151,7 @@ def _check_registered(name: str, base_tag: Optional[str], rank: str) -> None:
     except RuntimeError as e:
         raise ValueError(
             f'{prefix}.zzz_r{rank} is not registered: create {prefix}.zzz_r{DEFAULT_RANK} with zzz_rank={rank} '
-            f'(in a recipe model_kwargs: {{zzz_rank: {rank}}}), or first call timm_zzz.register({name!r}, ranks=[{rank}])'
+            f'(in a recipe model_kwargs: {{zzz_rank: {rank}}}), or first call timm_zzz.register({name!r}, [{rank}])'
         ) from e
 
 

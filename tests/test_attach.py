@@ -1,0 +1,148 @@
+import copy
+import pickle
+
+import pytest
+import timm
+import timm.optim
+import timm.utils
+import torch
+from torch import nn
+
+from timm_zzz import ZZZHead, attach
+
+# One small architecture per way of holding the classifier
+ARCHITECTURES = [
+    'test_vit',
+    'test_resnet',
+    'test_efficientnet',
+    'test_convnext',
+    'mobilenetv3_small_050',
+    'densenet121',
+]
+UNSUPPORTED = {
+    'dla34': 'Conv2d',
+    'deit_tiny_distilled_patch16_224': 'several classifiers',
+    'levit_128s': 'NormLinear',
+    'crossvit_9_240': 'several classifiers',
+    'volo_d1_224': 'several classifiers',
+    'caformer_s18': 'MlpHead',
+    'resnet50_clip': 'attention pooling',
+    'repvit_m1': 'several classifiers',
+    'deepseek_vit_412m_enc': 'no classifier',
+}
+
+
+def image(model, batch=2):
+    return torch.randn(batch, *model.pretrained_cfg['input_size'])
+
+
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_model_keeps_its_shape(name):
+    plain = timm.create_model(name, num_classes=5).eval()
+    model = attach(copy.deepcopy(plain), rank=3)
+    x = image(model)
+    head = model.get_classifier()
+    assert isinstance(head, ZZZHead) and head.rank == 3 and not head.training
+    assert torch.equal(model.forward_features(x), plain.forward_features(x))
+    features = model.forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert torch.equal(pooled, plain.forward_head(features, pre_logits=True))
+    torch.testing.assert_close(model(x), head(pooled))
+    assert model.num_features == plain.num_features and model.head_hidden_size == plain.head_hidden_size
+    path = next(k for k, m in model.named_modules() if m is head)
+    assert isinstance(plain.get_submodule(path), nn.Linear)
+    assert {f'{path}.v_raw', f'{path}.sigma2_raw'} <= set(model.no_weight_decay())
+
+
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_reset_classifier(name):
+    model = attach(timm.create_model(name, num_classes=5), rank=3, v_init=0.5).to(torch.float64).eval()
+    model.reset_classifier(7)
+    head = model.get_classifier()
+    assert (head.num_classes, head.rank, head.weight.dtype, head.training) == (7, 3, torch.float64, False)
+    assert model.num_classes == 7 and model(image(model).double()).shape == (2, 7)
+    model.reset_classifier(0)
+    assert isinstance(model.get_classifier(), nn.Identity) and model(image(model).double()).ndim == 2
+    model.reset_classifier(4)
+    assert model.get_classifier().rank == 3
+
+
+def test_reset_classifier_changes_the_pooling():
+    model = attach(timm.create_model('test_resnet', num_classes=5), rank=3)
+    model.reset_classifier(4, 'catavgmax')
+    assert model.get_classifier().feat_dim == 2 * model.num_features and model(image(model)).shape == (2, 4)
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_resnet'])
+def test_copies_and_other_forms(name):
+    model = attach(timm.create_model(name, num_classes=5), rank=3).eval()
+    x = image(model)
+    expected = model(x)
+    forms = {
+        'deepcopy': copy.deepcopy(model),
+        'pickle': pickle.loads(pickle.dumps(model)),
+        'ema': timm.utils.ModelEmaV3(model).module,
+        'script': torch.jit.script(model),
+        'fx': torch.fx.symbolic_trace(model) if name == 'test_resnet' else model,
+    }
+    for form_name, form in forms.items():
+        torch.testing.assert_close(form(x), expected, msg=lambda m, n=form_name: f'{n}: {m}')
+    for form_name in ('deepcopy', 'pickle', 'ema'):
+        forms[form_name].reset_classifier(4)
+        assert forms[form_name].get_classifier().rank == 3
+
+
+def test_layer_decay_groups_are_timms():
+    plain = timm.create_model('test_vit', num_classes=5)
+    model = attach(copy.deepcopy(plain), rank=3)
+
+    def groups(model):
+        found = timm.optim.param_groups_layer_decay(model, layer_decay=0.5)
+        names = {id(p): n for n, p in model.named_parameters()}
+        return {n.partition('head.')[0] + 'head' * ('head.' in n): g['lr_scale'] for g in found for n in map(names.get, map(id, g['params']))}  # fmt: skip
+
+    assert groups(model) == groups(plain)
+
+
+def test_no_decay_on_variances():
+    model = attach(timm.create_model('test_vit', num_classes=5), rank=3)
+    optimizer = timm.optim.create_optimizer_v2(model, 'adamw', lr=1e-3, weight_decay=0.1)
+    decay = {id(p): g['weight_decay'] for g in optimizer.param_groups for p in g['params']}
+    head = model.head
+    assert [decay[id(p)] for p in (head.v_raw, head.sigma2_raw, head.bias)] == [0, 0, 0]
+    assert decay[id(head.weight)] == decay[id(head.A)] == 0.1
+
+
+def test_warm_start():
+    model = timm.create_model('test_resnet', num_classes=5)
+    linear = model.fc if hasattr(model, 'fc') else model.get_classifier()
+    head = attach(model, rank=3).get_classifier()
+    assert torch.equal(head.weight, linear.weight) and torch.equal(head.bias, linear.bias)
+    again = attach(model, rank=2).get_classifier()  # another rank, the same means
+    assert again.rank == 2 and torch.equal(again.weight, linear.weight)
+    assert not torch.equal(attach(model, warm_start=False).get_classifier().weight, linear.weight)
+
+
+def test_zero_rows_start_anew():
+    model = timm.create_model('test_resnet', num_classes=5)
+    nn.init.zeros_(model.get_classifier().weight)
+    assert (attach(model).get_classifier().weight != 0).all()
+
+
+@pytest.mark.parametrize('name, what', UNSUPPORTED.items())
+def test_unsupported_classifiers_are_named(name, what):
+    with torch.device('meta'):
+        model = timm.create_model(name)
+        with pytest.raises(ValueError, match=f'{name} has .*{what}'):
+            attach(model)
+
+
+def test_unsupported_modules_and_options():
+    with pytest.raises(ValueError, match='Linear has no classifier'):
+        attach(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match='no classifier'):
+        attach(timm.create_model('test_resnet', features_only=True))
+    with pytest.raises(TypeError, match='Unknown option .*: foo'):
+        attach(timm.create_model('test_vit'), foo=1)
+    with pytest.raises(ValueError, match='rank: .*got 1000'):
+        attach(timm.create_model('test_vit'), rank=1000)

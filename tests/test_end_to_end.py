@@ -1,0 +1,54 @@
+"""Train, validate, resume: with timm's library parts always, with its real scripts where TIMM_SCRIPTS names a clone."""
+
+import csv
+import re
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from timm_zzz.__main__ import data_files
+
+
+def test_library_parts(beetles, tmp_path):
+    from timm_zzz.demo import _loader, evaluate, train
+
+    device = torch.device('cpu')
+    model, result = train('test_resnet.zzz_r8', beetles, 2, 0, device, 1)
+    assert 0 <= result.top1 <= 100 and result.nll > 0
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+    again = timm.create_model('test_resnet.zzz_r8', num_classes=12, checkpoint_path=str(tmp_path / 'last.pth.tar'))
+    loader = _loader(model, beetles, 'validation', device, 1, batch_size=16)
+    assert torch.equal(evaluate(again, loader, device)[0], evaluate(model, loader, device)[0])
+
+
+@pytest.fixture(scope='module')
+def backbone(tmp_path_factory):
+    file = tmp_path_factory.mktemp('backbone') / 'mobilenetv2_100.safetensors'
+    state = timm.create_model('mobilenetv2_100').state_dict()
+    save_file({k: v for k, v in state.items() if not k.startswith('classifier.')}, file)
+    return file
+
+
+def test_real_scripts(timm_scripts, beetles, backbone, run, tmp_path):
+    for script in ('train.py', 'validate.py'):  # away from the clone, whose timm they would import
+        shutil.copy(timm_scripts / script, tmp_path)
+    recipe = data_files('hparams', '.yaml')['quickstart_mobilenetv2_100.zzz_r8']
+    train = ['train.py', '--config', recipe, '--data-dir', beetles, '--num-classes', 12, '--pretrained-path', backbone]
+    train += ['--img-size', 64, '--batch-size', 16, '--workers', 1, '--device', 'cpu', '--output', 'out', '--model-ema']
+    run(*train, '--experiment', 'a', '--epochs', 2)
+    rows = list(csv.DictReader((tmp_path / 'out/a/summary.csv').open()))
+    assert len(rows) == 2 and all(float(row['train_loss']) > 0 for row in rows)
+
+    validate = ['-m', 'timm_zzz', 'validate.py', '--model', 'mobilenetv2_100.zzz_r8', '--num-classes', 12]
+    validate += ['--data-dir', beetles, '--split', 'validation', '--img-size', 64, '--workers', 1, '--device', 'cpu']
+    validate += ['--amp', '--amp-dtype', 'bfloat16', '--batch-size', 16]
+    out = run(*validate, '--checkpoint', 'out/a/last.pth.tar').stdout
+    top1 = float(re.search(r'"top1": ([\d.]+)', out)[1])
+    assert top1 == pytest.approx(float(rows[-1]['eval_top1']), abs=1e-3)
+
+    run(*train, '--experiment', 'b', '--epochs', 3, '--resume', 'out/a/last.pth.tar')
+    resumed = list(csv.DictReader((tmp_path / 'out/b/summary.csv').open()))
+    assert [row['epoch'] for row in resumed] == ['2']
