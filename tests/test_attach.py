@@ -99,7 +99,8 @@ def test_layer_decay_groups_are_timms():
     def groups(model):
         found = timm.optim.param_groups_layer_decay(model, layer_decay=0.5)
         names = {id(p): n for n, p in model.named_parameters()}
-        return {n.partition('head.')[0] + 'head' * ('head.' in n): g['lr_scale'] for g in found for n in map(names.get, map(id, g['params']))}  # fmt: skip
+        scales = {names[id(p)]: group['lr_scale'] for group in found for p in group['params']}
+        return {'head' if name.startswith('head.') else name: scale for name, scale in scales.items()}
 
     assert groups(model) == groups(plain)
 

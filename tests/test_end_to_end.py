@@ -45,7 +45,7 @@ def test_real_scripts(timm_scripts, beetles, backbone, run, tmp_path):
     validate = ['-m', 'timm_zzz', 'validate.py', '--model', 'mobilenetv2_100.zzz_r8', '--num-classes', 12]
     validate += ['--data-dir', beetles, '--split', 'validation', '--img-size', 64, '--workers', 1, '--device', 'cpu']
     validate += ['--amp', '--amp-dtype', 'bfloat16', '--batch-size', 16]
-    out = run(*validate, '--checkpoint', 'out/a/last.pth.tar').stdout
+    out = run(*validate, '--checkpoint', 'out/a/last.pth.tar', '--use-ema').stdout  # summary.csv has the EMA's metrics
     top1 = float(re.search(r'"top1": ([\d.]+)', out)[1])
     assert top1 == pytest.approx(float(rows[-1]['eval_top1']), abs=1e-3)
 

@@ -16,7 +16,9 @@ import timm
 def snapshot():
     names = timm.list_models()
     return dict(
-        models=names, pretrained=timm.list_pretrained(), modules={m: timm.list_models(module=m) for m in timm.list_modules()},
+        models=names,
+        pretrained=timm.list_pretrained(),
+        modules={m: timm.list_models(module=m) for m in timm.list_modules()},
         tags=[n for n in timm.list_models(include_tags=True) if 'zzz' not in n],
         cfgs={n: timm.get_pretrained_cfg(n) for n in [*names, *timm.list_pretrained()]},
         direct=timm.models.vision_transformer.vit_base_patch16_224,
