@@ -266,7 +266,8 @@ def zzz_logits(
         )
     if not torch.jit.is_scripting():
         device_type = features.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        # Asking autocast whether it knows the meta device would break the graph of torch.compile in torch 2.11.
+        if device_type != 'meta' and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 return _zzz_logits(features, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min)
     return _zzz_logits(features, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min)
