@@ -1,5 +1,4 @@
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -64,8 +63,3 @@ def timm_scripts():
         pytest.skip('TIMM_SCRIPTS does not name a clone of huggingface/pytorch-image-models')
     assert (Path(folder) / 'train.py').is_file(), f'TIMM_SCRIPTS={folder} has no train.py'
     return Path(folder)
-
-
-@pytest.fixture
-def rng():
-    return random.Random(0)

@@ -39,7 +39,6 @@ class _Request(NamedTuple):
     """What a call to an entrypoint asks of this package."""
 
     tag: Optional[str]  # the whole tag, if it ends in .zzz_rN
-    base_tag: Optional[str]
     options: Dict[str, Any]
 
 
@@ -83,9 +82,8 @@ def _register(name: str, ranks: Sequence[int]) -> None:
     if cfg is not None:
         if not isinstance(cfg, DefaultCfg):  # the older form, one configuration per architecture
             cfg = default_cfgs[name] = DefaultCfg(tags=deque(['']), cfgs={'': PretrainedCfg(**cfg)})
-        weightless: Dict[str, Any] = dict.fromkeys(
-            _SOURCE_KEYS
-        )  # the weights are the base tag's: list_pretrained stays as it was
+        # The weights are the base tag's: list_pretrained stays as it was.
+        weightless: Dict[str, Any] = dict.fromkeys(_SOURCE_KEYS)
         default = cfg.tags[0]
         for tag in [tag for tag in cfg.tags if not _TAG.fullmatch(tag)]:
             base_cfg = dataclasses.replace(cfg.cfgs[tag], **weightless)
@@ -129,12 +127,12 @@ def _parse(name: str, kwargs: Dict[str, Any]) -> Optional[_Request]:
         if not options:
             return None
         options.setdefault('rank', DEFAULT_RANK)
-        return _Request(None, None, options)
+        return _Request(None, options)
     if isinstance(cfg, str):
         _check_registered(name, match['base'], match['rank'])
     options.setdefault('rank', int(match['rank']))
     kwargs['pretrained_cfg'] = _base_cfg(name, cfg, match['base'])
-    return _Request(tag, match['base'], options)
+    return _Request(tag, options)
 
 
 def _check_registered(name: str, base_tag: Optional[str], rank: str) -> None:
