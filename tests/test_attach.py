@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from timm_zzz import ZZZHead, attach
+from timm_zzz.head import ZZZConvHead
 
 # One small architecture per way of holding the classifier
 ARCHITECTURES = [
@@ -20,14 +21,12 @@ ARCHITECTURES = [
     'densenet121',
 ]
 UNSUPPORTED = {
-    'dla34': 'Conv2d',
-    'deit_tiny_distilled_patch16_224': 'several classifiers',
     'levit_128s': 'NormLinear',
-    'crossvit_9_240': 'several classifiers',
-    'volo_d1_224': 'several classifiers',
+    'crossvit_9_240': 'ModuleList',
+    'volo_d1_224': 'further classifiers .aux_head',
     'caformer_s18': 'MlpHead',
     'resnet50_clip': 'attention pooling',
-    'repvit_m1': 'several classifiers',
+    'repvit_m1': 'RepVitClassifier',
     'deepseek_vit_412m_enc': 'no classifier',
 }
 
@@ -65,6 +64,44 @@ def test_reset_classifier(name):
     assert isinstance(model.get_classifier(), nn.Identity) and model(image(model).double()).ndim == 2
     model.reset_classifier(4)
     assert model.get_classifier().rank == 3
+
+
+def test_convolutional_classifier():
+    plain = timm.create_model('dla46_c', num_classes=5).eval()
+    weight = plain.get_classifier().weight
+    model = attach(copy.deepcopy(plain), rank=3)
+    head = model.get_classifier()
+    assert isinstance(head, ZZZConvHead) and torch.equal(head.weight, weight.flatten(1))
+    x = image(model)
+    features = model.forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(model(x), ZZZHead.forward(head, pooled.flatten(1)))
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+    dense = head(features)  # one embedding per position
+    assert dense.shape == (2, 5, *features.shape[2:])
+    torch.testing.assert_close(dense[1, :, 0, 2], ZZZHead.forward(head, features[1, :, 0, 2]))
+    model.reset_classifier(7)
+    assert isinstance(model.get_classifier(), ZZZConvHead) and model(x).shape == (2, 7)
+    model.load_state_dict({**model.state_dict(), 'fc.weight': torch.randn_like(model.fc.weight)})
+    model.reset_classifier(0)
+    assert model(x).shape == plain.forward_head(features, pre_logits=True).flatten(1).shape
+
+
+def test_distilled_classifiers():
+    plain = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=5).eval()
+    model = attach(copy.deepcopy(plain), rank=3)
+    heads = model.get_classifier()
+    assert all(isinstance(head, ZZZHead) and head.num_classes == 5 for head in heads) and len(heads) == 2
+    x = image(model)
+    tokens = model.forward_features(x)
+    separate = heads[0](tokens[:, 0]), heads[1](tokens[:, 1])
+    torch.testing.assert_close(model(x), (separate[0] + separate[1]) / 2)
+    model.train().set_distilled_training(True)
+    assert [y.shape for y in model(x)] == [(2, 5), (2, 5)]
+    model.reset_classifier(7)
+    assert [head.num_classes for head in model.get_classifier()] == [7, 7] and model.head_dist.rank == 3
+    model.reset_classifier(0)
+    assert model.eval()(x).shape == (2, model.num_features)
 
 
 def test_reset_classifier_changes_the_pooling():

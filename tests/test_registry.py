@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 import timm_zzz
 from timm_zzz import ZZZHead
 from timm_zzz.attach import SIGMA2_INIT
+from timm_zzz.head import ZZZConvHead
 
 _SNAPSHOT = """
 import warnings; warnings.simplefilter('error')
@@ -194,16 +195,19 @@ def test_sweep_over_all_architectures():
                 assert name in str(e)
                 counts['refused'] += 1
                 continue
-            head = model.get_classifier()
-            assert isinstance(head, ZZZHead), name
-            head.register_forward_pre_hook(lambda m, args, shapes=shapes: shapes.append(args[0].shape))
+            heads = [module for module in model.modules() if isinstance(module, ZZZHead)]
+            classifier = model.get_classifier()
+            assert heads == (list(classifier) if isinstance(classifier, tuple) else [classifier]), name
+            for head in heads:
+                head.register_forward_pre_hook(lambda m, args, shapes=shapes: shapes.append(args[0].shape))
             try:
                 model(torch.randn(2, *model.pretrained_cfg['input_size']))
             except (NotImplementedError, RuntimeError):  # no meta kernel: the shape is checked on the CPU elsewhere
-                shapes = shapes or [(2, head.feat_dim)]
+                shapes = shapes or [(2, heads[0].feat_dim)]
             model.reset_classifier(7)
-            assert model.get_classifier().num_classes == 7, name
-        assert tuple(shapes[0]) == (2, head.feat_dim), name
+            assert {m.num_classes for m in model.modules() if isinstance(m, ZZZHead)} == {7}, name
+        pooled = (2, heads[0].feat_dim, 1, 1)[: 4 if isinstance(heads[0], ZZZConvHead) else 2]
+        assert all(tuple(shape) == pooled for shape in shapes), name
         counts['head'] += 1
     print(counts)
     assert counts['head'] >= 1210

@@ -2,17 +2,18 @@
 
 import functools
 import inspect
-from typing import Any, Callable, Dict, Optional, Set, Tuple, TypeVar, Union, cast
+from typing import Any, Callable, Dict, Set, Tuple, TypeVar, Union, cast
 
 import torch
 from timm.layers import AttentionPool2d, RotAttentionPool2d
 from torch import nn
 
-from .head import ZZZHead
+from .head import ZZZConvHead, ZZZHead
 
-__all__ = ['attach', 'find_classifier', 'HEAD_OPTIONS', 'SIGMA2_INIT']
+__all__ = ['attach', 'find_classifiers', 'HEAD_OPTIONS', 'SIGMA2_INIT']
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
+Classifier = Union[nn.Linear, nn.Conv2d, ZZZHead]
 
 SIGMA2_INIT = 1 / 16
 
@@ -30,8 +31,9 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
     pooling, dropout and pre-logits code included, stays as it is.
 
     Args:
-        model: A timm classification model whose classifier is a single linear layer. With ``num_classes=0`` there is
-            nothing to replace yet; the head comes with ``reset_classifier``.
+        model: A timm classification model whose classifier is a linear layer or a 1x1 convolution, or a pair of linear
+            layers as distilled models have, each of which is replaced. With ``num_classes=0`` there is nothing to
+            replace yet; the head comes with ``reset_classifier``.
         rank: Rank of the class covariances, 0 <= rank <= width of the embedding.
         warm_start: Take the class means and the bias from the linear layer's rows and bias; with False, or where the
             rows are zero, start from a new head.
@@ -43,8 +45,8 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
         The same model.
 
     Raises:
-        ValueError: If the model's classifier is not a single linear layer fed pooled embeddings, or for an option out
-            of its range.
+        ValueError: If a classifier of the model is not a linear layer fed pooled embeddings, or for an option out of
+            its range.
         TypeError: For an unknown option.
 
     Example:
@@ -57,26 +59,25 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
     unknown = sorted(options.keys() - set(HEAD_OPTIONS))
     if unknown:
         raise TypeError(f'Unknown option of a ZZZ head: {", ".join(unknown)} (known: {", ".join(HEAD_OPTIONS)})')
-    found = find_classifier(model)
-    if found is not None:
-        _replace(model, *found, options=options, warm_start=warm_start)
+    for path, classifier in find_classifiers(model).items():
+        _replace(model, path, classifier, options, warm_start)
     if not isinstance(model, _ZZZModel):
         model.__class__ = _zzz_class(cast(Any, type(model)))
     setattr(model, 'zzz_options', options)  # noqa: B010  # not a name that nn.Module declares
     return model
 
 
-def find_classifier(model: nn.Module) -> Optional[Tuple[str, Union[nn.Linear, ZZZHead]]]:
-    """Module path and classifier of a timm model; None if it has been removed (``num_classes=0``).
+def find_classifiers(model: nn.Module) -> Dict[str, Classifier]:
+    """Classifiers of a timm model by module path; empty if they have been removed (``num_classes=0``).
 
     Raises:
-        ValueError: If the classifier is not a single linear layer fed pooled embeddings; says what it is.
+        ValueError: If a classifier is not a linear layer or 1x1 convolution fed pooled embeddings; says what it is.
     """
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     name = cfg.get('architecture') or type(model).__name__
 
     def unsupported(what: str) -> ValueError:
-        return ValueError(f'A ZZZ head replaces a single linear classifier fed pooled embeddings; {name} has {what}.')
+        return ValueError(f'A ZZZ head replaces linear classifiers fed pooled embeddings; {name} has {what}.')
 
     if not hasattr(model, 'get_classifier') or not hasattr(model, 'reset_classifier'):
         raise unsupported('no classifier')
@@ -84,34 +85,34 @@ def find_classifier(model: nn.Module) -> Optional[Tuple[str, Union[nn.Linear, ZZ
         classifier: Any = model.get_classifier()  # type: ignore[operator]
     except (AttributeError, NotImplementedError) as e:
         raise unsupported('no classifier') from e
-    if not isinstance(classifier, nn.Module):
-        kinds = [type(c).__name__ for c in classifier] if isinstance(classifier, (tuple, list)) else [type(classifier)]
-        raise unsupported(
-            'no classifier' if classifier is None else f'several classifiers ({", ".join(map(str, kinds))})'
-        )
-    paths = cfg.get('classifier')
-    if isinstance(paths, (tuple, list)) and len(paths) > 1:
-        raise unsupported(f'several classifiers ({", ".join(paths)})')
-    if isinstance(classifier, nn.Identity):
-        return None
-    path = next((path for path, module in model.named_modules() if module is classifier), '')
-    if not path or not isinstance(classifier, (nn.Linear, ZZZHead)):
-        raise unsupported(f'a {type(classifier).__name__} as its classifier' + (f' ({path})' if path else ''))
-    parent = model.get_submodule(path.rpartition('.')[0])
-    if isinstance(parent, (AttentionPool2d, RotAttentionPool2d)):
-        raise unsupported(f'a projection inside its attention pooling ({path}), fed tokens')
-    return path, classifier
+    if classifier is None:
+        raise unsupported('no classifier')
+    classifiers = list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
+    if all(isinstance(c, nn.Identity) for c in classifiers):
+        return {}
+    paths = {id(module): path for path, module in model.named_modules()}
+    found: Dict[str, Classifier] = {}
+    for c in classifiers:
+        path = paths.get(id(c), '')
+        if not path or not isinstance(c, (nn.Linear, nn.Conv2d, ZZZHead)):
+            kind = type(c).__name__ if isinstance(c, nn.Module) else repr(c)
+            raise unsupported(f'a {kind} as its classifier' + (f' ({path})' if path else ''))
+        if isinstance(c, nn.Conv2d) and (c.kernel_size != (1, 1) or c.groups != 1):
+            raise unsupported(f'a convolution over {c.kernel_size} positions as its classifier ({path})')
+        if isinstance(model.get_submodule(path.rpartition('.')[0]), (AttentionPool2d, RotAttentionPool2d)):
+            raise unsupported(f'a projection inside its attention pooling ({path}), fed tokens')
+        found[path] = c
+    names = cfg.get('classifier')
+    others = sorted(set(names) - found.keys()) if isinstance(names, (tuple, list)) else []
+    if others:
+        raise unsupported(f'further classifiers ({", ".join(others)})')
+    return found
 
 
-def _replace(
-    model: nn.Module,
-    path: str,
-    classifier: Union[nn.Linear, ZZZHead],
-    options: Dict[str, Any],
-    warm_start: bool,
-) -> None:
-    weight = classifier.weight
-    head = ZZZHead(classifier.out_features, classifier.in_features, device=weight.device, dtype=weight.dtype, **options)
+def _replace(model: nn.Module, path: str, classifier: Classifier, options: Dict[str, Any], warm_start: bool) -> None:
+    weight = classifier.weight.flatten(1)
+    kind = ZZZConvHead if isinstance(classifier, (nn.Conv2d, ZZZConvHead)) else ZZZHead
+    head = kind(weight.shape[0], weight.shape[1], device=weight.device, dtype=weight.dtype, **options)
     if warm_start and not weight.is_meta and bool((weight.detach() != 0).any(1).all()):
         with torch.no_grad():
             head.weight.copy_(weight)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .functional import zzz_logits
 
-__all__ = ['ZZZHead']
+__all__ = ['ZZZHead', 'ZZZConvHead']
 
 _logger = logging.getLogger(__name__)
 
@@ -147,10 +147,21 @@ class ZZZHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of shape (..., C) for embeddings of shape (..., d)."""
+        return self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
         return zzz_logits(x, self.weight, self.bias, self.A, self.v_raw, self.sigma2_raw, self.v_min, self.sigma2_min)
 
     def extra_repr(self) -> str:
         return f'num_classes={self.num_classes}, feat_dim={self.feat_dim}, rank={self.rank}'
+
+
+class ZZZConvHead(ZZZHead):
+    """The head in place of a 1x1 convolution: embeddings (B, d, H, W) to logits (B, C, H, W), position by position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of shape (B, C, H, W) for embeddings of shape (B, d, H, W)."""
+        return self._logits(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def _adapt_state_dict(

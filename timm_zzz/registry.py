@@ -18,7 +18,7 @@ from timm.models import (
 )
 from torch import nn
 
-from .attach import HEAD_OPTIONS, attach, find_classifier
+from .attach import HEAD_OPTIONS, attach, find_classifiers
 from .pretrained import on_load
 
 __all__ = ['register', 'RANKS']
@@ -201,8 +201,9 @@ def _create(
 def _check_backbone(model: nn.Module, missing_keys: List[str], in_chans: Optional[int]) -> None:
     """Refuse weights that leave a part of the backbone at random; timm only logs it when it adapts the class count."""
     cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    found = find_classifier(model)
-    lenient = {found[0].partition('.')[0] if found else str(cfg.get('classifier')).partition('.')[0], *_POOLING_LAYERS}
+    names = cfg.get('classifier') or ()
+    paths = [*find_classifiers(model), *((names,) if isinstance(names, str) else names)]
+    lenient = {path.partition('.')[0] for path in paths} | set(_POOLING_LAYERS)
     missing = [key for key in missing_keys if key.partition('.')[0] not in lenient]
     if in_chans not in (None, cfg['input_size'][0]):  # timm starts an input layer anew that it can't convert
         first = cfg.get('first_conv') or ()
