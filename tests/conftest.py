@@ -1,13 +1,33 @@
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-import pytest
-import torch
+from hub_server import HubServer
 
-os.environ['HF_HUB_OFFLINE'] = '1'  # no test may reach a network
-os.environ['HF_HUB_DISABLE_TELEMETRY'] = '1'
+# Before anything imports huggingface_hub, which reads its settings once: the only Hub there is is our own.
+_server = HubServer()
+_server.start()
+_home = tempfile.TemporaryDirectory()
+for _name in [name for name in os.environ if name.startswith(('HF_', 'HUGGING_FACE_'))]:
+    del os.environ[_name]
+os.environ.update(
+    HF_ENDPOINT=_server.endpoint,
+    HF_HOME=_home.name,
+    HF_HUB_DISABLE_XET='1',
+    HF_HUB_DISABLE_TELEMETRY='1',
+    HF_HUB_DISABLE_UPDATE_CHECK='1',
+    HF_HUB_DISABLE_PROGRESS_BARS='1',
+    NETWORK_GUARD_LOG=os.path.join(_home.name, 'network.log'),
+)
+_guard = Path(__file__).resolve().parent / 'guard'
+os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(_guard), os.environ.get('PYTHONPATH')]))
+runpy.run_path(str(_guard / 'sitecustomize.py'))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -15,6 +35,27 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_network():
+    """Fails a test that tried to reach another machine, also from a process of its own."""
+    log = Path(os.environ['NETWORK_GUARD_LOG'])
+    log.write_text('')
+    yield
+    assert log.read_text() == ''
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub without repositories, and an empty cache."""
+    from huggingface_hub import constants
+
+    _server.reset()
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path / 'cache'))  # for other processes
+    monkeypatch.setenv('HF_TOKEN', 'hf_owner')
+    return _server
 
 
 @pytest.fixture(scope='session')

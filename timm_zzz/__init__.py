@@ -3,12 +3,23 @@
 Importing this package registers the names ``ARCHITECTURE[.TAG].zzz_rN`` with timm, and does nothing else.
 """
 
-from . import functional
+from . import errors, functional
 from .attach import attach
 from .head import ZZZHead
+from .hub import from_pretrained, push_to_hub, save_pretrained
 from .registry import register
 from .version import __version__
 
-__all__ = ['ZZZHead', 'attach', 'functional', 'register', '__version__']
+__all__ = [
+    'ZZZHead',
+    'attach',
+    'errors',
+    'from_pretrained',
+    'functional',
+    'push_to_hub',
+    'register',
+    'save_pretrained',
+    '__version__',
+]
 
 register()

@@ -4,10 +4,10 @@ import argparse
 import os
 import runpy
 import sys
-from pathlib import Path
 from typing import Callable, Dict, List, NoReturn, Optional
 
 from . import __version__
+from .resources import data_files
 
 _HELP = """\
 usage: python -m timm_zzz SCRIPT.py [ARGUMENTS ...]
@@ -23,19 +23,13 @@ commands:
   hparams   list the recipes for timm's train.py, or print the path of one
               python train.py --config "$(python -m timm_zzz hparams quickstart_mobilenetv2_100.zzz_r8)" --data-dir DIR
 
+  push      push what train.py wrote to the Hugging Face Hub, with a model card
+              python -m timm_zzz push output/train/mine/model_best.pth.tar USER/bird-zzz --data-dir DIR
+
 options:
   -h, --help     show this help; after a command, that command's
   -V, --version  show the version
 """
-
-
-def data_files(folder: str, suffix: str) -> Dict[str, Path]:
-    """Files of a data folder by name without suffix: inside the package when installed, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    for parent in (package, package.parent):
-        if (parent / folder).is_dir():
-            return {path.name[: -len(suffix)]: path for path in sorted((parent / folder).glob(f'*{suffix}'))}
-    return {}
 
 
 def _fail(message: str) -> NoReturn:
@@ -83,7 +77,13 @@ def _demo(arguments: List[str]) -> None:
     main(arguments)
 
 
-_COMMANDS: Dict[str, Callable[[List[str]], None]] = {'demo': _demo, 'hparams': _hparams}
+def _push(arguments: List[str]) -> None:
+    from .push import main
+
+    main(arguments)
+
+
+_COMMANDS: Dict[str, Callable[[List[str]], None]] = {'demo': _demo, 'hparams': _hparams, 'push': _push}
 
 
 def main() -> None:

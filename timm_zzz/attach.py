@@ -10,12 +10,13 @@ from torch import nn
 
 from .head import ZZZConvHead, ZZZHead
 
-__all__ = ['attach', 'find_classifiers', 'HEAD_OPTIONS', 'SIGMA2_INIT']
+__all__ = ['attach', 'find_classifiers', 'HEAD_OPTIONS', 'OPTION_PREFIX', 'SIGMA2_INIT']
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 Classifier = Union[nn.Linear, nn.Conv2d, ZZZHead]
 
 SIGMA2_INIT = 1 / 16
+OPTION_PREFIX = 'zzz_'  # of a head's options among a model's
 
 # What a model's creator chooses of a head; the rest follows from the classifier that it replaces
 HEAD_OPTIONS = tuple(
@@ -63,7 +64,11 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
         _replace(model, path, classifier, options, warm_start)
     if not isinstance(model, _ZZZModel):
         model.__class__ = _zzz_class(cast(Any, type(model)))
-    setattr(model, 'zzz_options', options)  # noqa: B010  # not a name that nn.Module declares
+    zzz_model: Any = model
+    zzz_model.zzz_options = options
+    # What timm writes to config.json to build the model again
+    recorded = getattr(model, '_model_args', {})
+    zzz_model._model_args = dict(recorded, **{f'{OPTION_PREFIX}{key}': value for key, value in options.items()})
     return model
 
 

@@ -18,7 +18,7 @@ from timm.models import (
 )
 from torch import nn
 
-from .attach import HEAD_OPTIONS, attach, find_classifiers
+from .attach import HEAD_OPTIONS, OPTION_PREFIX, attach, find_classifiers
 from .pretrained import on_load
 
 __all__ = ['register', 'RANKS']
@@ -26,7 +26,6 @@ __all__ = ['register', 'RANKS']
 RANKS = (4, 8, 16)
 DEFAULT_RANK = 8
 
-_PREFIX = 'zzz_'
 _TAG = re.compile(r'(?:(?P<base>.+)\.)?zzz_r(?P<rank>0|[1-9]\d*)')
 _SOURCE_KEYS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'source')
 # Layers between backbone and classifier that timm makes or leaves out by the kind of pooling
@@ -87,7 +86,7 @@ def _register(name: str, ranks: Sequence[int]) -> None:
         default = cfg.tags[0]
         for tag in [tag for tag in cfg.tags if not _TAG.fullmatch(tag)]:
             base_cfg = dataclasses.replace(cfg.cfgs[tag], **weightless)
-            for zzz_tag in [f'{_PREFIX}r{rank}' for rank in ranks]:
+            for zzz_tag in [f'{OPTION_PREFIX}r{rank}' for rank in ranks]:
                 for new in ([zzz_tag] if tag == default else []) + ([f'{tag}.{zzz_tag}'] if tag else []):
                     if new not in cfg.cfgs:
                         cfg.tags.append(new)
@@ -111,18 +110,18 @@ def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 def _parse(name: str, kwargs: Dict[str, Any]) -> Optional[_Request]:
     """Take this package's part out of an entrypoint's keyword arguments; None if there is none."""
-    options = {key[len(_PREFIX) :]: kwargs.pop(key) for key in list(kwargs) if key.startswith(_PREFIX)}
+    options = {key[len(OPTION_PREFIX) :]: kwargs.pop(key) for key in list(kwargs) if key.startswith(OPTION_PREFIX)}
     unknown = sorted(options.keys() - set(HEAD_OPTIONS))
     if unknown:
         raise TypeError(
-            f'Unknown argument {", ".join(_PREFIX + key for key in unknown)} '
-            f'(known: {", ".join(_PREFIX + key for key in HEAD_OPTIONS)})'
+            f'Unknown argument {", ".join(OPTION_PREFIX + key for key in unknown)} '
+            f'(known: {", ".join(OPTION_PREFIX + key for key in HEAD_OPTIONS)})'
         )
     cfg = kwargs.get('pretrained_cfg')
     tag = cfg if isinstance(cfg, str) else cfg.get('tag') if isinstance(cfg, dict) else getattr(cfg, 'tag', None)
     match = _TAG.fullmatch(tag or '')
     if match is None:
-        if tag and tag.rpartition('.')[2].startswith(_PREFIX):
+        if tag and tag.rpartition('.')[2].startswith(OPTION_PREFIX):
             raise ValueError(f'Invalid tag in {name}.{tag}: a ZZZ head is asked for as {name}.zzz_r{DEFAULT_RANK}')
         if not options:
             return None
@@ -192,9 +191,6 @@ def _create(
 
     if request.tag:
         model.pretrained_cfg['tag'] = request.tag
-    model._model_args = dict(
-        getattr(model, '_model_args', {}), **{_PREFIX + key: value for key, value in model.zzz_options.items()}
-    )
     return model
 
 

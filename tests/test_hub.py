@@ -1,0 +1,622 @@
+"""Models to and from a Hub of our own (hub_server.py), with the unmodified client, and what happens when it fails."""
+
+import errno
+import json
+import struct
+
+import pytest
+import timm
+import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_input_data_config
+
+import timm_zzz
+from timm_zzz import ZZZHead, from_pretrained, hub, push_to_hub, save_pretrained
+from timm_zzz.errors import (
+    AccessError,
+    CheckpointError,
+    ConfigError,
+    HubError,
+    NotFoundError,
+    UnavailableError,
+)
+
+REPO = 'owner/birds-zzz'
+
+# name: architecture and create_model's arguments
+MODELS = {
+    'plain ViT, r 8': ('test_vit.zzz_r8', dict(num_classes=5)),
+    'r 16': ('test_vit.r160_in1k.zzz_r16', dict(num_classes=5, zzz_v_init=0.3)),
+    'r 0': ('test_vit.zzz_r8', dict(num_classes=5, zzz_rank=0)),
+    'convolutional classifier': ('dla46_c.zzz_r8', dict(num_classes=5)),
+    'distilled': ('deit_tiny_distilled_patch16_224.zzz_r4', dict(num_classes=5)),
+    'in_chans': ('test_resnet.zzz_r8', dict(num_classes=5, in_chans=1)),
+    'image size': ('test_vit.zzz_r8', dict(num_classes=5, img_size=96)),
+    'bfloat16': ('test_convnext.zzz_r8', dict(num_classes=5)),
+    'features': ('test_resnet.zzz_r8', dict(num_classes=0)),
+}
+
+
+def create(case='plain ViT, r 8'):
+    name, kwargs = MODELS[case]
+    model = timm.create_model(name, **kwargs)
+    for module in model.modules():
+        if isinstance(module, ZZZHead):  # away from every start value
+            for parameter in module.parameters():
+                torch.nn.init.normal_(parameter)
+    return model.to(torch.bfloat16) if case == 'bfloat16' else model
+
+
+def image(model):
+    return torch.randn(2, *preprocessing(model)['input_size'])
+
+
+def preprocessing(model):
+    config = resolve_input_data_config(model)
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}  # JSON has lists
+
+
+def assert_same(got, model):
+    expected = model.state_dict()
+    assert got.state_dict().keys() == expected.keys()
+    for key, value in got.state_dict().items():
+        assert torch.equal(value, expected[key].to(value.dtype)), key
+    x = image(model)
+    torch.testing.assert_close(got.eval()(x), model.float().eval()(x))
+    assert preprocessing(got) == preprocessing(model)
+
+
+WRITERS = {
+    'timm_zzz': lambda model, folder: push_to_hub(model, REPO),
+    'timm': lambda model, folder: timm.models.push_to_hf_hub(model, REPO, safe_serialization=True),
+    'timm_zzz, folder': lambda model, folder: save_pretrained(model, folder),
+    'timm, folder': lambda model, folder: timm.models.save_for_hf(model, str(folder), safe_serialization=True),
+}
+
+
+@pytest.mark.parametrize('case', MODELS)
+@pytest.mark.parametrize('writer', WRITERS)
+def test_exchange_with_timm(hub, tmp_path, writer, case):
+    """What either package writes, both read, as the same model."""
+    model = create(case)
+    WRITERS[writer](model, tmp_path / 'folder')
+    place, source = (tmp_path / 'folder', 'local-dir') if 'folder' in writer else (REPO, 'hf-hub')
+    assert_same(from_pretrained(place), model)
+    assert_same(timm.create_model(f'{source}:{place}', pretrained=True), model)
+
+
+@pytest.mark.parametrize('case', ['plain ViT, r 8', 'convolutional classifier', 'distilled', 'features'])
+def test_other_classes_on_reload(hub, case):
+    """The head starts anew, the backbone is kept."""
+    model = create(case)
+    push_to_hub(model, REPO)
+    for load in (from_pretrained, lambda repo, **kw: timm.create_model(f'hf-hub:{repo}', pretrained=True, **kw)):
+        for num_classes in (7, 0):
+            again = load(REPO, num_classes=num_classes)
+            classifier = again.get_classifier()
+            heads = classifier if isinstance(classifier, tuple) else [classifier]
+            if num_classes:
+                assert {(head.num_classes, head.rank) for head in heads} == {(7, int(MODELS[case][0][-1]))}
+                assert all(abs(head.weight.std() - 0.02) < 0.01 and not head.bias.any() for head in heads)
+            else:
+                assert not any(isinstance(head, ZZZHead) for head in heads)
+            assert again.eval()(image(model)).shape[1] == (
+                7 or again.num_features if num_classes else again.num_features
+            )
+            expected, got = model.state_dict(), again.state_dict()
+            paths = {path for path, module in again.named_modules() if module in heads}
+            backbone = [key for key in got if not any(key.startswith(f'{path}.') for path in paths)]
+            assert len(backbone) > 20 and all(torch.equal(got[key], expected[key]) for key in backbone)
+
+
+def test_other_input_on_reload(hub):
+    push_to_hub(create('image size'), REPO)
+    for load in (from_pretrained, lambda repo, **kw: timm.create_model(f'hf-hub:{repo}', pretrained=True, **kw)):
+        assert load(REPO, in_chans=1)(torch.randn(1, 1, 96, 96)).shape == (1, 5)
+        assert load(REPO, img_size=128)(torch.randn(1, 3, 128, 128)).shape == (1, 5)
+        assert load(REPO, dtype=torch.bfloat16).get_classifier().A.dtype == torch.bfloat16
+
+
+def test_another_rank_on_reload_is_an_error(hub):
+    push_to_hub(create(), REPO)
+    with pytest.raises(RuntimeError, match='rank 8 -> 4'):
+        from_pretrained(REPO, zzz_rank=4)
+
+
+def test_attached_head(tmp_path):
+    model = timm_zzz.attach(timm.create_model('test_resnet', num_classes=5), rank=3, v_min=1e-3)
+    save_pretrained(model, tmp_path)
+    again = from_pretrained(tmp_path)
+    assert again.get_classifier().v_min == 1e-3
+    assert_same(again, model)
+
+
+def test_reset_and_resized_model(tmp_path):
+    model = timm.create_model('test_vit.zzz_r8', num_classes=5)
+    model.reset_classifier(7)
+    model.set_input_size(img_size=128)
+    save_pretrained(model, tmp_path)
+    assert_same(from_pretrained(tmp_path), model)
+
+
+def test_tied_and_channels_last_tensors(tmp_path):
+    model = create('in_chans').to(memory_format=torch.channels_last)
+    model.layer1[0].bn1.bias = model.layer1[0].bn2.bias
+    assert not all(tensor.is_contiguous() for tensor in model.state_dict().values())
+    save_pretrained(model, tmp_path)
+    assert_same(from_pretrained(tmp_path), model)
+    assert model.layer1[0].bn1.bias is model.layer1[0].bn2.bias
+
+
+def test_wrapped_and_non_finite(tmp_path):
+    model = create()
+    model.head.bias.data[:3] = torch.tensor([float('nan'), float('inf'), -float('inf')])
+    save_pretrained(torch.compile(model), tmp_path)
+    assert from_pretrained(tmp_path).head.bias.isnan().tolist() == [True, False, False, False, False]
+
+
+def test_label_names(hub):
+    push_to_hub(create(), REPO, label_names=['Käfer', 'b|c', '</script>', 'd', 'e'])
+    assert from_pretrained(REPO).pretrained_cfg['label_names'] == ['Käfer', 'b|c', '</script>', 'd', 'e']
+    push_to_hub(create(), REPO, label_names=dict(enumerate('abcde')))
+    assert timm.create_model(f'hf-hub:{REPO}').pretrained_cfg['label_names'] == list('abcde')
+    for wrong, what in [
+        (['a'], '1 names for 5 classes'),
+        ('abcde', 'one string per class'),
+        ([1, 2, 3, 4, 5], 'one string'),
+        ({1: 'a'}, 'keys 0, 1'),
+    ]:
+        with pytest.raises(ValueError, match=f'label_names: .*{what}'):
+            save_pretrained(create(), '.', label_names=wrong)
+
+
+def test_wrong_models(tmp_path):
+    with pytest.raises(ValueError, match='ResNet has no ZZZ head'):
+        save_pretrained(timm.create_model('test_resnet'), tmp_path)
+    with pytest.raises(ValueError, match='made by timm.create_model'):
+        save_pretrained(torch.nn.Linear(2, 2), tmp_path)
+    model = create()
+    model.head = torch.nn.Linear(64, 5)
+    with pytest.raises(ValueError, match='replaced by Linear'):
+        save_pretrained(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_changed_by_hand_is_not_saved(hub, tmp_path):
+    model = create()
+    model.blocks = model.blocks[:1]
+    with pytest.raises(CheckpointError, match='model_args'):
+        push_to_hub(model, REPO)
+    assert not hub.exists(REPO)
+    with pytest.raises(CheckpointError):
+        save_pretrained(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_that_a_config_may_not_hold_are_not_saved(tmp_path):
+    with pytest.raises(ConfigError, match='model_args: depth is not allowed'):
+        save_pretrained(timm.create_model('test_vit.zzz_r8', num_classes=5, depth=2), tmp_path)
+
+
+# --- where it is ------------------------------------------------------------------------------------------------------
+
+
+def test_revisions(hub):
+    api = HfApi()
+    models = [create() for _ in range(3)]
+    first = push_to_hub(models[0], REPO)
+    api.create_tag(REPO, tag='v1')
+    api.create_branch(REPO, branch='next')
+    push_to_hub(models[1], REPO, revision='next')
+    request = push_to_hub(models[2], REPO, create_pr=True)
+    assert request.pr_url and request.pr_revision == 'refs/pr/1'
+    for revision, model in {
+        None: models[0],
+        'v1': models[0],
+        first.oid: models[0],
+        'next': models[1],
+        'refs/pr/1': models[2],
+    }.items():
+        assert torch.equal(from_pretrained(REPO, revision=revision).head.A, model.head.A)
+    assert torch.equal(from_pretrained(f'hf-hub:{REPO}@next').head.A, models[1].head.A)
+    assert torch.equal(timm.create_model(f'hf-hub:{REPO}@next', pretrained=True).head.A, models[1].head.A)
+    assert from_pretrained(REPO).pretrained_cfg['hf_hub_id'] == f'{REPO}@{first.oid}'
+    with pytest.raises(ValueError, match='revision'):
+        from_pretrained(f'{REPO}@next', revision='v1')
+    with pytest.raises(NotFoundError, match=f'{REPO} has no revision v2'):
+        from_pretrained(REPO, revision='v2')
+    with pytest.raises(NotFoundError, match='has no revision nowhere'):
+        push_to_hub(models[0], REPO, revision='nowhere')
+
+
+def test_private_repository(hub, monkeypatch):
+    model = create()
+    push_to_hub(model, REPO, private=True)
+    assert_same(from_pretrained(REPO, token='hf_owner'), model)
+    monkeypatch.delenv('HF_TOKEN')
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', f'{constants.HF_HUB_CACHE}-2')
+    for token in (None, False, 'hf_guest'):
+        with pytest.raises(NotFoundError, match='private: check the name, or pass a token') as e:
+            from_pretrained(REPO, token=token)
+        assert isinstance(e.value.__cause__, hub_errors.RepositoryNotFoundError)
+
+
+def test_cache_folder_and_offline(hub, tmp_path, run):
+    model = create()
+    push_to_hub(model, REPO)
+    from_pretrained(REPO, cache_dir=tmp_path / 'mine')
+    assert not (tmp_path / 'cache').exists()
+    seen = len(hub.requests)
+    assert_same(from_pretrained(REPO, cache_dir=tmp_path / 'mine', local_files_only=True), model)
+    assert len(hub.requests) == seen
+    with pytest.raises(UnavailableError, match='cache has no config.json'):
+        from_pretrained(REPO, local_files_only=True)
+
+    script = f"""
+import timm_zzz
+timm_zzz.from_pretrained({REPO!r}, cache_dir='mine')
+timm_zzz.from_pretrained({REPO!r}, cache_dir='empty')
+"""
+    result = run('-c', script, env={'HF_HUB_OFFLINE': '1'}, check=False)
+    assert 'UnavailableError: owner/birds-zzz: the Hub is offline' in result.stderr
+    assert len(hub.requests) == seen
+
+
+def test_readme_of_the_repository_stays(hub):
+    push_to_hub(create(), REPO)
+    hub.commit(REPO, {'README.md': b'---\nlicense: mit\n---\nmine'})
+    push_to_hub(create(), REPO)
+    assert hub.files(REPO)['README.md'].endswith(b'mine')
+    push_to_hub(create(), REPO, card='---\nlicense: mit\n---\nnew')
+    assert hub.files(REPO)['README.md'].endswith(b'new')
+
+
+def test_further_files(hub, tmp_path):
+    (tmp_path / 'x').write_text('1')
+    push_to_hub(create(), REPO, files={'train/args.yaml': tmp_path / 'x'})
+    assert hub.files(REPO)['train/args.yaml'] == b'1'
+    assert set(hub.files(REPO)) >= {'README.md', 'config.json', 'model.safetensors'}
+    for name in ('config.json', '/etc/x', '../x'):
+        with pytest.raises(ValueError, match='files: '):
+            push_to_hub(create(), REPO, files={name: tmp_path / 'x'})
+
+
+def test_without_the_plugin_it_fails_by_name(hub, run):
+    push_to_hub(create(), REPO)
+    script = f"""
+import timm
+for pretrained in (True, False):
+    try:
+        timm.create_model('hf-hub:{REPO}', pretrained=pretrained)
+    except Exception as e:
+        print(e)
+"""
+    lines = run('-c', script).stdout.splitlines()
+    assert len(lines) == 2 and all('zzz_' in line for line in lines)
+
+
+def test_xet(hub, run, tmp_path):
+    """The storage that the client prefers on x86-64, with its chunks on the local disk."""
+    pytest.importorskip('hf_xet')
+    hub.xet_dir = tmp_path / 'xet'
+    script = f"""
+import timm, torch, timm_zzz
+model = timm.create_model('test_vit.zzz_r8', num_classes=5)
+timm_zzz.push_to_hub(model, {REPO!r})
+again = timm_zzz.from_pretrained({REPO!r})
+assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+"""
+    run('-c', script, env={'HF_HUB_DISABLE_XET': '0'})
+    assert any('xet-write-token' in request.path for request in hub.requests)
+    assert any('xet-read-token' in request.path for request in hub.requests)
+    assert not any(request.path.startswith('/storage/') for request in hub.requests)
+
+
+# --- the table of failures --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pushed(hub, no_waiting):
+    """A repository with a model in it."""
+    push_to_hub(create(), REPO)
+    return hub
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """The client's pauses between its attempts take no time."""
+    monkeypatch.setattr('huggingface_hub.utils._http.time.sleep', lambda seconds: None)
+
+
+def test_missing_repository(hub):
+    with pytest.raises(NotFoundError, match='owner/nothing: no such repository, or it is private.*pass a token'):
+        from_pretrained('owner/nothing')
+
+
+def test_malformed_names(hub, tmp_path):
+    with pytest.raises(ValueError):
+        from_pretrained('a/b/c')
+    with pytest.raises(ValueError):
+        push_to_hub(create(), 'a b')
+    for place in (f'local-dir:{tmp_path}/no', tmp_path / 'no'):
+        with pytest.raises(NotFoundError, match='no such folder'):
+            from_pretrained(place)
+    with pytest.raises(NotFoundError, match='has no config.json'):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize('what', ['bad token', 'gated', 'disabled'])
+def test_no_access(pushed, what, monkeypatch):
+    if what == 'bad token':
+        pushed.fault('/resolve/', 'status', status=401, message='Invalid credentials in Authorization header')
+    else:
+        pushed.add_repo('other/repo', pushed.files(REPO), **{what: True})
+    with pytest.raises(AccessError, match='token' if what == 'bad token' else what) as e:
+        from_pretrained(REPO if what == 'bad token' else 'other/repo')
+    assert isinstance(e.value.__cause__, (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError))
+
+
+def test_no_right_to_push(pushed):
+    for repo_id, token in (('other/new', 'hf_owner'), (REPO, 'hf_guest'), ('owner/new', 'hf_nobody')):
+        with pytest.raises(AccessError, match='no right to do this') as e:
+            push_to_hub(create(), repo_id, token=token)
+        assert isinstance(e.value.__cause__, hub_errors.HfHubHTTPError)
+    assert not pushed.exists('other/new') and not pushed.exists('owner/new')
+    assert 'hf_guest' not in str(e.value)
+
+
+def test_no_weights(pushed):
+    pushed.commit(REPO, {'pytorch_model.bin': b'pickle'}, delete=['model.safetensors'])
+    with pytest.raises(NotFoundError, match='has no model.safetensors: only safetensors'):
+        from_pretrained(REPO)
+
+
+@pytest.mark.parametrize('match', ['config.json', 'model.safetensors', '/storage/'])
+@pytest.mark.parametrize('fault', ['drop', 'status', 'refused'])
+def test_unavailable(pushed, fault, match, monkeypatch):
+    if fault == 'refused':
+        monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
+        monkeypatch.setattr(
+            constants, 'HUGGINGFACE_CO_URL_TEMPLATE', 'http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}'
+        )
+    else:
+        pushed.fault(match, fault, **(dict(status=503) if fault == 'status' else {}))
+    with pytest.raises(UnavailableError) as e:
+        from_pretrained(REPO)
+    assert e.value.__cause__ is not None
+
+
+@pytest.mark.parametrize('fault', ['drop', 'status', 'truncate'])
+def test_a_warm_cache_still_works(pushed, fault):
+    model = from_pretrained(REPO)
+    pushed.fault('.', fault, **(dict(status=500) if fault == 'status' else {}))
+    assert_same(from_pretrained(REPO), model)
+
+
+def test_a_passing_fault_is_tried_again(pushed):
+    pushed.fault('/storage/', 'drop', times=1)
+    pushed.fault('/storage/', 'truncate', times=1)
+    from_pretrained(REPO)
+
+
+def test_slow_hub(pushed):
+    pushed.fault('config.json', 'slow', delay=0.3)
+    from_pretrained(REPO)
+
+
+@pytest.mark.parametrize('fault', ['flip', 'garbage'])
+def test_wrong_bytes_are_refused_and_dropped_from_the_cache(pushed, fault):
+    pushed.fault('/storage/', fault, times=1)
+    with pytest.raises(CheckpointError, match='dropped from the cache') as e:
+        from_pretrained(REPO)
+    assert ('SHA-256' if fault == 'flip' else 'not a complete safetensors file') in str(e.value)
+    from_pretrained(REPO)
+
+
+@pytest.mark.parametrize('cut', [0, 1, 4, 100, -1])
+def test_truncated_file_in_the_repository(pushed, cut):
+    data = pushed.files(REPO)['model.safetensors']
+    pushed.commit(REPO, {'model.safetensors': data[:cut]})
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match='not a complete safetensors file'):
+            from_pretrained(REPO)
+
+
+@pytest.mark.parametrize('size', [2**40, 2**64 - 1])
+def test_absurd_header_length(pushed, size):
+    data = pushed.files(REPO)['model.safetensors']
+    pushed.commit(REPO, {'model.safetensors': struct.pack('<Q', size) + data[8:]})
+    with pytest.raises(CheckpointError, match='not a complete safetensors file'):
+        from_pretrained(REPO)
+
+
+def test_never_a_pickle(pushed):
+    pushed.commit(REPO, {'pytorch_model.bin': b'a pickle'})
+    pushed.fault('model.safetensors', 'status', status=403)
+    with pytest.raises(AccessError):
+        from_pretrained(REPO)
+    assert not any('pytorch_model.bin' in request.path and request.method != 'POST' for request in pushed.requests)
+    push_to_hub(create(), 'owner/other')
+    assert not any(name.endswith('.bin') for name in pushed.files('owner/other'))
+
+
+def test_config_and_weights_are_of_one_commit(pushed, monkeypatch):
+    first = from_pretrained(REPO)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', f'{constants.HF_HUB_CACHE}-2')
+    download, names = hub.hf_hub_download, []
+
+    def push_in_between(repo_id, filename, **kwargs):
+        path = download(repo_id, filename, **kwargs)
+        if not names:
+            push_to_hub(create(), REPO)
+        names.append(filename)
+        return path
+
+    monkeypatch.setattr(hub, 'hf_hub_download', push_in_between)
+    assert torch.equal(from_pretrained(REPO).head.A, first.head.A)
+    assert names == ['config.json', 'model.safetensors']
+
+
+def test_the_token_stays_with_the_hub(pushed):
+    pushed.redirect_storage = True
+    from_pretrained(REPO)
+    elsewhere = [request for request in pushed.requests if request.origin == 'other']
+    assert elsewhere and not any('authorization' in request.headers for request in elsewhere)
+    assert any('authorization' in request.headers for request in pushed.requests)
+
+
+def edit(hub, change):
+    config = json.loads(hub.files(REPO)['config.json'])
+    change(config)
+    hub.commit(REPO, {'config.json': json.dumps(config).encode()})
+
+
+CONFIGS = {
+    'architecture': (lambda c: c.update(architecture='os.system'), 'timm knows no'),
+    'architecture with a tag': (lambda c: c.update(architecture='test_vit.zzz_r8'), 'timm knows no'),
+    'another architecture': (lambda c: c.update(architecture='test_resnet'), 'img_size|does not describe'),
+    'no architecture': (lambda c: c.pop('architecture'), 'timm knows no None'),
+    'unknown key': (lambda c: c.update(auto_map={}), 'unknown keys auto_map'),
+    'model_args': (lambda c: c.update(model_args=[]), 'model_args: expected an object'),
+    'features_only': (lambda c: c['model_args'].update(features_only=True), 'features_only is not allowed'),
+    'device': (lambda c: c['model_args'].update(device='meta'), 'device is not allowed'),
+    'depth': (lambda c: c['model_args'].update(depth=10**6), 'depth is not allowed'),
+    'checkpoint_path': (lambda c: c['model_args'].update(checkpoint_path='/x'), 'checkpoint_path is not allowed'),
+    'a size': (lambda c: c['model_args'].update(img_size=10**9), 'img_size: expected at most'),
+    'a value': (lambda c: c['model_args'].update(act_layer={'a': 1}), 'act_layer: got'),
+    'a long list': (lambda c: c['model_args'].update(img_size=[1] * 99), 'img_size: got'),
+    'not finite': (lambda c: c['model_args'].update(zzz_v_min=float('inf')), 'zzz_v_min: expected at most'),
+    'too many classes': (
+        lambda c: [d.update(num_classes=10**6 + 1) for d in (c, c['model_args'], c['pretrained_cfg'])],
+        'num_classes: expected',
+    ),
+    'different classes': (lambda c: c.update(num_classes=6), 'num_classes: expected one number'),
+    'rank above d': (lambda c: c['model_args'].update(zzz_rank=65), 'rank: expected 0 <= rank <= feat_dim = 64'),
+    'rank below 0': (lambda c: c['model_args'].update(zzz_rank=-1), 'zzz_rank: expected an int >= 0'),
+    'no head': (
+        lambda c: (c['model_args'].pop('zzz_rank'), c['pretrained_cfg'].update(tag='r160_in1k')),
+        'no zzz_rank: not a model with a ZZZ head',
+    ),
+    'weights from elsewhere': (lambda c: c['pretrained_cfg'].update(url='http://x'), 'url would take the weights'),
+    'custom_load': (lambda c: c['pretrained_cfg'].update(custom_load=True), 'custom_load would take'),
+    'unknown cfg key': (lambda c: c['pretrained_cfg'].update(x=1), 'pretrained_cfg: unknown keys x'),
+    'input_size': (lambda c: c['pretrained_cfg'].update(input_size=[3, 10**9, 1]), 'input_size: expected three'),
+    'digest': (lambda c: c['timm_zzz'].update(weights_sha256='x'), 'weights_sha256: got'),
+    'labels': (lambda c: c.update(label_names='x'), 'label_names: got'),
+    'cfg': (lambda c: c.update(pretrained_cfg=1), 'not a config.json of timm'),
+}
+
+
+@pytest.mark.parametrize('case', CONFIGS)
+def test_configs_that_are_refused(pushed, case):
+    change, what = CONFIGS[case]
+    edit(pushed, change)
+    with pytest.raises(ConfigError, match=what):
+        from_pretrained(REPO)
+
+
+@pytest.mark.parametrize('text', [b'', b'{', b'[1]', b'\xff', b'[' * 100_000])
+def test_configs_that_are_not_json(pushed, text):
+    pushed.commit(REPO, {'config.json': text})
+    with pytest.raises(ConfigError, match='not a '):
+        from_pretrained(REPO)
+
+
+@pytest.mark.parametrize('key, value', [('num_classes', 10**6), ('zzz_rank', 64), ('reg_tokens', 9999)])
+def test_configs_that_do_not_fit_the_weights(pushed, key, value):
+    """Within the limits, but not what the file holds: refused before memory is taken."""
+
+    def change(config):
+        for place in (config, config['pretrained_cfg']) if key == 'num_classes' else ():
+            place[key] = value
+        config['model_args'][key] = value
+
+    edit(pushed, change)
+    with pytest.raises(CheckpointError, match='does not hold the model|values, the model'):
+        from_pretrained(REPO)
+
+
+def test_weights_of_another_model(pushed, tmp_path):
+    save_file({'x': torch.zeros(3)}, tmp_path / 'model.safetensors')
+    pushed.commit(REPO, {'model.safetensors': (tmp_path / 'model.safetensors').read_bytes()})
+    with pytest.raises(CheckpointError, match='no head'):
+        from_pretrained(REPO)
+
+
+def test_local_folder_is_checked_too(tmp_path):
+    save_pretrained(create(), tmp_path)
+    state = load_file(tmp_path / 'model.safetensors')
+    state['head.bias'] += 1
+    save_file(state, tmp_path / 'model.safetensors')
+    with pytest.raises(CheckpointError, match='SHA-256') as e:
+        from_pretrained(tmp_path)
+    assert 'cache' not in str(e.value) and (tmp_path / 'model.safetensors').exists()
+
+
+# --- failures while pushing -------------------------------------------------------------------------------------------
+
+
+def test_disk_full(hub, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    save_pretrained(create(), tmp_path / 'folder')
+    before = (tmp_path / 'folder' / 'config.json').read_bytes()
+    monkeypatch.setattr('safetensors.torch.save_file', full)
+    with pytest.raises(OSError, match='No space left'):
+        push_to_hub(create(), REPO)
+    assert not hub.exists(REPO) and not hub.requests
+    with pytest.raises(OSError, match='No space left'):
+        save_pretrained(create(), tmp_path / 'folder')
+    assert (tmp_path / 'folder' / 'config.json').read_bytes() == before
+    assert {path.name for path in (tmp_path / 'folder').iterdir()} == {'config.json', 'model.safetensors'}
+    from_pretrained(tmp_path / 'folder')
+
+
+def test_wrong_bytes_on_the_local_disk(hub, monkeypatch):
+    write = save_file
+
+    def flip(tensors, path, *args, **kwargs):
+        write(tensors, path, *args, **kwargs)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr('safetensors.torch.save_file', flip)
+    with pytest.raises(CheckpointError, match='differs from the saved model in'):
+        push_to_hub(create(), REPO)
+    assert not hub.exists(REPO)
+
+
+@pytest.mark.parametrize('match', ['/api/repos/create', '/preupload/', '/objects/batch', '/storage/', '/commit/'])
+def test_failures_while_pushing(hub, no_waiting, match):
+    for fault in ('drop', 'status', 'garbage'):
+        if fault == 'garbage' and match == '/storage/':
+            continue  # its answer has no content
+        hub.fault(match, fault, **(dict(status=500) if fault == 'status' else {}))
+        with pytest.raises(UnavailableError):
+            push_to_hub(create(), REPO)
+        hub.reset()
+    push_to_hub(create(), REPO)  # and again without
+    from_pretrained(REPO)
+
+
+def test_invalid_card_creates_nothing(hub):
+    with pytest.raises(ValueError):
+        push_to_hub(create(), REPO, card='---\nlicense: [1, 2]\n---\n')
+    assert not hub.exists(REPO)
+
+
+def test_errors_are_few():
+    for error in (AccessError, CheckpointError, ConfigError, NotFoundError, UnavailableError):
+        assert issubclass(error, HubError) and error.__doc__
+    assert set(timm_zzz.errors.__all__) == {
+        'HubError',
+        'AccessError',
+        'CheckpointError',
+        'ConfigError',
+        'NotFoundError',
+        'UnavailableError',
+    }

@@ -1,0 +1,194 @@
+"""``python -m timm_zzz push`` on what train.py writes; test_end_to_end.py does the same after the real train.py."""
+
+import argparse
+
+import pytest
+import timm
+import timm.utils
+import torch
+import yaml
+
+from timm_zzz import from_pretrained
+from timm_zzz.push import load_run, main, public_args
+
+REPO = 'owner/beetles-zzz'
+
+
+def write_run(folder, beetles, *, model='test_resnet.zzz_r4', ema=False, top1=91.0, logged=None, **kwargs):
+    """What train.py leaves in its output folder, by timm's own saver."""
+    folder.mkdir()
+    args = dict(
+        model=model,
+        num_classes=12,
+        pretrained=True,
+        data_dir=str(beetles),
+        val_split='validation',
+        opt='adamw',
+        lr=1e-3,
+        eval_metric='top1',
+        model_ema=ema,
+        model_kwargs={},
+        img_size=None,
+        mean=[0.5] * kwargs.get('in_chans', 3),
+        output=str(folder.parent),
+    )
+    args.update(kwargs)
+    trained = timm.create_model(model, num_classes=12, **args['model_kwargs'])
+    averaged = timm.create_model(model, num_classes=12, **args['model_kwargs'])
+    saver = timm.utils.CheckpointSaver(
+        trained,
+        torch.optim.SGD(trained.parameters(), 0.1),
+        args=argparse.Namespace(**args),
+        model_ema=averaged if ema else None,
+        checkpoint_dir=str(folder),
+        recovery_dir=str(folder),
+    )
+    for epoch, value in enumerate([50.0, top1]):
+        timm.utils.update_summary(
+            epoch,
+            {'loss': 1.0},
+            {'loss': 0.5, 'top1': logged or value, 'top5': 99.0},
+            str(folder / 'summary.csv'),
+            lr=0.1,
+        )
+        saver.save_checkpoint(epoch, metric=value)
+    (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    return trained, averaged
+
+
+def test_push(hub, tmp_path, beetles, capsys):
+    trained, _ = write_run(tmp_path / 'run', beetles)
+    (tmp_path / 'mine.yaml').write_text('lr: 1.0e-3\n')
+    main([str(tmp_path / 'run'), REPO, '--data-dir', str(beetles), '--recipe', str(tmp_path / 'mine.yaml')])
+    out = capsys.readouterr()
+    assert '/commit/' in out.out and 'No result' not in out.err
+    files = hub.files(REPO)
+    assert {'README.md', 'args.yaml', 'config.json', 'model.safetensors', 'recipe.yaml', 'summary.csv'} <= set(files)
+    again = from_pretrained(REPO)
+    assert torch.equal(again.get_classifier().A, trained.get_classifier().A)
+    assert again.pretrained_cfg['mean'] == [0.5, 0.5, 0.5]
+    assert again.pretrained_cfg['label_names'] == sorted(path.name for path in (beetles / 'train').iterdir())
+    card = files['README.md'].decode()
+    assert '| validation | 91.0 |' in card and 'value: 91.0' in card
+    assert 'base_model: timm/test_resnet.r160_in1k' in card and 'license: apache-2.0' in card
+    assert str(tmp_path).encode() not in files['args.yaml'] and str(beetles).encode() not in files['args.yaml']
+    assert yaml.safe_load(files['args.yaml'])['data_dir'] == beetles.name
+
+
+def test_averaged_weights(hub, tmp_path, beetles, capsys):
+    trained, averaged = write_run(tmp_path / 'run', beetles, ema=True)
+    checkpoint = str(tmp_path / 'run' / 'last.pth.tar')
+    main([checkpoint, REPO, '--use-ema'])
+    assert torch.equal(from_pretrained(REPO).get_classifier().A, averaged.get_classifier().A)
+    assert 'value: 91.0' in hub.files(REPO)['README.md'].decode()
+    main([checkpoint, 'owner/raw'])
+    assert torch.equal(from_pretrained('owner/raw').get_classifier().A, trained.get_classifier().A)
+    assert 'Not measured' in hub.files('owner/raw')['README.md'].decode()
+    assert 'accuracy of the averaged weights, not of those pushed' in capsys.readouterr().err
+
+
+def test_class_map(hub, tmp_path, beetles):
+    write_run(tmp_path / 'run', beetles)
+    names = [path.name for path in sorted((beetles / 'train').iterdir(), reverse=True)]
+    (tmp_path / 'classes.txt').write_text('\n'.join(names) + '\n')
+    for extra in ([], ['--data-dir', str(beetles)]):
+        main([str(tmp_path / 'run'), REPO, '--class-map', str(tmp_path / 'classes.txt'), *extra])
+        assert from_pretrained(REPO).pretrained_cfg['label_names'] == names
+
+
+def test_output_folder_pushes_nothing(hub, tmp_path, beetles, capsys):
+    write_run(tmp_path / 'run', beetles)
+    main([str(tmp_path / 'run'), REPO, '--output', str(tmp_path / 'out')])
+    assert capsys.readouterr().out.strip() == str(tmp_path / 'out')
+    assert {'README.md', 'args.yaml', 'config.json', 'model.safetensors', 'summary.csv'} == {
+        path.name for path in (tmp_path / 'out').iterdir()
+    }
+    from_pretrained(tmp_path / 'out')
+    assert not hub.requests
+
+
+@pytest.mark.parametrize('kwargs', [dict(model_kwargs=dict(img_size=96)), dict(img_size=96), dict(in_chans=1)])
+def test_input_as_trained(hub, tmp_path, beetles, kwargs):
+    size = {k: v for k, v in kwargs.items() if k != 'model_kwargs'}
+    built = {**size, **kwargs.get('model_kwargs', {})}
+    write_run(tmp_path / 'run', beetles, model='test_vit.zzz_r4', **{**kwargs, 'model_kwargs': built})
+    checkpoint = tmp_path / 'run' / 'last.pth.tar'
+    saved = torch.load(checkpoint, weights_only=False)
+    saved['args'].model_kwargs = kwargs.get('model_kwargs', {})
+    torch.save(saved, checkpoint)
+    run = load_run(checkpoint)
+    assert run.model.patch_embed.img_size == ((96, 96) if 'img_size' in built else (160, 160))
+    main([str(checkpoint), REPO])
+    expected = timm.data.resolve_input_data_config(run.model, run.data_config)
+    config = timm.data.resolve_model_data_config(from_pretrained(REPO))
+    assert config['input_size'] == expected['input_size'] and expected['input_size'][0] == built.get('in_chans', 3)
+
+
+def fails(capsys, what, *arguments):
+    with pytest.raises(SystemExit) as e:
+        main([*map(str, arguments)])
+    assert e.value.code == 1
+    err = capsys.readouterr().err
+    assert what in err and 'timm_zzz: error: ' in err and 'Traceback' not in err, err
+
+
+def test_mistakes(hub, tmp_path, beetles, capsys):
+    write_run(tmp_path / 'run', beetles)
+    run = tmp_path / 'run'
+    fails(capsys, 'no such checkpoint', tmp_path / 'nothing.pth.tar', REPO)
+    (tmp_path / 'x.pth.tar').write_text('not a checkpoint')
+    fails(capsys, "can't be read as a checkpoint", tmp_path / 'x.pth.tar', REPO)
+    torch.save({'a': 1}, tmp_path / 'x.pth.tar')
+    fails(capsys, 'it has no state_dict', tmp_path / 'x.pth.tar', REPO)
+    fails(capsys, 'has no averaged weights', run, REPO, '--use-ema')
+    fails(capsys, 'expected a .txt file', run, REPO, '--class-map', tmp_path / 'no.pkl')
+    (tmp_path / 'two.txt').write_text('a\nb\n')
+    fails(capsys, '2 names for 12 classes', run, REPO, '--class-map', tmp_path / 'two.txt')
+    fails(capsys, '--data-dir: no such folder', run, REPO, '--data-dir', tmp_path / 'no')
+    fails(capsys, 'is not an ImageFolder', run, REPO, '--data-dir', tmp_path / 'run')
+    fails(capsys, '--recipe: no such file', run, REPO, '--recipe', tmp_path / 'no.yaml')
+    fails(capsys, 'no right to do this', run, 'other/x')
+    fails(capsys, 'does not fit test_vit.zzz_r4', run, REPO, '--model', 'test_vit.zzz_r4')
+    fails(capsys, 'has no ZZZ head', run, REPO, '--model', 'test_resnet')
+    torch.save({'state_dict': timm.create_model('test_resnet').state_dict()}, tmp_path / 'x.pth.tar')
+    fails(capsys, '--model: neither', tmp_path / 'x.pth.tar', REPO)
+    fails(capsys, 'the checkpoint has no ZZZ head', tmp_path / 'x.pth.tar', REPO, '--model', 'test_resnet.zzz_r4')
+    assert not hub.exists(REPO)
+
+
+def test_a_pickle_with_code_does_not_run(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath('ran').touch, ())
+
+    torch.save({'state_dict': Evil()}, tmp_path / 'x.pth.tar')
+    fails(capsys, "can't be read", tmp_path / 'x.pth.tar', REPO)
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize(
+    'change, note',
+    [
+        (dict(logged=12.0), 'summary.csv is of another run'),
+        (dict(val_split=''), 'no validation split'),
+    ],
+)
+def test_no_result_that_was_not_measured(hub, tmp_path, beetles, capsys, change, note):
+    write_run(tmp_path / 'run', beetles, **change)
+    main([str(tmp_path / 'run'), REPO, '--data-dir', str(beetles)])
+    assert note in capsys.readouterr().err and 'Not measured' in hub.files(REPO)['README.md'].decode()
+
+
+def test_no_summary(hub, tmp_path, beetles, capsys):
+    write_run(tmp_path / 'run', beetles)
+    (tmp_path / 'run' / 'summary.csv').unlink()
+    main([str(tmp_path / 'run'), REPO])
+    assert 'no summary.csv' in capsys.readouterr().err
+    assert 'Not measured' in hub.files(REPO)['README.md'].decode() and 'summary.csv' not in hub.files(REPO)
+
+
+def test_public_args(tmp_path):
+    args = dict(a='/home/me/data/birds/', b=[str(tmp_path)], c={'d': '/x/y.pth'}, e='adamw', f='hfds/org/set', g=None)
+    assert yaml.safe_load(public_args(args)) == dict(
+        a='birds', b=[tmp_path.name], c={'d': 'y.pth'}, e='adamw', f='hfds/org/set', g=None
+    )

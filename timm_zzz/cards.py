@@ -1,0 +1,182 @@
+"""Model cards for the Hugging Face Hub: the facts about a model, put into ``hub_cards/template.md.jinja``.
+
+``python -m timm_zzz.cards FACTS.yaml ...`` writes the card of a variant beside the file with its facts.
+"""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, cast
+
+import timm
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
+from timm.data import resolve_input_data_config
+from torch import nn
+
+from .attach import find_classifiers
+from .head import ZZZHead
+from .resources import data_files
+
+__all__ = ['model_card', 'top1']
+
+TASK = 'image-classification'
+FEATURES = 'image-feature-extraction'
+
+
+def top1(value: float, dataset: str, split: Optional[str] = None, *, metric_name: str = 'Top-1 accuracy') -> EvalResult:
+    """A top-1 accuracy in percent as the EvalResult that :func:`model_card` takes."""
+    return EvalResult(
+        task_type=TASK,
+        task_name='Image classification',
+        dataset_type=_identifier(dataset),
+        dataset_name=dataset,
+        dataset_split=split,
+        metric_type='accuracy',
+        metric_name=metric_name,
+        metric_value=value,
+    )
+
+
+def model_card(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    results: Sequence[EvalResult] = (),
+    results_command: Optional[str] = None,
+    training: Optional[str] = None,
+    license: Optional[str] = None,
+    base_model: Optional[str] = None,
+    backbone: Optional[str] = None,
+    datasets: Sequence[str] = (),
+    published: bool = True,
+) -> ModelCard:
+    """The card of a model with a ZZZ head. It states what it is given and leaves open what it is not.
+
+    Args:
+        model: A model with a ZZZ head, or one without classifier (``num_classes=0``); may be on the meta device.
+        repo_id: ``user/name`` of the repository, for the usage example.
+        results: What was measured, e.g. by :func:`top1`; values are numbers.
+        results_command: The commands that measured the results, with hardware and versions; required with results.
+        training: How the model was trained, in Markdown.
+        license: Licence of the weights, a Hub identifier such as ``apache-2.0``; ``unknown`` if None.
+        base_model: Repository of the weights that training started from, e.g. ``timm/resnet50.a1_in1k``.
+        backbone: Where those weights come from, if not from a repository on the Hub.
+        datasets: Data sets on the Hub that the model was trained on, as their ids.
+        published: False for a card that is written before the weights are on the Hub; it then says so.
+
+    Returns:
+        The card; ``str(card)`` is the README.md, ``card.save(path)`` writes it, ``card.validate()`` asks the Hub.
+
+    Raises:
+        ValueError: For results without the command that measured them, a value that is not a number, or a malformed
+            repository id.
+    """
+    validate_repo_id(repo_id)
+    if results and not results_command:
+        raise ValueError('results_command: results need the command that measured them')
+    cfg: Dict[str, Any] = cast(Any, model).pretrained_cfg
+    heads = [head for head in find_classifiers(model).values() if isinstance(head, ZZZHead)]
+    title = repo_id.rpartition('/')[2]
+    for result in results:
+        if isinstance(result.metric_value, str):
+            raise ValueError(f'results: expected a number, got {result.metric_value!r}')
+        result.metric_value = round(float(result.metric_value), 4)  # YAML has no numpy scalars
+    data = ModelCardData(
+        library_name='timm',
+        pipeline_tag=TASK if heads else FEATURES,
+        license=license or 'unknown',
+        base_model=base_model,
+        datasets=list(datasets) or None,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        tags=['timm', 'timm_zzz'],
+        model_name=title if results else None,
+        eval_results=list(results) or None,
+    )
+    rows = [
+        dict(
+            metric=_escape(result.metric_name or result.metric_type),
+            dataset=_escape(result.dataset_name),
+            split=_escape(result.dataset_split or ''),
+            value=result.metric_value,
+        )
+        for result in results
+    ]
+    channels, *size = resolve_input_data_config(model)['input_size']
+    if base_model:
+        source = f'starting from [{base_model}](https://huggingface.co/{base_model})'
+    else:
+        source = _escape(backbone) if backbone else 'its starting weights are not recorded'
+    template = data_files('hub_cards', '.md.jinja')['template'].read_text(encoding='utf-8')
+    text = _template(template).render(
+        card_data=data.to_yaml(),
+        title=_escape(title),
+        published=published,
+        features=not heads,
+        architecture=cfg['architecture'],
+        backbone=source,
+        license_text=_escape(license) if license else "not recorded: see the backbone's and the data's",
+        num_classes=heads[0].num_classes if heads else 0,
+        rank=heads[0].rank if heads else 0,
+        feat_dim=heads[0].feat_dim if heads else 0,
+        head_parameters=_count(*heads),
+        parameters=_count(model),
+        image_size=' x '.join(map(str, size)),
+        image_mode='RGB' if channels == 3 else 'L',
+        repo_literal=repr(repo_id),
+        hub_literal=repr(f'hf-hub:{repo_id}'),
+        results=rows,
+        results_command=_code_block(results_command or ''),
+        training=training,
+    )
+    return ModelCard(text)
+
+
+def _template(text: str) -> Any:
+    from jinja2 import Template  # a dependency of torch
+
+    return Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+
+
+def _count(*modules: nn.Module) -> str:
+    return f'{sum(p.numel() for module in modules for p in module.parameters()):,}'
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r'[^\w./-]+', '-', name).strip('-') or 'unknown'
+
+
+def _escape(text: str) -> str:
+    """Text as it stands, in one line of Markdown: no markup, HTML, link or table cell comes out of it."""
+    return re.sub(r'([\\`*_{}\[\]<>()#|~$&!])', r'\\\1', ' '.join(text.split()))
+
+
+def _code_block(text: str) -> str:
+    fence = max([2, *(len(run) for run in re.findall(r'`+', text))])
+    return f'{"`" * (fence + 1)}sh\n{text.strip()}\n{"`" * (fence + 1)}'
+
+
+def write_card(facts_file: Path) -> Path:
+    """Write the card of a variant beside the YAML file that holds its facts."""
+    facts: Dict[str, Any] = yaml.safe_load(facts_file.read_text(encoding='utf-8'))
+    with torch.device('meta'):
+        model = timm.create_model(facts.pop('model'), num_classes=facts.pop('num_classes'))
+    results = [top1(**result) for result in facts.pop('results', [])]
+    path = facts_file.with_suffix('.md')
+    model_card(model, facts.pop('repo_id'), results=results, **facts).save(path)
+    return path
+
+
+def main(arguments: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_zzz.cards', description='Write model cards beside the files with their facts.'
+    )
+    parser.add_argument('facts', nargs='+', type=Path, metavar='FACTS.yaml')
+    for facts in parser.parse_args(arguments).facts:
+        print(write_card(facts))
+
+
+if __name__ == '__main__':
+    main()
