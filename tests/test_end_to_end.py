@@ -9,7 +9,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from timm_zzz.__main__ import data_files
+from timm_zzz import from_pretrained
+from timm_zzz.resources import data_files
 
 
 def test_library_parts(beetles, tmp_path):
@@ -32,7 +33,7 @@ def backbone(tmp_path_factory):
     return file
 
 
-def test_real_scripts(timm_scripts, beetles, backbone, run, tmp_path):
+def test_real_scripts(hub, timm_scripts, beetles, backbone, run, tmp_path):
     for script in ('train.py', 'validate.py'):  # away from the clone, whose timm they would import
         shutil.copy(timm_scripts / script, tmp_path)
     recipe = data_files('hparams', '.yaml')['quickstart_mobilenetv2_100.zzz_r8']
@@ -52,3 +53,14 @@ def test_real_scripts(timm_scripts, beetles, backbone, run, tmp_path):
     run(*train, '--experiment', 'b', '--epochs', 3, '--resume', 'out/a/last.pth.tar')
     resumed = list(csv.DictReader((tmp_path / 'out/b/summary.csv').open()))
     assert [row['epoch'] for row in resumed] == ['2']
+
+    checkpoint = 'out/a/last.pth.tar'
+    push = ['-m', 'timm_zzz', 'push', checkpoint, 'owner/beetles', '--use-ema', '--data-dir', beetles]
+    run(*push, '--recipe', recipe)
+    model = from_pretrained('owner/beetles')
+    averaged = torch.load(tmp_path / checkpoint, weights_only=False)['state_dict_ema']
+    assert all(torch.equal(value, averaged[key]) for key, value in model.state_dict().items())
+    assert f'value: {round(float(rows[-1]["eval_top1"]), 4)}' in hub.files('owner/beetles')['README.md'].decode()
+    assert model.pretrained_cfg['label_names'] == sorted(path.name for path in (beetles / 'train').iterdir())
+    out = run(*validate, '--checkpoint', '', '--model', 'hf-hub:owner/beetles', '--pretrained').stdout
+    assert float(re.search(r'"top1": ([\d.]+)', out)[1]) == pytest.approx(top1, abs=1e-3)
