@@ -415,6 +415,13 @@ def test_wrong_bytes_are_refused_and_dropped_from_the_cache(pushed, fault):
     from_pretrained(REPO)
 
 
+def test_wrong_bytes_in_a_cache_of_others(pushed, monkeypatch):
+    pushed.fault('/storage/', 'flip', times=1)
+    monkeypatch.setattr(hub, '_drop', lambda path: (_ for _ in ()).throw(PermissionError(13, 'Permission denied')))
+    with pytest.raises(CheckpointError, match='still in the cache .*Permission denied'):
+        from_pretrained(REPO)
+
+
 @pytest.mark.parametrize('cut', [0, 1, 4, 100, -1])
 def test_truncated_file_in_the_repository(pushed, cut):
     data = pushed.files(REPO)['model.safetensors']
@@ -604,8 +611,9 @@ def test_failures_while_pushing(hub, no_waiting, match):
 
 
 def test_invalid_card_creates_nothing(hub):
-    with pytest.raises(ValueError):
-        push_to_hub(create(), REPO, card='---\nlicense: [1, 2]\n---\n')
+    for card in ('---\nlicense: [1, 2]\n---\n', '---\na: [\n---\n'):
+        with pytest.raises(ValueError):
+            push_to_hub(create(), REPO, card=card)
     assert not hub.exists(REPO)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 import safetensors
 import timm
 import torch
+import yaml
 from huggingface_hub import CommitInfo, HfApi, ModelCard, hf_hub_download
 from huggingface_hub import errors as hub_errors
 from timm.utils import unwrap_model
@@ -154,7 +155,7 @@ def _check_equal(expected: Dict[str, Tensor], got: Dict[str, Tensor], what: str)
     different = sorted(expected.keys() ^ got.keys())
     for key in expected.keys() & got.keys():
         a, b = expected[key].detach().cpu(), got[key].detach().cpu()
-        # bfloat16 and float16 weights come back in the model's float32, which holds them exactly
+        # The model built again is in float32, whatever the dtype of the weights; the file is compared as it is.
         if a.shape != b.shape or not torch.equal(*(t.to(b.dtype).nan_to_num(0.0) for t in (a, b))):
             different.append(key)
         elif a.is_floating_point() and not torch.equal(a.isfinite(), b.isfinite()):
@@ -221,7 +222,10 @@ def push_to_hub(
                 raise ValueError(f'files: {name} is not a name for a further file')
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
-        new_card = model_card(unwrap_model(model), repo_id) if card is None else ModelCard(str(card))
+        try:
+            new_card = model_card(unwrap_model(model), repo_id) if card is None else ModelCard(str(card))
+        except yaml.YAMLError as e:
+            raise ValueError(f"card: its metadata can't be read: {e}") from e
         new_card.save(folder / 'README.md')
 
         api = HfApi(token=token, library_name='timm_zzz', library_version=__version__)
@@ -270,8 +274,8 @@ def from_pretrained(
             the weights as timm does.
 
     Returns:
-        The model in training mode, like ``create_model``: call ``.eval()`` to predict. Weights saved in 16 bits come
-        back in float32 unless ``dtype`` is given.
+        The model in training mode, like ``create_model``: call ``.eval()`` to predict. Weights come back in
+        float32, whatever they were saved in, unless ``dtype`` is given.
 
     Raises:
         NotFoundError: No such folder, repository, revision or file, or a private repository without a token for it.
@@ -316,8 +320,12 @@ def from_pretrained(
     try:
         model = _build(weights_file.parent, config, model_args)
     except Corrupt as e:
-        _drop(weights_file)
-        raise CheckpointError(f'{repo_id}: {e}. It was dropped from the cache: call again to download it.') from e
+        try:
+            _drop(weights_file)
+            advice = 'It was dropped from the cache: call again to download it.'
+        except OSError as not_dropped:  # a cache that others own
+            advice = f'It is still in the cache ({not_dropped}): delete it, or give another cache_dir.'
+        raise CheckpointError(f'{repo_id}: {e}. {advice}') from e
     cfg: Dict[str, Any] = cast(Any, model).pretrained_cfg
     cfg.pop('file', None)
     cfg.update(source='hf-hub', hf_hub_id=f'{repo_id}@{commit}')
