@@ -16,6 +16,7 @@ from timm.models import PretrainedCfg
 
 from .attach import HEAD_OPTIONS, OPTION_PREFIX, find_classifiers
 from .errors import CheckpointError, ConfigError
+from .registry import SOURCE_KEYS, TAG
 
 __all__ = ['check_weights', 'read_config', 'sha256', 'some', 'Corrupt', 'CONFIG', 'WEIGHTS', 'SECTION']
 
@@ -44,7 +45,6 @@ _MODEL_ARGS = frozenset(
 _CONFIG_KEYS = frozenset(
     'architecture num_classes num_features global_pool label_names label_descriptions model_args pretrained_cfg'.split()
 ) | {SECTION}
-_SOURCE_KEYS = frozenset('url file state_dict hf_hub_id hf_hub_filename source custom_load'.split())
 _CFG_KEYS = frozenset(f.name for f in fields(PretrainedCfg)) - {'architecture'}
 
 
@@ -84,20 +84,19 @@ def _check_config(config: Dict[str, Any]) -> None:
     if unknown:
         raise ValueError(f'model_args: {some(unknown)} is not allowed there')
     tag = cfg.get('tag')
-    if 'zzz_rank' not in args and not re.search(r'(^|\.)zzz_r\d+$', str(tag or '')):
+    if 'zzz_rank' not in args and not TAG.fullmatch(str(tag)):
         raise ValueError('no zzz_rank: not a model with a ZZZ head')
     for key, value in args.items():
         _check_value(f'model_args.{key}', value, MAX_CLASSES if key == 'num_classes' else _MAX_INT)
     unknown = sorted(map(str, cfg.keys() - _CFG_KEYS))
     if unknown:
         raise ValueError(f'pretrained_cfg: unknown keys {some(unknown)}')
-    sources = sorted(key for key in _SOURCE_KEYS if cfg.get(key))
+    sources = sorted(key for key in (*SOURCE_KEYS, 'custom_load') if cfg.get(key))
     if sources:
         raise ValueError(f'pretrained_cfg: {some(sources)} would take the weights from elsewhere')
     counts = {where.get('num_classes') for where in (config, cfg, args) if 'num_classes' in where}
     if len(counts) != 1 or not all(isinstance(n, int) and 0 <= n <= MAX_CLASSES for n in counts):
         raise ValueError(f'num_classes: expected one number between 0 and {MAX_CLASSES}, got {_short(sorted(counts))}')
-    size = cfg.get('input_size', (3, 224, 224))
     for key in ('input_size', 'test_input_size', 'min_input_size'):
         size = cfg.get(key)
         if size is not None and not (isinstance(size, list) and len(size) == 3 and all(_is_size(n) for n in size)):
@@ -161,9 +160,9 @@ def _check_shapes(folder: Path, config: Dict[str, Any], shapes: Dict[str, Tuple[
     except (TypeError, ValueError, RuntimeError, AssertionError) as e:
         raise ConfigError(f'{folder / CONFIG} does not describe a model: {e}') from e
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    if not hasattr(model, 'zzz_options') or config['num_classes'] and not find_classifiers(model):
-        raise ConfigError(f'{folder / CONFIG} describes a model without a ZZZ head')
     heads = tuple(f'{path}.' for path in find_classifiers(model))
+    if not hasattr(model, 'zzz_options') or config['num_classes'] and not heads:
+        raise ConfigError(f'{folder / CONFIG} describes a model without a ZZZ head')
     wrong = [
         f'{key} {list(shapes[key])}, expected {list(shape)}'
         for key, shape in expected.items()

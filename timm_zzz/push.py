@@ -15,6 +15,7 @@ import timm
 import yaml
 from huggingface_hub import EvalResult
 from timm.data import create_dataset
+from timm.models import clean_state_dict
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
@@ -70,12 +71,12 @@ def load_run(checkpoint: Path, *, use_ema: bool = False, model_name: Optional[st
     if not name:
         raise ValueError('--model: neither the checkpoint nor an args.yaml beside it names the model')
 
-    state = saved['state_dict_ema' if use_ema else 'state_dict']
+    state = clean_state_dict(saved['state_dict_ema' if use_ema else 'state_dict'])
     model = _build(name, args, state)
     if not hasattr(model, 'zzz_options'):
         raise ValueError(f'{name} has no ZZZ head: push it with timm.models.push_to_hf_hub')
     try:
-        timm.models.load_checkpoint(model, str(checkpoint), use_ema=use_ema)
+        model.load_state_dict(state)
     except RuntimeError as e:
         raise ValueError(f'{checkpoint} does not fit {name}: {e}') from e
     summary = checkpoint.with_name('summary.csv')

@@ -21,13 +21,13 @@ from torch import nn
 from .attach import HEAD_OPTIONS, OPTION_PREFIX, attach, find_classifiers
 from .pretrained import on_load
 
-__all__ = ['register', 'RANKS']
+__all__ = ['register', 'RANKS', 'SOURCE_KEYS', 'TAG']
 
 RANKS = (4, 8, 16)
 DEFAULT_RANK = 8
 
-_TAG = re.compile(r'(?:(?P<base>.+)\.)?zzz_r(?P<rank>0|[1-9]\d*)')
-_SOURCE_KEYS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'source')
+TAG = re.compile(r'(?:(?P<base>.+)\.)?zzz_r(?P<rank>0|[1-9]\d*)')
+SOURCE_KEYS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'source')
 # Layers between backbone and classifier that timm makes or leaves out by the kind of pooling
 _POOLING_LAYERS = ('fc_norm', 'attn_pool')
 
@@ -82,9 +82,9 @@ def _register(name: str, ranks: Sequence[int]) -> None:
         if not isinstance(cfg, DefaultCfg):  # the older form, one configuration per architecture
             cfg = default_cfgs[name] = DefaultCfg(tags=deque(['']), cfgs={'': PretrainedCfg(**cfg)})
         # The weights are the base tag's: list_pretrained stays as it was.
-        weightless: Dict[str, Any] = dict.fromkeys(_SOURCE_KEYS)
+        weightless: Dict[str, Any] = dict.fromkeys(SOURCE_KEYS)
         default = cfg.tags[0]
-        for tag in [tag for tag in cfg.tags if not _TAG.fullmatch(tag)]:
+        for tag in [tag for tag in cfg.tags if not TAG.fullmatch(tag)]:
             base_cfg = dataclasses.replace(cfg.cfgs[tag], **weightless)
             for zzz_tag in [f'{OPTION_PREFIX}r{rank}' for rank in ranks]:
                 for new in ([zzz_tag] if tag == default else []) + ([f'{tag}.{zzz_tag}'] if tag else []):
@@ -119,7 +119,7 @@ def _parse(name: str, kwargs: Dict[str, Any]) -> Optional[_Request]:
         )
     cfg = kwargs.get('pretrained_cfg')
     tag = cfg if isinstance(cfg, str) else cfg.get('tag') if isinstance(cfg, dict) else getattr(cfg, 'tag', None)
-    match = _TAG.fullmatch(tag or '')
+    match = TAG.fullmatch(tag or '')
     if match is None:
         if tag and tag.rpartition('.')[2].startswith(OPTION_PREFIX):
             raise ValueError(f'Invalid tag in {name}.{tag}: a ZZZ head is asked for as {name}.zzz_r{DEFAULT_RANK}')
@@ -158,10 +158,10 @@ def _base_cfg(name: str, cfg: Cfg, base_tag: Optional[str]) -> Cfg:
         return base_tag
     fields = dict(cfg) if isinstance(cfg, dict) else {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
     fields['tag'] = base_tag
-    if not any(fields.get(key) for key in _SOURCE_KEYS):
+    if not any(fields.get(key) for key in SOURCE_KEYS):
         base = get_pretrained_cfg(f'{name}.{base_tag}' if base_tag else name)
         if base is not None:
-            fields.update({key: getattr(base, key) for key in _SOURCE_KEYS})
+            fields.update({key: getattr(base, key) for key in SOURCE_KEYS})
     return fields
 
 
