@@ -4,61 +4,16 @@ import math
 
 import pytest
 import torch
-from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
+from oracles import dense_logits, low_rank_logits, make, parts, qr_basis, reference_logits
+from torch.distributions import LowRankMultivariateNormal
 from torch.nn import functional as F
 
+from timm_zzz import functional
 from timm_zzz.functional import log_density, normalize, orthonormal_basis, zzz_logits
 
 # (batch, classes, width, rank); rank None stands for the full width
 SHAPES = [(5, 4, 12, 0), (1, 3, 7, 1), (3, 1, 23, 4), (6, 7, 31, 8), (2, 5, 37, 16), (4, 3, 9, None), (2, 2, 1, 1)]
 TOLERANCE = {torch.float32: dict(rtol=2e-5, atol=2e-5), torch.float64: dict(rtol=1e-11, atol=1e-11)}
-
-
-def make(b, c, d, r, dtype=torch.float64):
-    r = d if r is None else r
-    tensors = [torch.randn(b, d), torch.randn(c, d), torch.randn(c)]
-    tensors += [torch.randn(c, d, r), torch.randn(c, r)] if r else [None, None]
-    tensors.append(torch.tensor(-1.0))
-    return [t if t is None else t.to(dtype) for t in tensors]
-
-
-def qr_basis(A):
-    Q, R = torch.linalg.qr(A)
-    return Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-
-
-def parts(f, weight, bias, A, v_raw, s2_raw, v_min=1e-4, s2_min=1e-4):
-    """x, mu, U, v, sigma2 by textbook routines."""
-    x = f / torch.linalg.norm(f, dim=-1, keepdim=True)
-    mu = weight / torch.linalg.norm(weight, dim=-1, keepdim=True)
-    U = weight.new_zeros(*weight.shape, 0) if A is None else qr_basis(A)
-    v = weight.new_zeros(len(weight), 0) if v_raw is None else F.softplus(v_raw) + v_min
-    return x, mu, U, v, F.softplus(s2_raw) + s2_min
-
-
-def dense_logits(*args):
-    """By dense covariance matrices and their Cholesky factors."""
-    x, mu, U, v, s2 = parts(*args)
-    d = x.shape[-1]
-    sigma = (U * v.unsqueeze(-2)) @ U.mT + s2 * torch.eye(d, dtype=x.dtype)
-    return MultivariateNormal(mu, sigma).log_prob(x.unsqueeze(-2)) + d / 2 * math.log(2 * math.pi) + args[2]
-
-
-def low_rank_logits(*args):
-    x, mu, U, v, s2 = parts(*args)
-    d = x.shape[-1]
-    density = LowRankMultivariateNormal(mu, U * v.sqrt().unsqueeze(-2), s2.expand(mu.shape))
-    return density.log_prob(x.unsqueeze(-2)) + d / 2 * math.log(2 * math.pi) + args[2]
-
-
-def reference_logits(f, weight, bias, A, v_raw, s2_raw):
-    """The straightforward code, which materialises delta and lets autocast have its way."""
-    x, mu, U, v, s2 = parts(f.float(), weight, bias, A, v_raw, s2_raw)
-    delta = x.unsqueeze(1) - mu
-    t = torch.einsum('bcd,cdr->bcr', delta, U)
-    a = 1 / s2
-    quadratic = a * delta.square().sum(-1) - a * a * (t.square() * (v / (1 + a * v))).sum(-1)
-    return -0.5 * (quadratic + x.shape[-1] * s2.log() + torch.log1p(a * v).sum(-1)) + bias
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
@@ -137,6 +92,110 @@ def test_basis_of_degenerate_matrices(kind):
     if kind != 'tiny':  # whose gradient is of the order 1e37 by right
         (basis * torch.randn_like(basis)).sum().backward()
         assert A.grad.isfinite().all()
+
+
+def conditioned(c, d, r, condition, dtype=torch.float32):
+    U, _, V = torch.linalg.svd(torch.randn(c, d, r, dtype=torch.float64), full_matrices=False)
+    return ((U * torch.logspace(0, -math.log10(condition), r, dtype=torch.float64)) @ V).to(dtype)
+
+
+def basis_and_gradient(A, direction):
+    A = A.detach().requires_grad_()
+    basis = orthonormal_basis(A)
+    return basis.detach(), torch.autograd.grad(basis, A, direction)[0]
+
+
+@pytest.fixture
+def without_gram_schmidt(monkeypatch):
+    monkeypatch.setattr(functional, '_gram_schmidt', lambda rows: pytest.fail('left the fast path'))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('condition', [1, 10, 200])
+def test_fast_path_is_lapacks_q_factor_with_its_gradient(condition, dtype, without_gram_schmidt):
+    A = conditioned(6, 50, 8, condition, dtype) * torch.logspace(-4, 4, 8, dtype=dtype)
+    direction = torch.randn(A.shape, dtype=dtype)
+    basis, grad = basis_and_gradient(A, direction)
+    A = A.double().requires_grad_()
+    expected = qr_basis(A)
+    (expected_grad,) = torch.autograd.grad(expected, A, direction.double())
+    eps = condition * (3e-6 if dtype == torch.float32 else 1e-13)
+    identity = torch.eye(8, dtype=dtype).expand(6, 8, 8)
+    torch.testing.assert_close(basis.mT @ basis, identity, rtol=0, atol=3e-6 if dtype == torch.float32 else 1e-14)
+    torch.testing.assert_close(basis.double(), expected, rtol=0, atol=eps)
+    error = (grad - expected_grad).norm(dim=1) / expected_grad.norm(dim=1)
+    assert error.max() < condition * eps
+
+
+def test_each_class_gets_what_it_gets_alone():
+    A = conditioned(12, 40, 5, 1)
+    A[1], A[2] = conditioned(1, 40, 5, 1e3), conditioned(1, 40, 5, 1e6)
+    A[3] = 0
+    A[4, :, 3] = A[4, :, 1]
+    A[5, :, 2] = 0
+    A[6, 7, 1], A[7, 7, 1] = float('nan'), float('inf')
+    A[8] *= 1e37
+    A[9] *= 1e-37
+    A[10, :, 2] *= 1e30
+    direction = torch.randn(A.shape)
+    basis, grad = basis_and_gradient(A, direction)
+    for i in range(len(A)):
+        alone, alone_grad = basis_and_gradient(A[i], direction[i])
+        torch.testing.assert_close(basis[i], alone, equal_nan=True)
+        tolerance = 1e-5 * alone_grad.nan_to_num().abs().max().item()
+        torch.testing.assert_close(grad[i], alone_grad, rtol=1e-5, atol=tolerance, equal_nan=True)
+    usual = [0, 1, 2, 8, 10, 11]
+    expected = qr_basis(A[usual].double())
+    torch.testing.assert_close(basis[[0, 8, 10, 11]].double(), expected[[0, 3, 4, 5]], rtol=0, atol=1e-5)
+    torch.testing.assert_close(basis[[1]].double(), expected[[1]], rtol=0, atol=2e-3)
+    finite = [i for i in range(len(A)) if i not in (6, 7)]
+    eye = torch.eye(5).expand(len(finite), 5, 5)
+    torch.testing.assert_close(basis[finite].mT @ basis[finite], eye, rtol=0, atol=1e-5)
+    assert not basis[6].isfinite().all() and not basis[7].isfinite().all()
+    assert grad[3].abs().max() < 1e-20
+    assert grad[4, :, 3].abs().max() < 1e-20 and grad[5, :, 2].abs().max() < 1e-20
+    assert grad[[0, 4, 5, 8, 10, 11]].isfinite().all()
+
+
+def test_fast_and_slow_path_agree(monkeypatch):
+    A = conditioned(4, 30, 6, 50, torch.float64)
+    direction = torch.randn_like(A)
+    fast = basis_and_gradient(A, direction)
+    monkeypatch.setattr(functional, '_may_branch', lambda x: False)
+    monkeypatch.setattr(functional, '_cholesky_qr', lambda rows: pytest.fail('took the fast path'))
+    torch.testing.assert_close(fast, basis_and_gradient(A, direction))
+
+
+@pytest.mark.parametrize('scale', [1, 1e37])
+def test_autocast_does_not_lower_the_precision_of_the_basis(scale):
+    A, direction = conditioned(4, 60, 8, 30) * scale, torch.randn(4, 60, 8)
+    expected = basis_and_gradient(A, direction)
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = basis_and_gradient(A, direction)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize('mode', ['real', 'fake', 'symbolic'])
+def test_recording_never_looks_at_values(mode):
+    record = torch.fx.experimental.proxy_tensor.make_fx(lambda A: orthonormal_basis(A), tracing_mode=mode)
+    A = torch.zeros(2, 7, 3)  # recorded on matrices without a basis of their own, run on others
+    graph = record(A)
+    A = conditioned(2, 7, 3, 10)
+    torch.testing.assert_close(graph(A), orthonormal_basis(A))
+    assert orthonormal_basis(A.to('meta')).is_meta
+
+
+def test_vmap_and_repeated_differentiation_of_the_basis():
+    A = conditioned(6, 9, 3, 5, torch.float64).reshape(2, 3, 9, 3)
+    torch.testing.assert_close(torch.func.vmap(orthonormal_basis, 1, 1)(A), orthonormal_basis(A))
+    torch.testing.assert_close(torch.func.vmap(torch.func.vmap(orthonormal_basis))(A), orthonormal_basis(A))
+    small = A[0, 0, :4]
+
+    def first(A):
+        return orthonormal_basis(A).pow(3).sum()
+
+    expected = torch.autograd.functional.hessian(first, small)
+    torch.testing.assert_close(torch.func.jacrev(torch.func.jacrev(first))(small), expected)
 
 
 def test_rank_0_is_a_cosine_classifier():

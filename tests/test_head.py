@@ -2,15 +2,22 @@ import copy
 import io
 import pickle
 import re
+import threading
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import timm_zzz.head
 from timm_zzz import ZZZHead
 from timm_zzz.functional import zzz_logits
+from timm_zzz.head import ZZZConvHead
 
 SHAPES = {'weight': (5, 12), 'A': (5, 12, 3), 'v_raw': (5, 3), 'sigma2_raw': (), 'bias': (5,)}
 
@@ -212,6 +219,320 @@ def test_training_fits():
         loss.backward()
         optimizer.step()
     assert loss < 0.1
+
+
+def fresh_logits(head, x):
+    """Straight from the parameters as they are now."""
+    parameters = (head.weight, head.bias, head.A, head.v_raw, head.sigma2_raw)
+    with torch.no_grad():
+        return zzz_logits(x, *parameters, head.v_min, head.sigma2_min)
+
+
+@torch.no_grad()
+def assert_up_to_date(head, x):
+    for _ in range(2):  # derived, then kept
+        torch.testing.assert_close(head(x), fresh_logits(head, x), rtol=1e-5, atol=1e-5)
+
+
+def evaluated_head(rank=3, **kwargs):
+    """A head in eval mode that has kept what it derived, and embeddings."""
+    head, x = ZZZHead(5, 12, rank, **kwargs).eval(), torch.randn(4, 12)
+    assert_up_to_date(head, x)
+    assert head._cache._entry is not None
+    return head, x
+
+
+@pytest.fixture
+def derivations(monkeypatch):
+    """Calls of the function that derives the bases, one entry each."""
+    calls = []
+    derive = timm_zzz.head.class_gaussians
+    monkeypatch.setattr(timm_zzz.head, 'class_gaussians', lambda *args: calls.append(1) or derive(*args))
+    return calls
+
+
+@pytest.mark.parametrize('no_grad', [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize('rank', [0, 3])
+def test_eval_derives_the_bases_once(no_grad, rank, derivations):
+    head = ZZZHead(5, 12, rank).eval()
+    with no_grad():
+        for batch in (4, 1, 7):
+            x = torch.randn(batch, 12)
+            torch.testing.assert_close(head(x), fresh_logits(head, x))
+        with torch.autocast('cpu', torch.bfloat16):
+            torch.testing.assert_close(head(x), fresh_logits(head, x))
+    assert len(derivations) == 1 and not head._cache._entry.result[0].is_inference()
+    with torch.no_grad():
+        head(x)
+        assert len(derivations) == 1
+        assert head(x.double()).dtype == torch.float64 and len(derivations) == 2
+        torch.testing.assert_close(head(x.double()), fresh_logits(head, x.double()))
+        assert torch.equal(head(x), head.fuse()(x))
+    with pytest.raises(ValueError, match='features: expected a last dimension of 12'), torch.no_grad():
+        head(torch.randn(2, 11))
+    conv, x = ZZZConvHead(5, 12, rank).eval(), torch.randn(2, 12, 3, 3)
+    expected = conv(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), expected)
+    assert conv._cache._entry is not None
+
+
+def test_no_cache_in_training_or_with_gradients():
+    head, x = ZZZHead(5, 12, 3), torch.randn(4, 12)
+    with torch.no_grad():
+        head(x)
+    assert head._cache._entry is None
+    head, x = evaluated_head()
+    head(x).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in head.parameters())
+    head.train()
+    assert head._cache._entry is None  # its memory is free for training
+
+
+def _optimizer(kind, **kwargs):
+    def step(head):
+        for p in head.parameters():
+            p.grad = torch.randn_like(p)
+        kind(head.parameters(), lr=0.1, **kwargs).step()
+
+    return step
+
+
+def _in_place(head):
+    with torch.no_grad():
+        head.A[2, 3, 1] += 0.5
+
+
+def _one_bit(head):
+    head.v_raw.data[4, 2] = torch.nextafter(head.v_raw.data[4, 2], torch.tensor(9.0))
+
+
+def _inference_in_place(head):
+    with torch.inference_mode():
+        head.weight.mul_(torch.rand(12))
+
+
+def _swap_data(head):
+    head.A.data = torch.randn_like(head.A)
+
+
+def _ema(head):
+    ema = ModelEmaV3(head, decay=0.5)
+    _in_place(head)
+    ema.module.eval()
+    x = torch.randn(4, 12)
+    for _ in range(2):
+        ema.update(head)
+        assert_up_to_date(ema.module, x)
+
+
+def _averaged(head):
+    averaged = torch.optim.swa_utils.AveragedModel(head).eval()
+    x = torch.randn(4, 12)
+    for _ in range(3):
+        _optimizer(torch.optim.SGD)(head)
+        averaged.update_parameters(head)
+        assert_up_to_date(averaged.module, x)
+
+
+def _vector(head):
+    vector = nn.utils.parameters_to_vector(head.parameters())
+    nn.utils.vector_to_parameters(vector.detach() + torch.randn_like(vector), head.parameters())
+
+
+def _load(**kwargs):
+    return lambda head: head.load_state_dict(ZZZHead(5, 12, 3).state_dict(), **kwargs)
+
+
+def _memory(head):
+    head.sigma2_raw.detach().numpy()[...] = -2.0
+
+
+def _empty(head):
+    head.to_empty(device='cpu')
+    head.reset_parameters()
+
+
+def _prune(head):
+    prune.random_unstructured(head, 'weight', 0.5)
+
+
+def _parametrize(head):
+    nn.utils.parametrizations.weight_norm(head, 'weight')
+    _scale(head.parametrizations.weight.original1)
+
+
+def _scale(p):
+    p.data.mul_(torch.rand(p.shape))
+
+
+CHANGES = {
+    'sgd': _optimizer(torch.optim.SGD, foreach=False),
+    'foreach': _optimizer(torch.optim.AdamW, foreach=True),
+    'fused': _optimizer(torch.optim.AdamW, fused=True),
+    'in place': _in_place,
+    'in place in inference mode': _inference_in_place,
+    'data.mul_': lambda head: [_scale(p) for p in (head.weight, head.A)],
+    'data.neg_': lambda head: head.weight.data.neg_(),
+    'data.copy_, as torch_ema': lambda head: [p.data.copy_(torch.randn_like(p)) for p in head.parameters()],
+    'one bit through data': _one_bit,
+    'two rows exchanged through data': lambda head: head.A.data.copy_(head.A.data.flip(0)),
+    'shared memory': _memory,
+    'data = new': _swap_data,
+    'data = other dtype': lambda head: [setattr(p, 'data', p.data.double()) for p in head.parameters()],
+    'setattr': lambda head: setattr(head, 'A', nn.Parameter(torch.randn(5, 12, 3))),
+    'bias': lambda head: head.bias.data.add_(1),
+    'load_state_dict': _load(),
+    'load_state_dict(assign=True)': _load(assign=True),
+    'double and back': lambda head: head.to(torch.float64).to(torch.float32),
+    'double': lambda head: head.double(),
+    'half': lambda head: head.half(),
+    'to_empty': _empty,
+    'reset_parameters': lambda head: head.reset_parameters(),
+    'ModelEmaV3': _ema,
+    'AveragedModel': _averaged,
+    'vector_to_parameters': _vector,
+    'v_min': lambda head: setattr(head, 'v_min', 3.0),
+    'prune': _prune,
+    'parametrize': _parametrize,
+}
+
+
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+def test_eval_sees_every_change_of_the_parameters(change):
+    head, x = evaluated_head()
+    for _ in range(2 if change not in (_prune, _parametrize) else 1):
+        change(head)
+        assert_up_to_date(head, x)
+
+
+@pytest.mark.parametrize('copied', [copy.copy, copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))])
+def test_eval_of_copies(copied):
+    head, x = evaluated_head()
+    other = copied(head)
+    if other.A is not head.A:
+        assert other._cache is not head._cache and other._cache._entry is None
+    _scale(other.weight)
+    for h in (other, head, other):
+        assert_up_to_date(h, x)
+    _scale(head.weight)
+    for h in (other, head, other):
+        assert_up_to_date(h, x)
+    assert set(head.state_dict()) == set(SHAPES)
+    torch.jit.script(head)
+
+
+def test_eval_with_other_tensors():
+    head, x = evaluated_head()
+    other = {name: torch.randn_like(p) for name, p in head.named_parameters()}
+    replaced = copy.deepcopy(head)
+    replaced.load_state_dict(other)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(torch.func.functional_call(head, other, (x,)), fresh_logits(replaced, x))
+            assert_up_to_date(head, x)
+        stacked = {name: torch.stack([p, other[name]]) for name, p in head.named_parameters()}
+        both = torch.func.vmap(lambda p: torch.func.functional_call(head, p, (x,)))(stacked)
+        torch.testing.assert_close(both, torch.stack([fresh_logits(head, x), fresh_logits(replaced, x)]))
+
+
+@torch.no_grad()
+def test_forward_mode_derivatives_in_eval():
+    head, x = evaluated_head(rank=0)
+    params = {name: p.detach() for name, p in head.named_parameters()}
+    tangents = {name: torch.randn_like(p) for name, p in params.items()}
+    step = 1e-6
+    moved = {name: p.double() + step * tangents[name] for name, p in params.items()}
+    start = {name: p.double() for name, p in params.items()}
+    double = copy.deepcopy(head).double()
+    logits = [torch.func.functional_call(double, p, (x.double(),)) for p in (start, moved)]
+    expected = ((logits[1] - logits[0]) / step).float()
+    _, derivative = torch.func.jvp(lambda p: torch.func.functional_call(head, p, (x,)), (params,), (tangents,))
+    torch.testing.assert_close(derivative, expected, rtol=1e-3, atol=1e-3)
+    with forward_ad.dual_level():
+        dual = {name: forward_ad.make_dual(p, tangents[name]) for name, p in params.items()}
+        logits = torch.func.functional_call(head, dual, (x,))
+        torch.testing.assert_close(forward_ad.unpack_dual(logits).tangent, derivative)
+
+
+def test_parameters_made_in_inference_mode():
+    with torch.inference_mode():
+        head, x = ZZZHead(5, 12, 3).eval(), torch.randn(4, 12)
+        assert_up_to_date(head, x)
+        head.A.mul_(torch.rand(5, 12, 3))
+        assert_up_to_date(head, x)
+
+
+@torch.no_grad()
+def test_what_is_traced_keeps_no_cache(derivations):
+    head, x = evaluated_head()
+    forms = {
+        'script': torch.jit.script(head),
+        'trace': torch.jit.trace(head, x),
+        'fx': torch.fx.symbolic_trace(head),
+        'compile': torch.compile(head, fullgraph=True, backend='aot_eager'),
+    }
+    for form in forms.values():
+        form(x)
+    exported = torch.export.export(head, (x,))
+    assert set(exported.state_dict) == set(SHAPES) and not exported.constants
+    parameters = dict(head.named_parameters())
+    graph = make_fx(lambda x, p: torch.func.functional_call(head, p, (x,)))(x, parameters)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert head(mode.from_tensor(x)).shape == (4, 5)
+    count = len(derivations)
+    for p in head.parameters():
+        _scale(p)
+    for name, form in forms.items():
+        torch.testing.assert_close(form(x), fresh_logits(head, x), msg=lambda m, name=name: f'{name}: {m}')
+    torch.testing.assert_close(graph(x, parameters), fresh_logits(head, x))
+    assert len(derivations) == count
+
+
+def test_eval_in_threads():
+    head, x = evaluated_head()
+    expected, wrong = fresh_logits(head, x), []
+
+    def evaluate():
+        with torch.no_grad():
+            for i in range(50):
+                if i % 7 == 0:
+                    head._cache.clear()
+                if not torch.allclose(head(x), expected, rtol=1e-5, atol=1e-5):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=evaluate) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_non_finite_parameters_in_eval():
+    head, x = evaluated_head()
+    head.weight.data[2, 3] = float('nan')
+    with torch.no_grad():
+        for _ in range(2):
+            assert head(x).isfinite().all(0).tolist() == [True, True, False, True, True]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@torch.no_grad()
+def test_cuda_eval_and_graph_capture():
+    head, x = ZZZHead(5, 12, 3).cuda().eval(), torch.randn(4, 12, device='cuda')
+    assert_up_to_date(head, x)
+    for p in head.parameters():
+        p.data.add_(torch.randn_like(p))
+    assert_up_to_date(head, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = head(x)
+    for p in head.parameters():
+        p.data.add_(torch.randn_like(p))
+    graph.replay()
+    torch.testing.assert_close(logits, fresh_logits(head, x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(head.cpu()(x.cpu()), head(x.cpu()))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')

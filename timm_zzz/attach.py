@@ -18,10 +18,9 @@ Classifier = Union[nn.Linear, nn.Conv2d, ZZZHead]
 SIGMA2_INIT = 1 / 16
 OPTION_PREFIX = 'zzz_'  # of a head's options among a model's
 
-# What a model's creator chooses of a head; the rest follows from the classifier that it replaces
-HEAD_OPTIONS = tuple(
-    name for name in inspect.signature(ZZZHead).parameters if name not in ('num_classes', 'feat_dim', 'device', 'dtype')
-)
+# What a model's creator chooses of a head; the rest follows from the classifier that it replaces and from the machine
+_FOLLOWS = ('num_classes', 'feat_dim', 'impl', 'device', 'dtype')
+HEAD_OPTIONS = tuple(name for name in inspect.signature(ZZZHead).parameters if name not in _FOLLOWS)
 
 
 def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_options: Any) -> ModelT:
@@ -124,6 +123,10 @@ def _replace(model: nn.Module, path: str, classifier: Classifier, options: Dict[
             if classifier.bias is not None:
                 head.bias.copy_(classifier.bias)
     model.set_submodule(path, head.train(model.training))
+    parent = model.get_submodule(path.rpartition('.')[0])
+    if isinstance(parent, nn.Sequential) and hasattr(parent, 'fuse'):
+        # timm's NormLinear: its fuse() would take the head for a linear layer, without an error.
+        parent.__class__ = nn.Sequential
 
 
 class _ZZZModel(nn.Module):

@@ -1,14 +1,18 @@
 """The ZZZ classifier head as a module."""
 
 import copy
+import functools
 import logging
 import math
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from .functional import zzz_logits
+from . import backends
+from .cache import TensorCache, can_cache
+from .deploy import FusedZZZConvHead, FusedZZZHead, fuse_gaussians, fused_logits
+from .functional import class_gaussians, zzz_logits
 
 __all__ = ['ZZZHead', 'ZZZConvHead']
 
@@ -48,6 +52,9 @@ class ZZZHead(nn.Module):
     state dict of a linear layer loads, its rows becoming the class means. Logits are float32 (float64 for float64
     input), also under autocast and for a float16 or bfloat16 module.
 
+    In eval mode without gradients the bases are derived once and kept, with a copy of the parameters to tell when they
+    change: twice the parameters' memory, freed by ``train()``. :meth:`fuse` gives a module that needs neither.
+
     Args:
         num_classes: Number of classes C, >= 1.
         feat_dim: Width d of the embedding, >= 1.
@@ -56,6 +63,7 @@ class ZZZHead(nn.Module):
         sigma2_min: Lower bound of the isotropic variance, > 0.
         v_init: Initial variance along the basis, > v_min; softplus(0) + v_min = 0.69 if None.
         sigma2_init: Initial isotropic variance, > sigma2_min; softplus(0) + sigma2_min = 0.69 if None.
+        impl: What computes it, as in :func:`timm_zzz.functional.zzz_logits`: ``'torch'``, ``'triton'`` or ``'auto'``.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -77,6 +85,8 @@ class ZZZHead(nn.Module):
 
     A: Optional[Tensor]
     v_raw: Optional[Tensor]
+    _fused_type = FusedZZZHead
+    __jit_unused_properties__ = ['impl']
 
     def __init__(
         self,
@@ -87,6 +97,7 @@ class ZZZHead(nn.Module):
         sigma2_min: float = 1e-4,
         v_init: Optional[float] = None,
         sigma2_init: Optional[float] = None,
+        impl: str = 'auto',
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
     ):
@@ -109,6 +120,7 @@ class ZZZHead(nn.Module):
         self.rank = rank
         self.v_min = float(v_min)
         self.sigma2_min = float(sigma2_min)
+        self._impl = backends.check(impl)
         self._v_raw_init = _raw_variance('v_init', v_init, v_min)
         self._sigma2_raw_init = _raw_variance('sigma2_init', sigma2_init, sigma2_min)
 
@@ -122,6 +134,7 @@ class ZZZHead(nn.Module):
             self.register_parameter('v_raw', None)
         self.sigma2_raw = nn.Parameter(torch.empty((), **dd))
         self.bias = nn.Parameter(torch.empty(num_classes, **dd))
+        self._cache = TensorCache()
         self.register_load_state_dict_pre_hook(_adapt_state_dict)
         self.reset_parameters()
 
@@ -140,6 +153,23 @@ class ZZZHead(nn.Module):
         """The class means before normalisation, an alias of ``weight``."""
         return self.weight
 
+    @property
+    def impl(self) -> str:
+        """What computes the logits of float32 features where the parameters are now: ``'torch'`` or ``'triton'``.
+
+        Set it to ``'torch'``, ``'triton'`` or ``'auto'``.
+
+        Raises:
+            ValueError: For another value; on reading, if ``'triton'`` was asked for and can't run.
+        """
+        return backends.choose_for_head(
+            self._impl, self.weight[:0], self.weight, self.bias, self.A, self.v_raw, self.sigma2_raw
+        )
+
+    @impl.setter
+    def impl(self, value: str) -> None:
+        self._impl = backends.check(value)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> List[str]:
         """Names of the parameters that weight decay would pull towards a variance of 0.69 rather than towards zero."""
@@ -150,7 +180,55 @@ class ZZZHead(nn.Module):
         return self._logits(x)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return zzz_logits(x, self.weight, self.bias, self.A, self.v_raw, self.sigma2_raw, self.v_min, self.sigma2_min)
+        if not torch.jit.is_scripting():
+            if self._uses_cache(x):
+                return self._cached_logits(x)
+        return zzz_logits(
+            x, self.weight, self.bias, self.A, self.v_raw, self.sigma2_raw, self.v_min, self.sigma2_min, self._impl
+        )
+
+    def _uses_cache(self, x: Tensor) -> bool:
+        return not self.training and not torch.is_grad_enabled() and can_cache([x, *self._tensors()])
+
+    def _cached_logits(self, x: Tensor) -> Tensor:
+        if self.A is not None and x.shape[-1:] == self.weight.shape[1:]:
+            impl = backends.choose_for_head(self._impl, x, self.weight, self.bias, self.A, self.v_raw, self.sigma2_raw)
+            if impl == 'triton':
+                split = not backends.half_products(x)
+                key = (split, self.v_min, self.sigma2_min)
+                operand, coef = self._cache.get(key, self._tensors(), functools.partial(backends.prepare, *key))
+                return backends.prepared_logits(
+                    x, operand, coef, self.num_classes, self.rank, split, self.sigma2_raw, self.sigma2_min
+                )
+        dtype = torch.float64 if torch.float64 in (x.dtype, self.weight.dtype) else torch.float32
+        options = (dtype, self.v_min, self.sigma2_min)
+        rows, offsets, precision = self._cache.get(options, self._tensors(), functools.partial(_fuse, *options))
+        return fused_logits(x, rows, offsets, precision, self.num_classes, self.rank)
+
+    def _tensors(self) -> List[Tensor]:
+        # The arguments of _fuse, small ones first: the cache compares them in this order
+        tensors = [self.sigma2_raw, self.bias, self.weight, self.v_raw, self.A]
+        return [t for t in tensors if t is not None]
+
+    @torch.no_grad()
+    def fuse(self) -> FusedZZZHead:
+        """The head for inference, as ``timm.utils.reparameterize_model`` asks for it: no QR, one matrix product.
+
+        Returns:
+            A new module without parameters that gives the same logits, on the same device.
+        """
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        tensors = _fuse(dtype, self.v_min, self.sigma2_min, *self._tensors())
+        return self._fused_type(*tensors, self.num_classes).train(self.training)
+
+    def train(self, mode: bool = True) -> 'ZZZHead':
+        if mode:
+            self._cache.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'ZZZHead':
+        self._cache.clear()
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f'num_classes={self.num_classes}, feat_dim={self.feat_dim}, rank={self.rank}'
@@ -159,9 +237,28 @@ class ZZZHead(nn.Module):
 class ZZZConvHead(ZZZHead):
     """The head in place of a 1x1 convolution: embeddings (B, d, H, W) to logits (B, C, H, W), position by position."""
 
+    _fused_type = FusedZZZConvHead
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits of shape (B, C, H, W) for embeddings of shape (B, d, H, W)."""
-        return self._logits(x.movedim(1, -1)).movedim(-1, 1)
+        return self._logits(x.movedim(1, -1)).movedim(3, 1)
+
+
+def _fuse(
+    dtype: torch.dtype,
+    v_min: float,
+    sigma2_min: float,
+    sigma2_raw: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    v_raw: Optional[Tensor] = None,
+    A: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    if A is not None and v_raw is not None:
+        A, v_raw = A.to(dtype), v_raw.to(dtype)
+    with torch.autocast('cpu' if weight.is_meta else weight.device.type, enabled=False):
+        mu, basis, v, sigma2 = class_gaussians(weight.to(dtype), A, v_raw, sigma2_raw.to(dtype), v_min, sigma2_min)
+        return fuse_gaussians(mu, basis, v, sigma2, bias.to(dtype))
 
 
 def _adapt_state_dict(
@@ -182,6 +279,7 @@ def _adapt_state_dict(
       remains are dropped too. A strict load still fails, on the missing weight and bias.
     - Another number of classes, width or rank is an error that gives both sides' figures.
     """
+    head._cache.clear()
     name = prefix.rstrip('.') or 'head'
     if f'{prefix}mu' in state_dict and f'{prefix}weight' not in state_dict:
         state_dict[f'{prefix}weight'] = state_dict.pop(f'{prefix}mu')

@@ -1,0 +1,537 @@
+"""The ZZZ head's logits and their gradients through the Triton kernels, as one differentiable function.
+
+Forward: coefficients of the classes, their bases and means, normalised embeddings, then one kernel for the logits.
+Backward: one pass over the gradients of the logits, three matrix products, one kernel for the gradients of the classes
+and the embeddings. Nothing synchronises with the device, adds atomically or holds a tensor of shape (batch, classes,
+width).
+"""
+
+import functools
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import triton_kernels as kernels
+
+__all__ = ['Classes', 'backward', 'forward', 'logits', 'orthonormalize', 'prepare', 'zzz_logits']
+
+# Bases up to this size are kept for the backward pass; larger ones are made a chunk of classes at a time, again in it.
+KEEP_BYTES = 128 * 2**20
+CHUNK_BYTES = 64 * 2**20
+_REPAIR_PROGRAMS = 256
+_FP16, _FP32 = torch.float16, torch.float32
+Options = Dict[str, int]  # a kernel's tile sizes and compiler options
+
+
+class Classes(NamedTuple):
+    """What the kernels need of some classes; see triton_kernels."""
+
+    operand: Tensor  # float16 (rows, dp): bases and means
+    coef: Tensor  # float32
+    num_classes: int
+    padded: int  # number of classes with padding
+    R: int  # rank with padding
+    split: bool  # float32 precision
+
+
+class Embeddings(NamedTuple):
+    """Normalised embeddings as sums of two halves, float16 (B, dp), and their squared norms, float32 (B,)."""
+
+    hi: Tensor
+    lo: Tensor
+    norm2: Tensor
+
+
+class Parameters(NamedTuple):
+    """The head's parameters with r >= 1, shapes as in timm_zzz.functional.zzz_logits."""
+
+    weight: Tensor
+    bias: Tensor
+    A: Tensor
+    v_raw: Tensor
+    sigma2_raw: Tensor
+
+    def part(self, start: int, stop: int) -> 'Parameters':
+        """Those of some classes."""
+        weight, bias, A, v_raw = (p[start:stop] for p in self[:4])
+        return Parameters(weight, bias, A, v_raw, self.sigma2_raw)
+
+
+def _pad(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+# Tile sizes, chosen by measurement on an H200 with Triton 3.6
+
+
+def _factor_options(R: int) -> Options:
+    return dict(NC=max(1, 16 // R), BLOCK=64 if R <= 16 else 32, num_warps=1 if R <= 16 else 2)
+
+
+def _basis_options(R: int) -> Options:
+    return dict(NC=max(1, 16 // R), BLOCK=128, num_warps=2 if R <= 16 else 4)
+
+
+def _class_grad_options(R: int, split: bool) -> Options:
+    return dict(NC=max(1, 16 // R), BLOCK=128, num_warps=2 if R <= 16 and not split else 4)
+
+
+def _logits_options(device: torch.device, B: int, C: int, R: int, split: bool) -> Options:
+    BM, BC, BK, warps = 64, max(16, min(64, 128 // R)), 64, 4
+    if B <= 32 or (R == 32 and split):
+        BM = 16 if B <= 16 else 32
+    elif R == 8 and not split:
+        BM, BC, BK = (128, 16, 32) if B * C >= 2**20 else (64, 32, 32)
+    elif R == 16 and not split and B > 64:
+        BM, BK = 128, 32
+    if R == 32 or split:
+        BK = 32
+    if BM * BC * R > 128 * 128:
+        warps = 8
+    # Each stage of the pipeline holds its tiles of x (hi, lo), U and mu in shared memory
+    stage = 2 * BK * (2 * BM + BC * R * (2 if split else 1) + 3 * BC)
+    return dict(BM=BM, BC=BC, BK=BK, num_warps=warps, num_stages=max(1, min(4, _shared_memory(device) // stage)))
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use."""
+    if device.type != 'cuda':
+        return 2**16
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin
+
+
+def _logits_grad_options(B: int, R: int, split: bool) -> Options:
+    return dict(BB=32 if split else 128 if B > 64 and R <= 8 else 64, BC=max(2, min(16, 32 // R)), num_warps=4)
+
+
+def _product_options() -> Options:
+    return dict(BN=64, BD=64, BB=32, num_warps=4)
+
+
+def _row_warps(width: int) -> int:
+    return min(16, max(1, width // 256))
+
+
+_compiled: Dict[Any, Any] = {}
+
+
+def _launch(kernel: Any, grid: Tuple[int, ...], args: Tuple[Any, ...], options: Options) -> None:
+    """Launch a Triton kernel; after the first time without its checks of arguments, which cost more than a launch."""
+    if triton.knobs.runtime.interpret:
+        kernel[grid](*args, **options)
+        return
+    key = (kernel.__name__, args[0].device, *options.values(), *[_specialization(x) for x in args])
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](*args, **options)
+        return
+    tiles = [value for name, value in options.items() if name not in ('num_warps', 'num_stages')]
+    compiled[(*grid, 1, 1)[:3]](*args, *tiles)
+
+
+def _specialization(x: Any) -> Any:
+    """What Triton may compile a kernel anew for: types, alignment of pointers, and ints, constants among them."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    return None if isinstance(x, float) else x
+
+
+class _Stay:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *args: Any) -> None:
+        pass
+
+
+_STAY = _Stay()
+
+
+def _device(x: Tensor) -> Any:
+    """Triton launches on the current device, wherever the tensors are."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return _STAY
+
+
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrix product of float16 operands with float32 accumulation, whatever autocast says."""
+    if not a.is_cuda:  # Triton's interpreter
+        return (a.float() @ b.float()).to(dtype)
+    if torch.is_autocast_enabled('cuda'):
+        with torch.autocast('cuda', enabled=False):
+            return _mm(a, b, dtype)
+    return torch.mm(a, b) if dtype == a.dtype else torch.mm(a, b, out_dtype=dtype)
+
+
+def _new_classes(p: Parameters, split: bool, coef: Optional[Tensor] = None) -> Classes:
+    C, d, r = p.A.shape
+    R, cp = triton.next_power_of_2(r), _pad(C, 16)
+    if coef is None:
+        coef = torch.empty(cp * (R * R + 2 * R + 5), dtype=_FP32, device=p.A.device)
+    rows = cp * ((3 if split else 1) * R + 3)
+    return Classes(torch.empty((rows, _pad(d, 8)), dtype=_FP16, device=p.A.device), coef, C, cp, R, split)
+
+
+def _new_embeddings(features: Tensor) -> Embeddings:
+    B, d = features.shape
+    hi = torch.empty((B, _pad(d, 8)), dtype=_FP16, device=features.device)
+    return Embeddings(hi, torch.empty_like(hi), torch.empty(B, dtype=_FP32, device=features.device))
+
+
+def _new_products(B: int, classes: Classes) -> Tuple[Tensor, Tensor]:
+    """t (B, padded R) and x mu (B, padded)."""
+    device, cp = classes.coef.device, classes.padded
+    t = torch.empty((B, cp * classes.R), dtype=_FP32 if classes.split else _FP16, device=device)
+    return t, torch.empty((B, cp), dtype=_FP32, device=device)
+
+
+def _fill_coef(
+    coef: Tensor, p: Parameters, v_min: float, sigma2_min: float, split: bool, basis_only: bool = False
+) -> None:
+    C, d, r = p.A.shape
+    R, cp = triton.next_power_of_2(r), _pad(C, 16)
+    options = _factor_options(R)
+    _launch(
+        kernels.factor_kernel, (triton.cdiv(cp, options['NC']),),
+        (p.A, p.weight, p.v_raw, p.bias, p.sigma2_raw, coef, v_min, sigma2_min, C, cp, d, r, R, basis_only,
+         'ieee' if split else 'tf32x3'), options,
+    )  # fmt: skip
+
+
+def _fill_operand(classes: Classes, p: Parameters, basis_only: bool = False) -> None:
+    C, d, r = p.A.shape
+    out, coef, _, cp, R, split = classes
+    options = _basis_options(R)
+    _launch(
+        kernels.basis_kernel, (triton.cdiv(cp, options['NC']), triton.cdiv(out.shape[1], options['BLOCK'])),
+        (p.A, p.weight, coef, out, C, cp, d, out.shape[1], r, R, split, basis_only,
+         'ieee' if split or basis_only else 'tf32x3'), options,
+    )  # fmt: skip
+
+
+def _fill_rows(
+    classes: Classes,
+    p: Optional[Parameters],
+    features: Optional[Tensor],
+    x: Optional[Embeddings],
+    basis_only: bool = False,
+) -> None:
+    """Repair flagged bases, where the parameters are given, and normalise embeddings, where those are."""
+    out, coef, _, cp, R, split = classes
+    dp = out.shape[1]
+    width = triton.next_power_of_2(dp)
+    A = weight = scratch = coef
+    programs, per_program, C, d, r = 0, 16, 0, dp, 1
+    if p is not None:
+        A, weight = p.A, p.weight
+        C, d, r = A.shape
+        per_program = max(16, triton.next_power_of_2(triton.cdiv(C, _REPAIR_PROGRAMS)))
+        programs = triton.cdiv(C, per_program)
+        scratch = torch.empty(programs * r * width, dtype=_FP32, device=A.device)
+    B, f, (hi, lo, norm2) = 0, coef, (out, out, coef)
+    if features is not None and x is not None:
+        f, (hi, lo, norm2) = features, x
+        B, d = f.shape
+    _launch(
+        kernels.rows_kernel, (programs + B,),
+        (A, weight, out, coef, scratch, f, hi, lo, norm2, programs, C, cp, d, dp, r, R, per_program, split, basis_only),
+        dict(BLOCK=width, num_warps=_row_warps(width)),
+    )  # fmt: skip
+
+
+def _fill_logits(
+    out: Tensor,
+    start: int,
+    x: Embeddings,
+    classes: Classes,
+    sigma2_raw: Tensor,
+    sigma2_min: float,
+    d: int,
+    saved: Sequence[Tensor],
+) -> None:
+    """Write the logits of some classes into columns of ``out`` from ``start``, and t and x mu into ``saved``."""
+    B, dp = x.hi.shape
+    R, cp = classes.R, classes.padded
+    chunk = out[:, start:]
+    t, xm = saved or (chunk, chunk)
+    options = _logits_options(out.device, B, cp, R, classes.split)
+    _launch(
+        kernels.logits_kernel, (triton.cdiv(cp, options['BC']), triton.cdiv(B, options['BM'])),
+        (*x, classes.operand, classes.coef, sigma2_raw, chunk, t, xm, sigma2_min,
+         B, classes.num_classes, cp, d, dp, out.stride(0), R, classes.split, bool(saved)), options,
+    )  # fmt: skip
+
+
+def prepare(
+    weight: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    v_raw: Tensor,
+    sigma2_raw: Tensor,
+    v_min: float,
+    sigma2_min: float,
+    split: bool,
+) -> Classes:
+    """What :func:`logits` needs of the classes, from parameters as in timm_zzz.functional.zzz_logits with r >= 1."""
+    p = Parameters(*(t.detach().contiguous() for t in (weight, bias, A, v_raw, sigma2_raw)))
+    classes = _new_classes(p, split)
+    with _device(A):
+        _fill_coef(classes.coef, p, v_min, sigma2_min, split)
+        _fill_operand(classes, p)
+        _fill_rows(classes, p, None, None)
+    return classes
+
+
+def classes(operand: Tensor, coef: Tensor, num_classes: int, rank: int, split: bool) -> Classes:
+    """Classes from the two tensors that :func:`prepare` and :func:`fold` begin with."""
+    return Classes(operand, coef, num_classes, _pad(num_classes, 16), triton.next_power_of_2(rank), split)
+
+
+def fold(rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, split: bool) -> Tuple[Tensor, ...]:
+    """Operand and coef, see :class:`Classes`, and sigma2_raw for a sigma2_min of 0, of timm_zzz.deploy's fused head."""
+    C, d = num_classes, rows.shape[1]
+    rank = rows.shape[0] // C - 1
+    R, cp, dp = triton.next_power_of_2(rank), _pad(C, 16), _pad(d, 8)
+    rows, offsets, precision = rows.float(), offsets.float(), precision.double()
+    sigma2 = 1 / precision
+    scaled = rows[C:].view(rank, C, d).transpose(0, 1)
+    norm = torch.linalg.vector_norm(scaled, dim=-1)
+    bases = rows.new_zeros(cp, R, dp)
+    bases[:C, :rank, :d] = scaled / norm.unsqueeze(-1) * kernels.SCALE
+    means = rows.new_zeros(cp, dp)
+    means[:C, :d] = rows[:C] * (kernels.SCALE * sigma2).float()
+    parts = []
+    for part, once in ((bases.flatten(0, 1), not split), (means, False)):
+        hi = part.half()
+        parts += [hi] if once else [hi, hi, (part - hi).half()]
+    coef = rows.new_zeros(cp * (R * R + 2 * R + 5))
+    sections = coef[: 2 * cp * R].view(2, cp, R)
+    sections[0, :C, :rank] = -offsets[C:].view(rank, C).T / norm
+    sections[1, :C, :rank] = (2 * norm.double().square() * sigma2).float()
+    # The kernel takes d/2 log sigma2 off again
+    coef[(2 * R + 1) * cp :][:C] = (offsets[:C].double() + 0.5 * d * torch.log(sigma2)).float()
+    return torch.cat(parts), coef, torch.log(torch.expm1(sigma2)).float()
+
+
+def orthonormalize(A: Tensor) -> Tuple[Tensor, Tensor]:
+    """Orthonormal rows q (C, r, d), float32, of A (C, d, r), and M (C, r, r) with q = M A^T."""
+    C, d, r = A.shape
+    A = A.contiguous()
+    p = Parameters(A, A, A, A, A)
+    R, cp = triton.next_power_of_2(r), _pad(C, 16)
+    coef = torch.empty(cp * (R * R + 2 * R + 5), dtype=_FP32, device=A.device)
+    out = torch.empty((cp * R, _pad(d, 8)), dtype=_FP32, device=A.device)
+    classes = Classes(out, coef, C, cp, R, False)
+    if C:
+        with _device(A):
+            _fill_coef(coef, p, 0.0, 0.0, True, True)
+            _fill_operand(classes, p, True)
+            _fill_rows(classes, p, None, None, True)
+    factor = coef[cp * (2 * R + 5) :].view(cp, R, R)
+    return out.view(cp, R, -1)[:C, :r, :d].contiguous(), factor[:C, :r, :r].contiguous()
+
+
+def logits(features: Tensor, classes: Classes, sigma2_raw: Tensor, sigma2_min: float) -> Tensor:
+    """Logits (..., C) of embeddings (..., d) from classes that :func:`prepare` made, without a gradient."""
+    d = features.shape[-1]
+    flat = features.detach().reshape(-1, d).contiguous()
+    out = torch.empty((flat.shape[0], classes.num_classes), dtype=_FP32, device=features.device)
+    if flat.shape[0]:
+        x = _new_embeddings(flat)
+        with _device(flat):
+            _fill_rows(classes, None, flat, x)
+            _fill_logits(out, 0, x, classes, sigma2_raw.detach(), sigma2_min, d, ())
+    return out.reshape(features.shape[:-1] + out.shape[1:])
+
+
+def _chunks(A: Tensor) -> List[Tuple[int, int]]:
+    C, d, r = A.shape
+    size = 2 * C * d * triton.next_power_of_2(r)
+    count = 1 if size <= KEEP_BYTES else -(-size // CHUNK_BYTES)
+    step = _pad(-(-C // count), 16)
+    return [(start, min(C, start + step)) for start in range(0, C, step)]
+
+
+class _ZZZLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min, split):
+        parameters = weight, bias, A, v_raw, sigma2_raw
+        out, *kept = forward(features, parameters, v_min, sigma2_min, split)
+        ctx.options = v_min, sigma2_min, split
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(features, *parameters, *kept)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * 9
+        features, *saved = ctx.saved_tensors
+        return (*backward(grad, features, saved[:5], saved[5:], *ctx.options), None, None, None)
+
+
+def forward(
+    features: Tensor,
+    parameters: Sequence[Tensor],
+    v_min: float,
+    sigma2_min: float,
+    split: bool,
+    save: bool = True,
+    launch: bool = True,
+) -> List[Tensor]:
+    """Logits, and what :func:`backward` needs: the embeddings, and the classes but for the bases of several chunks.
+
+    Args:
+        features: Shape (B, d), B >= 1.
+        parameters: weight, bias, A, v_raw, sigma2_raw; shapes as in timm_zzz.functional.zzz_logits.
+        split: Keep float32's precision in the matrix products; otherwise their operands are rounded to float16.
+        save: Whether to return more than the logits.
+        launch: With False, tensors of the right shapes without values.
+    """
+    features, p = features.contiguous(), Parameters(*(t.contiguous() for t in parameters))
+    B, d = features.shape
+    C = p.A.shape[0]
+    out = torch.empty((B, C), dtype=_FP32, device=features.device)
+    x = _new_embeddings(features)
+    kept: List[Tensor] = []
+    with _device(features):
+        chunks = _chunks(p.A)
+        for start, stop in chunks:
+            part = p if len(chunks) == 1 else p.part(start, stop)
+            classes = _new_classes(part, split)
+            saved = _new_products(B, classes) if save else ()
+            kept += [classes.coef, *saved]
+            if len(chunks) == 1:
+                kept += [classes.operand]
+            if launch:
+                _fill_coef(classes.coef, part, v_min, sigma2_min, split)
+                _fill_operand(classes, part)
+                _fill_rows(classes, part, features if start == 0 else None, x)
+                _fill_logits(out, start, x, classes, p.sigma2_raw, sigma2_min, d, saved)
+    return [out, *x, *kept] if save else [out]
+
+
+def backward(
+    grad: Tensor,
+    features: Tensor,
+    parameters: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    v_min: float,
+    sigma2_min: float,
+    split: bool,
+) -> List[Tensor]:
+    """Gradients of the features and parameters from those of the logits, (B, C), and what :func:`forward` gave."""
+    features, p = features.contiguous(), Parameters(*(t.contiguous() for t in parameters))
+    B, d = features.shape
+    C, _, r = p.A.shape
+    R, dp = triton.next_power_of_2(r), _pad(d, 8)
+    device = features.device
+    x, kept = Embeddings(*kept[:3]), kept[3:]
+    grad = grad.contiguous()
+    dfeatures = torch.empty_like(features)
+    g = Parameters(*(torch.empty_like(t) for t in p))
+    dprec = torch.empty(C, dtype=_FP32, device=device)
+    precision = 'ieee' if split else 'tf32'
+    # float16 holds 65504: |s g rho t| <= 2 top, and a sum of B of them times SCALE x
+    top = min(8.0, 1024 / B)
+    dx: Optional[Tensor] = None
+    with _device(features):
+        amax = torch.linalg.vector_norm(grad, float('inf'))
+        chunks = _chunks(p.A)
+        for k, (start, stop) in enumerate(chunks):
+            part, dpart = (p, g) if len(chunks) == 1 else (p.part(start, stop), g.part(start, stop))
+            n_classes, cp = stop - start, _pad(stop - start, 16)
+            coef, t, xm = kept[3 * k : 3 * k + 3]
+            if len(chunks) == 1:
+                classes = Classes(kept[3], coef, C, cp, R, split)
+            else:
+                classes = _new_classes(part, split, coef)
+                _fill_operand(classes, part)
+                _fill_rows(classes, part, None, None)
+            n = cp * R  # rows of the bases
+            means = n * (3 if split else 1)
+            width = means + 3 * cp
+            operands = torch.empty((B, width + (2 * n if split else 0)), dtype=_FP16, device=device)
+            partial = torch.empty(cp * (R * R + 2 * R + 2), dtype=_FP32, device=device)
+            options = _logits_grad_options(B, R, split)
+            _launch(
+                kernels.logits_grad_kernel, (cp // options['BC'],),
+                (grad[:, start:stop], t, xm, x.norm2, part.v_raw, p.sigma2_raw, classes.coef, amax, operands, partial,
+                 dpart.v_raw, dpart.bias, dprec[start:stop], v_min, sigma2_min, top,
+                 B, n_classes, cp, d, C, operands.stride(0), r, R, split), options,
+            )  # fmt: skip
+            del t, xm
+            product = _exact_product(operands, classes) if split else _mm(operands, classes.operand, _FP32)
+            dx = product if dx is None else dx.add_(product)
+            dU = _product(operands, width, n, x) if split else _mm(operands[:, :n].t(), x.hi, _FP16)
+            P = _product(operands, means, cp, x)
+            del operands
+            options = dict(WIDTH=triton.next_power_of_2(dp), **_class_grad_options(R, split))
+            tiles = triton.cdiv(n_classes, options['NC']) * triton.cdiv(d, options['BLOCK'])
+            rest = B + 1 if stop == C else 0
+            _launch(
+                kernels.class_grad_kernel, (tiles + rest,),
+                (p.sigma2_raw, amax, classes.operand, classes.coef, partial, dU, P, dpart.A, dpart.weight,
+                 features, dx, dprec, dfeatures, g.sigma2_raw, sigma2_min, top,
+                 tiles, B, n_classes, C, cp, d, dp, r, R, split, precision), options,
+            )  # fmt: skip
+            del classes, dU, P
+    return [dfeatures, *g]
+
+
+def _exact_product(operands: Tensor, classes: Classes) -> Tensor:
+    """operands @ classes.operand in float32: the matrix units would lose its last digits in a long sum."""
+    n, cp = classes.padded * classes.R, classes.padded
+    total: Optional[Tensor] = None
+    for at, size in ((0, n), (3 * n, cp)):
+        g = operands[:, at : at + size].float() + operands[:, at + size : at + 2 * size].float()
+        rows = classes.operand[at : at + size].float() + classes.operand[at + 2 * size : at + 3 * size].float()
+        with torch.autocast(g.device.type, enabled=False):
+            total = g @ rows if total is None else torch.addmm(total, g, rows)
+    assert total is not None
+    return total
+
+
+def _product(operands: Tensor, at: int, n: int, x: Embeddings) -> Tensor:
+    """(hi + lo)^T x in float32 precision, of n columns of the operands from ``at``; lo follows hi."""
+    B, dp = x.hi.shape
+    out = torch.empty((n, dp), dtype=_FP32, device=x.hi.device)
+    options = _product_options()
+    _launch(
+        kernels.product_kernel, (triton.cdiv(n, options['BN']), triton.cdiv(dp, options['BD'])),
+        (operands[:, at:], operands[:, at + n :], x.hi, x.lo, out, B, n, dp, operands.stride(0)), options,
+    )  # fmt: skip
+    return out
+
+
+def zzz_logits(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    v_raw: Tensor,
+    sigma2_raw: Tensor,
+    v_min: float,
+    sigma2_min: float,
+    split: bool,
+) -> Tensor:
+    """:func:`timm_zzz.functional.zzz_logits` for rank >= 1, differentiable once.
+
+    Args:
+        split: Keep float32's precision in the matrix products; otherwise their operands are rounded to float16.
+    """
+    flat = features.reshape(-1, features.shape[-1])
+    p = weight, bias, A, v_raw, sigma2_raw
+    if flat.shape[0] == 0:
+        out = flat.new_zeros((0, weight.shape[0]), dtype=_FP32) + 0 * flat.sum()
+    elif torch.is_grad_enabled() and (flat.requires_grad or any(t.requires_grad for t in p)):
+        out = _ZZZLogits.apply(flat, *p, v_min, sigma2_min, split)
+    else:
+        out = forward(flat, p, v_min, sigma2_min, split, save=False)[0]
+    return out.reshape(features.shape[:-1] + out.shape[1:])

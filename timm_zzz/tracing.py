@@ -1,0 +1,26 @@
+"""Whether tensors are what they seem. The only file that asks torch's private functions for it."""
+
+from typing import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+__all__ = ['is_plain']
+
+
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors have values, and only they are to be computed with.
+
+    Not where they are traced, exported, compiled, transformed by torch.func, differentiated forward or faked: there a
+    kernel, a look at a value or a kept result would be wrong.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if not all(type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in tensors):  # fake tensors, fx proxies, ...
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or _get_current_dispatch_mode() is not None:
+        return False
+    # Dual numbers exist only inside a level of forward-mode differentiation.
+    return forward_ad._current_level < 0 or all(forward_ad.unpack_dual(t).tangent is None for t in tensors)
