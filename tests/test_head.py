@@ -555,4 +555,5 @@ def test_cuda_agrees_and_never_synchronises():
         torch.cuda.set_sync_debug_mode('default')
     assert all(p.grad.isfinite().all() for p in head.parameters())
     torch.testing.assert_close(logits.cpu().double(), expected, rtol=2e-5, atol=2e-4)
-    torch.testing.assert_close(half, logits)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, logits, rtol=2e-4, atol=2e-3)  # unit vectors rounded to float16

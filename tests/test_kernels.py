@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason='needs a CUDA device')
 
 # (batch, classes, width, rank)
-SHAPES = [(3, 7, 123, 3), (3, 7, 123, 5), (5, 20, 40, 8), (20, 7, 50, 13), (4, 4, 67, 16), (4, 4, 35, 32)]
+SHAPES = [(3, 7, 123, 3), (3, 7, 123, 5), (5, 20, 40, 8), (20, 7, 50, 13), (4, 4, 67, 16), (3, 7, 123, 32)]
 if not INTERPRETED:
     SHAPES += [(127, 252, 507, r) for r in (1, 3, 5, 8, 13, 16, 32)] + [
         (1, 252, 123, 8),
@@ -116,6 +116,29 @@ def test_basis(condition, r):
     basis = orthonormal_basis(A.float(), impl='triton')
     assert (basis.mT.double() @ basis.double() - torch.eye(r)).abs().max() < 1e-5
     assert (basis - qr_basis(A)).abs().max() < 1e-6 * max(condition, 3)
+
+
+@pytest.mark.parametrize('half', [False, True])
+@pytest.mark.parametrize('r', [1, 2, 3, 4, 5, 8, 13, 16, 32])
+def test_prepared_classes(r, half):
+    """Well-conditioned bases come from the first kernel, not from the one that repairs them, at every padded rank."""
+    from timm_zzz.kernels import head, triton_kernels
+
+    _, weight, bias, A, v_raw, s2_raw = inputs(1, 20, 70, r)
+    classes = head.prepare(weight, bias, A, v_raw, s2_raw, 1e-4, 1e-4, not half)
+    cp, R = classes.padded, classes.R
+    assert (classes.coef[(2 * R + 2) * cp :][:20] == 0).all()  # flags
+    rows = classes.operand.double() / triton_kernels.SCALE
+    bases, means = rows[: cp * R], rows[-3 * cp :]
+    if not half:
+        bases = bases + rows[2 * cp * R : 3 * cp * R]
+    bases = bases.view(cp, R, -1)
+    exact = qr_basis(A.double()).mT
+    assert (bases[:20, :r, :70] - exact).abs().max() < (3e-4 if half else 3e-6)
+    assert (bases[20:] == 0).all() and (bases[:, r:] == 0).all() and (bases[..., 70:] == 0).all()
+    torch.testing.assert_close(
+        (means[:cp] + means[2 * cp :])[:20, :70], F.normalize(weight.double()), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize('condition', [3, 1e2])

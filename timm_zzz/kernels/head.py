@@ -104,8 +104,8 @@ def _shared_memory(device: torch.device) -> int:
     return properties.shared_memory_per_block_optin
 
 
-def _logits_grad_options(B: int, R: int, split: bool) -> Options:
-    return dict(BB=32 if split else 128 if B > 64 and R <= 8 else 64, BC=max(2, min(16, 32 // R)), num_warps=4)
+def _logits_grad_options(R: int, split: bool) -> Options:
+    return dict(BB=32 if split or R >= 32 else 64, BC=max(2, min(16, 32 // R)), num_warps=4)
 
 
 def _product_options() -> Options:
@@ -190,16 +190,13 @@ def _new_products(B: int, classes: Classes) -> Tuple[Tensor, Tensor]:
     return t, torch.empty((B, cp), dtype=_FP32, device=device)
 
 
-def _fill_coef(
-    coef: Tensor, p: Parameters, v_min: float, sigma2_min: float, split: bool, basis_only: bool = False
-) -> None:
+def _fill_coef(coef: Tensor, p: Parameters, v_min: float, sigma2_min: float, basis_only: bool = False) -> None:
     C, d, r = p.A.shape
     R, cp = triton.next_power_of_2(r), _pad(C, 16)
     options = _factor_options(R)
     _launch(
         kernels.factor_kernel, (triton.cdiv(cp, options['NC']),),
-        (p.A, p.weight, p.v_raw, p.bias, p.sigma2_raw, coef, v_min, sigma2_min, C, cp, d, r, R, basis_only,
-         'ieee' if split else 'tf32x3'), options,
+        (p.A, p.weight, p.v_raw, p.bias, p.sigma2_raw, coef, v_min, sigma2_min, C, cp, d, r, R, basis_only), options,
     )  # fmt: skip
 
 
@@ -209,8 +206,7 @@ def _fill_operand(classes: Classes, p: Parameters, basis_only: bool = False) -> 
     options = _basis_options(R)
     _launch(
         kernels.basis_kernel, (triton.cdiv(cp, options['NC']), triton.cdiv(out.shape[1], options['BLOCK'])),
-        (p.A, p.weight, coef, out, C, cp, d, out.shape[1], r, R, split, basis_only,
-         'ieee' if split or basis_only else 'tf32x3'), options,
+        (p.A, p.weight, coef, out, C, cp, d, out.shape[1], r, R, split, basis_only), options,
     )  # fmt: skip
 
 
@@ -281,7 +277,7 @@ def prepare(
     p = Parameters(*(t.detach().contiguous() for t in (weight, bias, A, v_raw, sigma2_raw)))
     classes = _new_classes(p, split)
     with _device(A):
-        _fill_coef(classes.coef, p, v_min, sigma2_min, split)
+        _fill_coef(classes.coef, p, v_min, sigma2_min)
         _fill_operand(classes, p)
         _fill_rows(classes, p, None, None)
     return classes
@@ -329,7 +325,7 @@ def orthonormalize(A: Tensor) -> Tuple[Tensor, Tensor]:
     classes = Classes(out, coef, C, cp, R, False)
     if C:
         with _device(A):
-            _fill_coef(coef, p, 0.0, 0.0, True, True)
+            _fill_coef(coef, p, 0.0, 0.0, True)
             _fill_operand(classes, p, True)
             _fill_rows(classes, p, None, None, True)
     factor = coef[cp * (2 * R + 5) :].view(cp, R, R)
@@ -410,7 +406,7 @@ def forward(
             if len(chunks) == 1:
                 kept += [classes.operand]
             if launch:
-                _fill_coef(classes.coef, part, v_min, sigma2_min, split)
+                _fill_coef(classes.coef, part, v_min, sigma2_min)
                 _fill_operand(classes, part)
                 _fill_rows(classes, part, features if start == 0 else None, x)
                 _fill_logits(out, start, x, classes, p.sigma2_raw, sigma2_min, d, saved)
@@ -437,7 +433,6 @@ def backward(
     dfeatures = torch.empty_like(features)
     g = Parameters(*(torch.empty_like(t) for t in p))
     dprec = torch.empty(C, dtype=_FP32, device=device)
-    precision = 'ieee' if split else 'tf32'
     # float16 holds 65504: |s g rho t| <= 2 top, and a sum of B of them times SCALE x
     top = min(8.0, 1024 / B)
     dx: Optional[Tensor] = None
@@ -459,7 +454,7 @@ def backward(
             width = means + 3 * cp
             operands = torch.empty((B, width + (2 * n if split else 0)), dtype=_FP16, device=device)
             partial = torch.empty(cp * (R * R + 2 * R + 2), dtype=_FP32, device=device)
-            options = _logits_grad_options(B, R, split)
+            options = _logits_grad_options(R, split)
             _launch(
                 kernels.logits_grad_kernel, (cp // options['BC'],),
                 (grad[:, start:stop], t, xm, x.norm2, part.v_raw, p.sigma2_raw, classes.coef, amax, operands, partial,
@@ -479,7 +474,7 @@ def backward(
                 kernels.class_grad_kernel, (tiles + rest,),
                 (p.sigma2_raw, amax, classes.operand, classes.coef, partial, dU, P, dpart.A, dpart.weight,
                  features, dx, dprec, dfeatures, g.sigma2_raw, sigma2_min, top,
-                 tiles, B, n_classes, C, cp, d, dp, r, R, split, precision), options,
+                 tiles, B, n_classes, C, cp, d, dp, r, R, split), options,
             )  # fmt: skip
             del classes, dU, P
     return [dfeatures, *g]

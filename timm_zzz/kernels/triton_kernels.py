@@ -4,6 +4,9 @@ Notation as in :mod:`timm_zzz.functional`: x (B, d) unit embeddings, mu_c unit c
 a = 1 / sigma2, t = U_c (x - mu_c), rho = a v / (1 + a v). r is padded to R, a power of two, with zero rows; d to a
 multiple of 8 and C to a multiple of 16 with zeros, so that every matrix product is aligned.
 
+Products that need float32's precision are 'ieee', not 'tf32x3': with Triton 3.6 on an H200 that gave wrong bases at
+padded rank 4.
+
 Unit vectors are at most 1 in size, so they are kept in float16, which rounds them 8 times finer than bfloat16: scaled
 by 16 (SCALE), away from its subnormals, and where float32's precision is asked for as a sum of two of them, hi + lo, of
 whose four products three count (lo lo is 2^-22 of the whole).
@@ -40,11 +43,19 @@ def _sigmoid(raw):
 
 
 @triton.jit
-def _tf32(x, ROUND: tl.constexpr):
+def _tf32(x):
     """Rounded to the nearest TF32 number; the matrix units would cut the digits off."""
-    if ROUND:
-        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return x
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot(a, b, acc, SPLIT: tl.constexpr):
+    """acc + a b in float32 precision, if b is exact in TF32 or with SPLIT."""
+    if SPLIT:
+        return tl.dot(a, b, acc, input_precision='ieee')
+    hi = _tf32(a)
+    acc = tl.dot(a - hi, b, acc, input_precision='tf32')
+    return tl.dot(hi, b, acc, input_precision='tf32')
 
 
 @triton.jit
@@ -180,7 +191,6 @@ def factor_kernel(
     r: tl.constexpr,
     R: tl.constexpr,
     BASIS_ONLY: tl.constexpr,
-    PRECISION: tl.constexpr,
     NC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -204,7 +214,7 @@ def factor_kernel(
     for start in range(0, d, BLOCK):
         i = start + tl.arange(0, BLOCK)
         rows = _load_tile(A, at_a, ok, i, d, r)
-        G += tl.dot(rows, tl.trans(rows), input_precision=PRECISION)
+        G += tl.dot(rows, tl.trans(rows), input_precision='ieee')
         if not BASIS_ONLY:
             w = _load_tile(W, at_w, c_ok, i, d, 1)
             w2 += tl.sum(w * w, 1)
@@ -226,11 +236,11 @@ def factor_kernel(
         for start in range(0, d, BLOCK):
             i = start + tl.arange(0, BLOCK)
             rows = tl.where(good[:, None], _load_tile(A, at_a, ok, i, d, r), 0.0)
-            q = tl.dot(M, rows, input_precision=PRECISION)
-            G += tl.dot(q, tl.trans(q), input_precision=PRECISION)
+            q = tl.dot(M, rows, input_precision='ieee')
+            G += tl.dot(q, tl.trans(q), input_precision='ieee')
         G = tl.where((ok & good)[:, None] & same, G, tl.where(eye, 1.0, 0.0))
         M2, smallest = _inverse_factor(G, row, R, NC, r)
-        M = tl.dot(M2, M, input_precision=PRECISION)
+        M = tl.dot(M2, M, input_precision='ieee')
 
     MM = COEF + 2 * cp * R
     first, inside = (j == 0) & (c < cp), c < cp
@@ -292,7 +302,6 @@ def basis_kernel(
     R: tl.constexpr,
     SPLIT: tl.constexpr,
     BASIS_ONLY: tl.constexpr,
-    PRECISION: tl.constexpr,
     NC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -309,7 +318,7 @@ def basis_kernel(
     M = tl.load(FACTOR, mask=same & inside, other=0.0)
     good = tl.load(MM + 2 * cp + c, mask=c < cp, other=1.0) == 0
     rows = _load_tile(A + pid * (NC * d * r), (row // R) * (d * r) + j, ok & good, i, d, r)
-    q = tl.dot(M, rows, input_precision=PRECISION)
+    q = tl.dot(M, rows, input_precision='ieee')
     mine = pid * (N * dp)
     at = (row * dp)[:, None] + i[None, :]
     if BASIS_ONLY:
@@ -596,10 +605,8 @@ def logits_grad_kernel(
         tl.store(MEANS + cp + at, (g * s - hi.to(tl.float32)).to(tl.float16), mask=b_ok)
         tl.store(MEANS + 2 * cp + at, hi, mask=b_ok)
         gt = t * tl.reshape(tl.broadcast_to(g[:, :, None], [BB, BC, R]), [BB, BN])
-        if SPLIT:
-            outer = tl.dot(tl.trans(gt), t, outer, input_precision='tf32x3')
-        else:  # t, which was float16, is exact
-            outer = tl.dot(tl.trans(_tf32(gt, True)), t, outer, input_precision='tf32')
+        # t, which was float16, is exact in TF32 unless SPLIT
+        outer = _dot(tl.trans(gt), t, outer, SPLIT)
         grt = gt * rho[None, :]
         h += tl.sum(grt, 0)
         at = (b * ldk)[:, None] + n[None, :]
@@ -620,7 +627,7 @@ def logits_grad_kernel(
     tl.store(PARTIAL + n, h)
     tl.store(PARTIAL + cp * R + n, tl.sum(Mt * h_col[None, :], 1))
     at_m = (n * R)[:, None] + (col % R)[None, :]
-    tl.store(PARTIAL + 2 * cp * R + at_m, tl.dot(Mt, sym, input_precision='tf32x3'), mask=same)
+    tl.store(PARTIAL + 2 * cp * R + at_m, tl.dot(Mt, sym, input_precision='ieee'), mask=same)
     along = tl.sum(tl.reshape(h * offset, [BC, R]), 1)
     PARTIAL += cp * (2 * R + R * R)
     tl.store(PARTIAL + c, total)
@@ -683,7 +690,6 @@ def _class_grad(
     R: tl.constexpr,
     NC: tl.constexpr,
     SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A tile of the gradients of NC classes' A and weight; see logits_grad_kernel.
@@ -724,19 +730,16 @@ def _class_grad(
     a, _ = _precision(S2RAW, s2_min)
     unscale = a / (_S * _grad_scale(AMAX, grad_top))
 
-    # dU and q are exact in TF32 unless SPLIT
-    R32: tl.constexpr = not SPLIT
-    dA = tl.dot(_tf32(Mt * unscale, R32), dU, input_precision=PRECISION)
-    dA = tl.dot(_tf32(Ms * (1.0 / _S), R32), q, dA, input_precision=PRECISION)
+    # dU and q, which were float16, are exact in TF32 unless SPLIT
     Mh = tl.where((row // R)[:, None] == m[None, :], (Mh * (-a / _S))[:, None], 0.0)
-    dA = tl.dot(_tf32(Mh, R32), _tf32(mu, R32), dA, input_precision=PRECISION)
+    dA = _dot(Mh, mu if SPLIT else _tf32(mu), tl.zeros([N, BLOCK], tl.float32), SPLIT)
+    dA = _dot(Mt * unscale, dU, dA, SPLIT)
+    dA = _dot(Ms * (1.0 / _S), q, dA, SPLIT)
     at = ((row // R) * (d * r) + j)[:, None] + (i * r)[None, :]
     tl.store(DA + pid * (NC * d * r) + at, dA, mask=ok[:, None] & (i < d)[None, :])
 
     h = tl.where(m[:, None] == (col // R)[None, :], (h * (-a / _S))[None, :], 0.0)
-    dw = tl.dot(
-        _tf32(h, R32), q, p * unscale - mu * ((a * total + mu_dmu) * (1.0 / _S))[:, None], input_precision=PRECISION
-    )
+    dw = _dot(h, q, p * unscale - mu * ((a * total + mu_dmu) * (1.0 / _S))[:, None], SPLIT)
     dw = dw / wnorm[:, None] / largest[:, None]
     tl.store(DW + pid * (NC * d) + (m * d)[:, None] + i[None, :], dw, mask=m_ok[:, None] & (i < d)[None, :])
 
@@ -769,7 +772,6 @@ def class_grad_kernel(
     r: tl.constexpr,
     R: tl.constexpr,
     SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
     NC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -800,7 +802,6 @@ def class_grad_kernel(
             R,
             NC,
             SPLIT,
-            PRECISION,
             BLOCK,
         )
     else:
