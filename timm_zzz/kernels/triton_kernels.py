@@ -324,10 +324,10 @@ def basis_kernel(
     if BASIS_ONLY:
         tl.store(OUT + mine + at, q, mask=inside & i_ok)
     else:
-        LO = OUT + 2 * cp * R * dp + mine
+        LO = OUT + 2 * cp.to(tl.int64) * R * dp + mine
         _store_split(OUT + mine, LO, at, q, inside & i_ok, SPLIT)
         if SPLIT:
-            _store_split(OUT + cp * R * dp + mine, LO, at, q, inside & i_ok, False)
+            _store_split(OUT + cp.to(tl.int64) * R * dp + mine, LO, at, q, inside & i_ok, False)
         NM: tl.constexpr = 16
         # The means of the NC classes, padded to 16 rows
         m = tl.arange(0, NM)
@@ -337,11 +337,11 @@ def basis_kernel(
         largest = tl.load(MM + 3 * cp + c, mask=mine_ok, other=1.0)
         wnorm = tl.load(MM + 4 * cp + c, mask=mine_ok, other=1.0)
         w = w / largest[:, None] / wnorm[:, None]
-        MEANS = OUT + (3 if SPLIT else 1) * cp * R * dp + pid * (NC * dp)
+        MEANS = OUT + (3 if SPLIT else 1) * cp.to(tl.int64) * R * dp + pid * (NC * dp)
         at = (m * dp)[:, None] + i[None, :]
         mask = mine_ok[:, None] & i_ok
-        _store_split(MEANS, MEANS + 2 * cp * dp, at, w, mask, True)
-        _store_split(MEANS + cp * dp, MEANS, at, w, mask, False)
+        _store_split(MEANS, MEANS + 2 * cp.to(tl.int64) * dp, at, w, mask, True)
+        _store_split(MEANS + cp.to(tl.int64) * dp, MEANS, at, w, mask, False)
 
 
 @triton.jit
@@ -367,7 +367,7 @@ def _repair(
     OFFSET = COEF
     FLAG = COEF + 2 * cp * R + 2 * cp
     FACTOR = FLAG + 3 * cp
-    LO = OUT + 2 * cp * R * dp
+    LO = OUT + 2 * cp.to(tl.int64) * R * dp
     block = pid * CLASSES + tl.arange(0, CLASSES)
     if tl.max(tl.load(FLAG + block, mask=block < C, other=0.0), 0) > 0:
         i = tl.arange(0, BLOCK)
@@ -417,7 +417,7 @@ def _repair(
                         tl.store(OFFSET + c * R + j, tl.sum(x * mu, 0))
                         _store_split(OUT, LO, at, x, i < dp, SPLIT)
                         if SPLIT:
-                            _store_split(OUT + cp * R * dp, LO, at, x, i < dp, False)
+                            _store_split(OUT + cp.to(tl.int64) * R * dp, LO, at, x, i < dp, False)
                     tl.debug_barrier()  # the next rows read what other threads wrote
 
 
@@ -707,12 +707,12 @@ def _class_grad(
     mine, mine_m = pid * (N * dp), pid * (NC * dp)
     q = _load_tile(CLS + mine, row * dp, ok, i, d, 1)
     if SPLIT:
-        q += _load_tile(CLS + 2 * cp * R * dp + mine, row * dp, ok, i, d, 1)
+        q += _load_tile(CLS + 2 * cp.to(tl.int64) * R * dp + mine, row * dp, ok, i, d, 1)
     dU = _load_tile(DU + mine, row * dp, ok, i, d, 1)
     if SPLIT:
         dU = dU * tl.load(COEF + cp * R + c * R + j, mask=ok, other=0.0)[:, None]
-    MEANS = CLS + (3 if SPLIT else 1) * cp * R * dp + mine_m
-    mu = _load_tile(MEANS, m * dp, m_ok, i, d, 1) + _load_tile(MEANS + 2 * cp * dp, m * dp, m_ok, i, d, 1)
+    MEANS = CLS + (3 if SPLIT else 1) * cp.to(tl.int64) * R * dp + mine_m
+    mu = _load_tile(MEANS, m * dp, m_ok, i, d, 1) + _load_tile(MEANS + 2 * cp.to(tl.int64) * dp, m * dp, m_ok, i, d, 1)
     p = _load_tile(P + mine_m, m * dp, m_ok, i, d, 1)
 
     col = tl.arange(0, N)
