@@ -4,8 +4,8 @@ Notation as in :mod:`timm_zzz.functional`: x (B, d) unit embeddings, mu_c unit c
 a = 1 / sigma2, t = U_c (x - mu_c), rho = a v / (1 + a v). r is padded to R, a power of two, with zero rows; d to a
 multiple of 8 and C to a multiple of 16 with zeros, so that every matrix product is aligned.
 
-Products that need float32's precision are 'ieee', not 'tf32x3': with Triton 3.6 on an H200 that gave wrong bases at
-padded rank 4.
+Products that need float32's precision are 'ieee': with 'tf32x3', Triton 3.6 and an H200 the logits were wrong at padded
+rank 4, and the same kernels were right with 'ieee'.
 
 Unit vectors are at most 1 in size, so they are kept in float16, which rounds them 8 times finer than bfloat16: scaled
 by 16 (SCALE), away from its subnormals, and where float32's precision is asked for as a sum of two of them, hi + lo, of
