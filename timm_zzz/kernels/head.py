@@ -63,6 +63,11 @@ def _pad(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def _coef_size(cp: int, R: int) -> int:
+    """Numbers in the sections of COEF; see triton_kernels."""
+    return cp * (R * R + 2 * R + 5)
+
+
 # Tile sizes, chosen by measurement on an H200 with Triton 3.6
 
 
@@ -172,7 +177,7 @@ def _new_classes(p: Parameters, split: bool, coef: Optional[Tensor] = None) -> C
     C, d, r = p.A.shape
     R, cp = triton.next_power_of_2(r), _pad(C, 16)
     if coef is None:
-        coef = torch.empty(cp * (R * R + 2 * R + 5), dtype=_FP32, device=p.A.device)
+        coef = torch.empty(_coef_size(cp, R), dtype=_FP32, device=p.A.device)
     rows = cp * ((3 if split else 1) * R + 3)
     return Classes(torch.empty((rows, _pad(d, 8)), dtype=_FP16, device=p.A.device), coef, C, cp, R, split)
 
@@ -305,7 +310,7 @@ def fold(rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, spl
     for part, once in ((bases.flatten(0, 1), not split), (means, False)):
         hi = part.half()
         parts += [hi] if once else [hi, hi, (part - hi).half()]
-    coef = rows.new_zeros(cp * (R * R + 2 * R + 5))
+    coef = rows.new_zeros(_coef_size(cp, R))
     sections = coef[: 2 * cp * R].view(2, cp, R)
     sections[0, :C, :rank] = -offsets[C:].view(rank, C).T / norm
     sections[1, :C, :rank] = (2 * norm.double().square() * sigma2).float()
@@ -320,7 +325,7 @@ def orthonormalize(A: Tensor) -> Tuple[Tensor, Tensor]:
     A = A.contiguous()
     p = Parameters(A, A, A, A, A)
     R, cp = triton.next_power_of_2(r), _pad(C, 16)
-    coef = torch.empty(cp * (R * R + 2 * R + 5), dtype=_FP32, device=A.device)
+    coef = torch.empty(_coef_size(cp, R), dtype=_FP32, device=A.device)
     out = torch.empty((cp * R, _pad(d, 8)), dtype=_FP32, device=A.device)
     classes = Classes(out, coef, C, cp, R, False)
     if C:
