@@ -226,7 +226,7 @@ def suite_model(args: argparse.Namespace) -> Rows:
     layout = 'channels_last for the convnets' if args.channels_last else 'contiguous'
     rows: Rows = []
     table = model_table('Training step', args, f'Random images on the device, {layout}.')
-    for spec in QUICK_MODELS if args.quick else MODELS:
+    for spec in QUICK_MODELS if args.quick else [m for m in MODELS if not args.models or m.name in args.models]:
         time_model(table, spec, ('linear', 'cosine', 'zzz_r8'), rows, args, round_s=0.8, rounds=8)
         release()
     return rows
@@ -414,6 +414,7 @@ def parse(argv: Optional[Iterable[str]] = None) -> argparse.Namespace:
     parser.add_argument('--round-s', type=float, help="seconds a method has in a round, instead of the suite's own")
     parser.add_argument('--channels-last', action='store_true', help='for the convnets of the model suite')
     parser.add_argument('--methods', nargs='+', choices=list(METHODS), help='of the head suite')
+    parser.add_argument('--models', nargs='+', choices=[m.name for m in MODELS], help='of the model suite')
     parser.add_argument('--quick', action='store_true', help='tiny shapes, to see whether everything runs')
     args = parser.parse_args(argv)
     if args.device.type == 'cuda' and args.device.index is None:

@@ -129,15 +129,15 @@ def test_prepared_classes(r, half):
     cp, R = classes.padded, classes.R
     assert (classes.coef[(2 * R + 2) * cp :][:20] == 0).all()  # flags
     rows = classes.operand.double() / triton_kernels.SCALE
-    bases, means = rows[: cp * R], rows[-3 * cp :]
+    bases, means = rows[: cp * R], rows[(1 if half else 2) * cp * R :]
     if not half:
-        bases = bases + rows[2 * cp * R : 3 * cp * R]
+        bases = bases + rows[cp * R : 2 * cp * R]
     bases = bases.view(cp, R, -1)
     exact = qr_basis(A.double()).mT
     assert (bases[:20, :r, :70] - exact).abs().max() < (3e-4 if half else 3e-6)
     assert (bases[20:] == 0).all() and (bases[:, r:] == 0).all() and (bases[..., 70:] == 0).all()
     torch.testing.assert_close(
-        (means[:cp] + means[2 * cp :])[:20, :70], F.normalize(weight.double()), rtol=0, atol=1e-6
+        (means[:cp] + means[cp : 2 * cp])[:20, :70], F.normalize(weight.double()), rtol=0, atol=1e-6
     )
 
 

@@ -30,8 +30,6 @@ IMPLS = ('auto', 'torch', 'triton')
 
 # The largest rank and width that the kernels were made for: a class's r x r matrix and a whole row in one program
 MAX_RANK, MAX_WIDTH = 32, 16384
-# Wrong under autocast on an H200 once; mended by what is known of it, and to be proven there before 'auto' takes it
-UNPROVEN_RANKS = (3, 4)
 
 _logger = logging.getLogger(__name__)
 
@@ -61,8 +59,6 @@ def choose(impl: str, tensors: Sequence[Tensor], width: int, rank: int, refusal:
     device = tensors[0].device
     if refusal is None:
         refusal = _device_refusal(device.type, device.index) or _tensor_refusal(tensors, width, rank)
-    if refusal is None and impl == 'auto' and rank in UNPROVEN_RANKS:
-        refusal = f'at rank {rank} it has yet to be proven on a GPU'
     if refusal is None and (torch.compiler.is_compiling() or is_plain(tensors)):
         if impl == 'triton' or device.type == 'cuda':  # Triton's interpreter on the CPU is for tests
             _log('triton', 'it can run')

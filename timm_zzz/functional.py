@@ -375,8 +375,7 @@ def zzz_logits(
         v_min: Lower bound of the variances along the basis.
         sigma2_min: Lower bound of the isotropic variance.
         impl: ``'torch'``, ``'triton'`` or ``'auto'``, which takes Triton where it can run: on an NVIDIA GPU of compute
-            capability 8.0 or higher, for ranks 1 to 32 but 3 and 4, and no float64. Traced, scripted and exported code
-            is torch's.
+            capability 8.0 or higher, for ranks 1 to 32, and no float64. Traced, scripted and exported code is torch's.
 
     Returns:
         Logits, shape (..., C), float32 or float64.

@@ -28,7 +28,8 @@ Options = Dict[str, int]  # a kernel's tile sizes and compiler options
 class Classes(NamedTuple):
     """What the kernels need of some classes; see triton_kernels."""
 
-    operand: Tensor  # float16 (rows, dp): bases and means
+    # float16 (rows, dp): bases, means (hi, lo, hi); with split, the bases' hi and lo, the means' hi and lo
+    operand: Tensor
     coef: Tensor  # float32
     num_classes: int
     padded: int  # number of classes with padding
@@ -72,7 +73,7 @@ def _coef_size(cp: int, R: int) -> int:
 
 
 def _factor_options(R: int) -> Options:
-    return dict(NC=max(1, 16 // R), BLOCK=64 if R <= 16 else 32, num_warps=1 if R <= 16 else 2)
+    return dict(NC=max(1, 16 // R), BLOCK=64 if R <= 16 else 32, num_warps=2)
 
 
 def _basis_options(R: int) -> Options:
@@ -80,15 +81,15 @@ def _basis_options(R: int) -> Options:
 
 
 def _class_grad_options(R: int, split: bool) -> Options:
-    return dict(NC=max(1, 16 // R), BLOCK=128, num_warps=2 if R <= 16 and not split else 4)
+    return dict(NC=max(1, 16 // R), BLOCK=128, num_warps=4 if split or R > 16 else 1 if R == 8 else 2)
 
 
 def _logits_options(device: torch.device, B: int, C: int, R: int, split: bool) -> Options:
     BM, BC, BK, warps = 64, max(16, min(64, 128 // R)), 64, 4
     if B <= 32 or (R == 32 and split):
         BM = 16 if B <= 16 else 32
-    elif R == 8 and not split:
-        BM, BC, BK = (128, 16, 32) if B * C >= 2**20 else (64, 32, 32)
+    elif R == 8 and not split and B > 64:
+        BM, BC, BK, warps = (128, 16, 32, 4) if B * C >= 2**20 else (128, 16, 64, 8)
     elif R == 16 and not split and B > 64:
         BM, BK = 128, 32
     if R == 32 or split:
@@ -110,11 +111,13 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def _logits_grad_options(R: int, split: bool) -> Options:
+    if R in (8, 16) and not split:
+        return dict(BB=64, BC=2, num_warps=1)
     return dict(BB=32 if split or R >= 32 else 64, BC=max(2, min(16, 32 // R)), num_warps=4)
 
 
 def _product_options() -> Options:
-    return dict(BN=64, BD=64, BB=32, num_warps=4)
+    return dict(BN=64, BD=128, BB=32, num_warps=4)
 
 
 def _row_warps(width: int) -> int:
@@ -129,20 +132,18 @@ def _launch(kernel: Any, grid: Tuple[int, ...], args: Tuple[Any, ...], options: 
     if triton.knobs.runtime.interpret:
         kernel[grid](*args, **options)
         return
-    key = (kernel.__name__, args[0].device, *options.values(), *[_specialization(x) for x in args])
-    compiled = _compiled.get(key)
-    if compiled is None:
-        _compiled[key] = kernel[grid](*args, **options)
+    # What Triton may compile a kernel anew for: types, alignment of pointers, and ints, constants among them
+    specialization = [
+        (x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else None if type(x) is float else x for x in args
+    ]
+    key = (kernel.__name__, args[0].device, *options.values(), *specialization)
+    known = _compiled.get(key)
+    if known is None:
+        tiles = [value for name, value in options.items() if name not in ('num_warps', 'num_stages')]
+        _compiled[key] = kernel[grid](*args, **options), tiles
         return
-    tiles = [value for name, value in options.items() if name not in ('num_warps', 'num_stages')]
+    compiled, tiles = known
     compiled[(*grid, 1, 1)[:3]](*args, *tiles)
-
-
-def _specialization(x: Any) -> Any:
-    """What Triton may compile a kernel anew for: types, alignment of pointers, and ints, constants among them."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
-    return None if isinstance(x, float) else x
 
 
 class _Stay:
@@ -178,7 +179,7 @@ def _new_classes(p: Parameters, split: bool, coef: Optional[Tensor] = None) -> C
     R, cp = triton.next_power_of_2(r), _pad(C, 16)
     if coef is None:
         coef = torch.empty(_coef_size(cp, R), dtype=_FP32, device=p.A.device)
-    rows = cp * ((3 if split else 1) * R + 3)
+    rows = cp * (2 * R + 2 if split else R + 3)
     return Classes(torch.empty((rows, _pad(d, 8)), dtype=_FP16, device=p.A.device), coef, C, cp, R, split)
 
 
@@ -195,13 +196,16 @@ def _new_products(B: int, classes: Classes) -> Tuple[Tensor, Tensor]:
     return t, torch.empty((B, cp), dtype=_FP32, device=device)
 
 
-def _fill_coef(coef: Tensor, p: Parameters, v_min: float, sigma2_min: float, basis_only: bool = False) -> None:
+def _fill_coef(
+    coef: Tensor, p: Parameters, v_min: float, sigma2_min: float, split: bool, basis_only: bool = False
+) -> None:
     C, d, r = p.A.shape
     R, cp = triton.next_power_of_2(r), _pad(C, 16)
     options = _factor_options(R)
     _launch(
         kernels.factor_kernel, (triton.cdiv(cp, options['NC']),),
-        (p.A, p.weight, p.v_raw, p.bias, p.sigma2_raw, coef, v_min, sigma2_min, C, cp, d, r, R, basis_only), options,
+        (p.A, p.weight, p.v_raw, p.bias, p.sigma2_raw, coef, v_min, sigma2_min,
+         C, cp, d, r, R, split or R == 4, basis_only), options,
     )  # fmt: skip
 
 
@@ -258,7 +262,7 @@ def _fill_logits(
     """Write the logits of some classes into columns of ``out`` from ``start``, and t and x mu into ``saved``."""
     B, dp = x.hi.shape
     R, cp = classes.R, classes.padded
-    chunk = out[:, start:]
+    chunk = out[:, start:] if start else out
     t, xm = saved or (chunk, chunk)
     options = _logits_options(out.device, B, cp, R, classes.split)
     _launch(
@@ -282,7 +286,7 @@ def prepare(
     p = Parameters(*(t.detach().contiguous() for t in (weight, bias, A, v_raw, sigma2_raw)))
     classes = _new_classes(p, split)
     with _device(A):
-        _fill_coef(classes.coef, p, v_min, sigma2_min)
+        _fill_coef(classes.coef, p, v_min, sigma2_min, split)
         _fill_operand(classes, p)
         _fill_rows(classes, p, None, None)
     return classes
@@ -307,9 +311,11 @@ def fold(rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, spl
     means = rows.new_zeros(cp, dp)
     means[:C, :d] = rows[:C] * (kernels.SCALE * sigma2).float()
     parts = []
-    for part, once in ((bases.flatten(0, 1), not split), (means, False)):
+    for part in (bases.flatten(0, 1), means):
         hi = part.half()
-        parts += [hi] if once else [hi, hi, (part - hi).half()]
+        parts += [hi, (part - hi).half()]
+    if not split:
+        parts = [parts[0], *parts[2:], parts[2]]
     coef = rows.new_zeros(_coef_size(cp, R))
     sections = coef[: 2 * cp * R].view(2, cp, R)
     sections[0, :C, :rank] = -offsets[C:].view(rank, C).T / norm
@@ -330,7 +336,7 @@ def orthonormalize(A: Tensor) -> Tuple[Tensor, Tensor]:
     classes = Classes(out, coef, C, cp, R, False)
     if C:
         with _device(A):
-            _fill_coef(coef, p, 0.0, 0.0, True)
+            _fill_coef(coef, p, 0.0, 0.0, True, True)
             _fill_operand(classes, p, True)
             _fill_rows(classes, p, None, None, True)
     factor = coef[cp * (2 * R + 5) :].view(cp, R, R)
@@ -411,7 +417,7 @@ def forward(
             if len(chunks) == 1:
                 kept += [classes.operand]
             if launch:
-                _fill_coef(classes.coef, part, v_min, sigma2_min)
+                _fill_coef(classes.coef, part, v_min, sigma2_min, split)
                 _fill_operand(classes, part)
                 _fill_rows(classes, part, features if start == 0 else None, x)
                 _fill_logits(out, start, x, classes, p.sigma2_raw, sigma2_min, d, saved)
@@ -442,7 +448,8 @@ def backward(
     top = min(8.0, 1024 / B)
     dx: Optional[Tensor] = None
     with _device(features):
-        amax = torch.linalg.vector_norm(grad, float('inf'))
+        amax = torch.empty(kernels.AMAX_PROGRAMS, dtype=_FP32, device=device)
+        _launch(kernels.amax_kernel, (len(amax),), (grad, amax, grad.numel()), dict(BLOCK=2048, num_warps=8))
         chunks = _chunks(p.A)
         for k, (start, stop) in enumerate(chunks):
             part, dpart = (p, g) if len(chunks) == 1 else (p.part(start, stop), g.part(start, stop))
@@ -455,8 +462,9 @@ def backward(
                 _fill_operand(classes, part)
                 _fill_rows(classes, part, None, None)
             n = cp * R  # rows of the bases
-            means = n * (3 if split else 1)
-            width = means + 3 * cp
+            # Columns: s g rho t, then s g as (lo, hi, hi); with split, hi and lo, then (lo, hi), then s g t as (hi, lo)
+            means = 2 * n if split else n
+            width = means + (2 if split else 3) * cp
             operands = torch.empty((B, width + (2 * n if split else 0)), dtype=_FP16, device=device)
             partial = torch.empty(cp * (R * R + 2 * R + 2), dtype=_FP32, device=device)
             options = _logits_grad_options(R, split)
@@ -469,8 +477,11 @@ def backward(
             del t, xm
             product = _exact_product(operands, classes) if split else _mm(operands, classes.operand, _FP32)
             dx = product if dx is None else dx.add_(product)
-            dU = _product(operands, width, n, x) if split else _mm(operands[:, :n].t(), x.hi, _FP16)
-            P = _product(operands, means, cp, x)
+            if split:
+                dU = _product(operands[:, width:], operands[:, width + n :], n, x)
+            else:
+                dU = _mm(operands[:, :n].t(), x.hi, _FP16)
+            P = _product(operands[:, means + cp :], operands[:, means:], cp, x)
             del operands
             options = dict(WIDTH=triton.next_power_of_2(dp), **_class_grad_options(R, split))
             tiles = triton.cdiv(n_classes, options['NC']) * triton.cdiv(d, options['BLOCK'])
@@ -489,23 +500,23 @@ def _exact_product(operands: Tensor, classes: Classes) -> Tensor:
     """operands @ classes.operand in float32: the matrix units would lose its last digits in a long sum."""
     n, cp = classes.padded * classes.R, classes.padded
     total: Optional[Tensor] = None
-    for at, size in ((0, n), (3 * n, cp)):
+    for at, size in ((0, n), (2 * n, cp)):
         g = operands[:, at : at + size].float() + operands[:, at + size : at + 2 * size].float()
-        rows = classes.operand[at : at + size].float() + classes.operand[at + 2 * size : at + 3 * size].float()
+        rows = classes.operand[at : at + size].float() + classes.operand[at + size : at + 2 * size].float()
         with torch.autocast(g.device.type, enabled=False):
             total = g @ rows if total is None else torch.addmm(total, g, rows)
     assert total is not None
     return total
 
 
-def _product(operands: Tensor, at: int, n: int, x: Embeddings) -> Tensor:
-    """(hi + lo)^T x in float32 precision, of n columns of the operands from ``at``; lo follows hi."""
+def _product(hi: Tensor, lo: Tensor, n: int, x: Embeddings) -> Tensor:
+    """(hi + lo)^T x in float32 precision, of the first n columns."""
     B, dp = x.hi.shape
     out = torch.empty((n, dp), dtype=_FP32, device=x.hi.device)
     options = _product_options()
     _launch(
         kernels.product_kernel, (triton.cdiv(n, options['BN']), triton.cdiv(dp, options['BD'])),
-        (operands[:, at:], operands[:, at + n :], x.hi, x.lo, out, B, n, dp, operands.stride(0)), options,
+        (hi, lo, x.hi, x.lo, out, B, n, dp, hi.stride(0)), options,
     )  # fmt: skip
     return out
 

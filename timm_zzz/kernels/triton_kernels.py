@@ -4,8 +4,11 @@ Notation as in :mod:`timm_zzz.functional`: x (B, d) unit embeddings, mu_c unit c
 a = 1 / sigma2, t = U_c (x - mu_c), rho = a v / (1 + a v). r is padded to R, a power of two, with zero rows; d to a
 multiple of 8 and C to a multiple of 16 with zeros, so that every matrix product is aligned.
 
-Products that need float32's precision are 'ieee': with 'tf32x3', Triton 3.6 and an H200 the logits were wrong at padded
-rank 4, and the same kernels were right with 'ieee'.
+Products that need float32's precision are 'ieee' where float32 is asked for (SPLIT), or TF32 ones of the parts of their
+factors. The matrix
+units cut off the digits that a sum has no room for, so a long sum is made of short ones, each with its small terms first.
+(With TF32 products in factor_kernel at R = 4, Triton 3.6 and an H200, M is wrong in every second class; there too they
+are 'ieee'.)
 
 Unit vectors are at most 1 in size, so they are kept in float16, which rounds them 8 times finer than bfloat16: scaled
 by 16 (SCALE), away from its subnormals, and where float32's precision is asked for as a sum of two of them, hi + lo, of
@@ -23,6 +26,8 @@ import triton.language as tl
 
 SCALE = 16.0
 _S = tl.constexpr(SCALE)
+AMAX_PROGRAMS = 128
+_AMAX_PROGRAMS = tl.constexpr(AMAX_PROGRAMS)
 
 
 @triton.jit
@@ -56,6 +61,27 @@ def _dot(a, b, acc, SPLIT: tl.constexpr):
     hi = _tf32(a)
     acc = tl.dot(a - hi, b, acc, input_precision='tf32')
     return tl.dot(hi, b, acc, input_precision='tf32')
+
+
+@triton.jit
+def _dot3(a, b, SPLIT: tl.constexpr):
+    """a b in float32 precision."""
+    if SPLIT:
+        return tl.dot(a, b, input_precision='ieee')
+    a_hi, b_hi = _tf32(a), _tf32(b)
+    acc = tl.dot(a - a_hi, b_hi, input_precision='tf32')
+    acc = tl.dot(a_hi, b - b_hi, acc, input_precision='tf32')
+    return tl.dot(a_hi, b_hi, acc, input_precision='tf32')
+
+
+@triton.jit
+def _gram(rows, G, half, SPLIT: tl.constexpr):
+    """(G, half) with a a^T added to G + half + half^T, in float32 precision."""
+    if SPLIT:
+        return G + tl.dot(rows, tl.trans(rows), input_precision='ieee'), half
+    hi = _tf32(rows)
+    half = tl.dot(hi, tl.trans(rows - hi), half, input_precision='tf32')
+    return tl.dot(hi, tl.trans(hi), G, input_precision='tf32'), half
 
 
 @triton.jit
@@ -113,8 +139,8 @@ def _embedding_grad(
 
 @triton.jit
 def _grad_scale(AMAX, grad_top):
-    """The factor s that brings the largest gradient of a logit to grad_top, inside float16's range."""
-    amax = tl.load(AMAX).to(tl.float32)
+    """The factor s that brings the largest gradient of a logit to grad_top, inside float16's range; see amax_kernel."""
+    amax = tl.max(tl.load(AMAX + tl.arange(0, _AMAX_PROGRAMS)), 0)
     return tl.where(amax > 0, tl.minimum(grad_top / amax, 1e30), 1.0)
 
 
@@ -190,6 +216,7 @@ def factor_kernel(
     d,
     r: tl.constexpr,
     R: tl.constexpr,
+    SPLIT: tl.constexpr,
     BASIS_ONLY: tl.constexpr,
     NC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -208,17 +235,30 @@ def factor_kernel(
     W += pid * (NC * d)
     at_a, at_w, c_ok = (row // R) * (d * r) + j, (row // R) * d, c < C
 
+    if not BASIS_ONLY:
+        a, _ = _precision(S2RAW, s2_min)
+        raw = tl.load(VRAW + c * r + j, mask=ok, other=0.0).to(tl.float32)
+        bias = tl.load(BIAS + c, mask=c_ok, other=0.0).to(tl.float32)
     G = tl.zeros([N, N], tl.float32)
-    w2 = tl.zeros([N], tl.float32)
-    aw = tl.zeros([N], tl.float32)
+    half = tl.zeros([N, N], tl.float32)
+    w2 = tl.zeros([N, BLOCK], tl.float32)
+    aw = tl.zeros([N, BLOCK], tl.float32)
+    i = tl.arange(0, BLOCK)
+    # Tiles are asked for two rounds before they are used
+    rows_1, rows_2 = _load_tile(A, at_a, ok, i, d, r), _load_tile(A, at_a, ok, i + BLOCK, d, r)
+    w_1 = _load_tile(W, at_w, c_ok & (not BASIS_ONLY), i, d, 1)
+    w_2 = _load_tile(W, at_w, c_ok & (not BASIS_ONLY), i + BLOCK, d, 1)
     for start in range(0, d, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        rows = _load_tile(A, at_a, ok, i, d, r)
-        G += tl.dot(rows, tl.trans(rows), input_precision='ieee')
+        rows, rows_1, w, w_1 = rows_1, rows_2, w_1, w_2
+        i = start + 2 * BLOCK + tl.arange(0, BLOCK)
+        rows_2 = _load_tile(A, at_a, ok, i, d, r)
         if not BASIS_ONLY:
-            w = _load_tile(W, at_w, c_ok, i, d, 1)
-            w2 += tl.sum(w * w, 1)
-            aw += tl.sum(w * rows, 1)
+            w_2 = _load_tile(W, at_w, c_ok, i, d, 1)
+            w2 += w * w
+            aw += w * rows
+        G, half = _gram(rows, G, half, SPLIT)
+    w2, aw = tl.sum(w2, 1), tl.sum(aw, 1)
+    G += half + tl.trans(half)
 
     # Columns of A_c scaled to unit length, then one round of Cholesky-QR, or two where one would not be accurate.
     norm2 = tl.sum(tl.where(eye, G, 0.0), 1)
@@ -233,11 +273,12 @@ def factor_kernel(
     M = tl.where(good[:, None], M, 0.0)
     if tl.min(tl.where(good, smallest, 1.0), 0) < 0.25:
         G = tl.zeros([N, N], tl.float32)
+        half = tl.zeros([N, N], tl.float32)
         for start in range(0, d, BLOCK):
             i = start + tl.arange(0, BLOCK)
             rows = tl.where(good[:, None], _load_tile(A, at_a, ok, i, d, r), 0.0)
-            q = tl.dot(M, rows, input_precision='ieee')
-            G += tl.dot(q, tl.trans(q), input_precision='ieee')
+            G, half = _gram(_dot3(M, rows, SPLIT), G, half, SPLIT)
+        G += half + tl.trans(half)
         G = tl.where((ok & good)[:, None] & same, G, tl.where(eye, 1.0, 0.0))
         M2, smallest = _inverse_factor(G, row, R, NC, r)
         M = tl.dot(M2, M, input_precision='ieee')
@@ -269,9 +310,6 @@ def factor_kernel(
         aw = tl.sum(tl.where(eye, tl.where(good, aw, 0.0)[:, None], 0.0), 0)
         # Not one class's NaN to another: 0 NaN is NaN
         offset = tl.sum(tl.where(same, M * aw[None, :], 0.0), 1) / wnorm
-        a, _ = _precision(S2RAW, s2_min)
-        raw = tl.load(VRAW + c * r + j, mask=ok, other=0.0).to(tl.float32)
-        bias = tl.load(BIAS + c, mask=c_ok, other=0.0).to(tl.float32)
         av = tl.where(ok, a * (_softplus(raw) + v_min), 0.0)
         logdet = _class_sum(_log1p(av), same, eye)
         tl.store(COEF + c * R + j, tl.where(ok, offset, 0.0), mask=inside)
@@ -318,30 +356,30 @@ def basis_kernel(
     M = tl.load(FACTOR, mask=same & inside, other=0.0)
     good = tl.load(MM + 2 * cp + c, mask=c < cp, other=1.0) == 0
     rows = _load_tile(A + pid * (NC * d * r), (row // R) * (d * r) + j, ok & good, i, d, r)
-    q = tl.dot(M, rows, input_precision='ieee')
+    if not BASIS_ONLY:
+        NM: tl.constexpr = 16
+        # The means of the NC classes, padded to 16 rows
+        m = tl.arange(0, NM)
+        cm = pid * NC + m
+        mine_ok = (m < NC) & (cm < cp)
+        w = _load_tile(W + pid * (NC * d), m * d, mine_ok & (cm < C), i, d, 1)
+        largest = tl.load(MM + 3 * cp + cm, mask=mine_ok, other=1.0)
+        wnorm = tl.load(MM + 4 * cp + cm, mask=mine_ok, other=1.0)
+    q = _dot3(M, rows, SPLIT)
     mine = pid * (N * dp)
     at = (row * dp)[:, None] + i[None, :]
     if BASIS_ONLY:
         tl.store(OUT + mine + at, q, mask=inside & i_ok)
     else:
-        LO = OUT + 2 * cp.to(tl.int64) * R * dp + mine
+        LO = OUT + cp.to(tl.int64) * R * dp + mine
         _store_split(OUT + mine, LO, at, q, inside & i_ok, SPLIT)
-        if SPLIT:
-            _store_split(OUT + cp.to(tl.int64) * R * dp + mine, LO, at, q, inside & i_ok, False)
-        NM: tl.constexpr = 16
-        # The means of the NC classes, padded to 16 rows
-        m = tl.arange(0, NM)
-        c = pid * NC + m
-        mine_ok = (m < NC) & (c < cp)
-        w = _load_tile(W + pid * (NC * d), m * d, mine_ok & (c < C), i, d, 1)
-        largest = tl.load(MM + 3 * cp + c, mask=mine_ok, other=1.0)
-        wnorm = tl.load(MM + 4 * cp + c, mask=mine_ok, other=1.0)
         w = w / largest[:, None] / wnorm[:, None]
-        MEANS = OUT + (3 if SPLIT else 1) * cp.to(tl.int64) * R * dp + pid * (NC * dp)
+        MEANS = OUT + (2 if SPLIT else 1) * cp.to(tl.int64) * R * dp + pid * (NC * dp)
         at = (m * dp)[:, None] + i[None, :]
         mask = mine_ok[:, None] & i_ok
-        _store_split(MEANS, MEANS + 2 * cp.to(tl.int64) * dp, at, w, mask, True)
-        _store_split(MEANS + cp.to(tl.int64) * dp, MEANS, at, w, mask, False)
+        _store_split(MEANS, MEANS + cp.to(tl.int64) * dp, at, w, mask, True)
+        if not SPLIT:
+            _store_split(MEANS + 2 * cp.to(tl.int64) * dp, MEANS, at, w, mask, False)
 
 
 @triton.jit
@@ -367,7 +405,7 @@ def _repair(
     OFFSET = COEF
     FLAG = COEF + 2 * cp * R + 2 * cp
     FACTOR = FLAG + 3 * cp
-    LO = OUT + 2 * cp.to(tl.int64) * R * dp
+    LO = OUT + cp.to(tl.int64) * R * dp
     block = pid * CLASSES + tl.arange(0, CLASSES)
     if tl.max(tl.load(FLAG + block, mask=block < C, other=0.0), 0) > 0:
         i = tl.arange(0, BLOCK)
@@ -416,8 +454,6 @@ def _repair(
                     else:
                         tl.store(OFFSET + c * R + j, tl.sum(x * mu, 0))
                         _store_split(OUT, LO, at, x, i < dp, SPLIT)
-                        if SPLIT:
-                            _store_split(OUT + cp.to(tl.int64) * R * dp, LO, at, x, i < dp, False)
                     tl.debug_barrier()  # the next rows read what other threads wrote
 
 
@@ -483,16 +519,23 @@ def logits_kernel(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     k = tl.arange(0, BK)
-    MEANS = CLS + (3 if SPLIT else 1) * cp.to(tl.int64) * R * dp
+    MEANS = CLS + (2 if SPLIT else 1) * cp.to(tl.int64) * R * dp
     x_at = (b.to(tl.int64) * dp)[:, None] + k[None, :]
     u_at = (n.to(tl.int64) * dp)[None, :] + k[:, None]
     m_at = (c.to(tl.int64) * dp)[None, :] + k[:, None]
     b_ok, n_ok, c_ok = (b < B)[:, None], (n < cp * R)[None, :], (c < cp)[None, :]
+    n_ok1, c_ok1 = n < cp * R, c < C
+    offset = tl.load(COEF + n, mask=n_ok1, other=0.0)
+    rho = tl.load(COEF + cp * R + n, mask=n_ok1, other=0.0)
+    mm = tl.load(COEF + 2 * cp * R + c, mask=c_ok1, other=0.0)
+    const = tl.load(COEF + 2 * cp * R + cp + c, mask=c_ok1, other=0.0)
+    xx = tl.load(XX + b, mask=b < B, other=0.0)
+    a, log_s2 = _precision(S2RAW, s2_min)
     t = tl.zeros([BM, BN], tl.float32)
     # hi and lo halves of the means side by side: [BM, 2 BC]
     half = tl.arange(0, 2 * BC)
     c2 = tl.program_id(0) * BC + half % BC
-    m2_at = (c2.to(tl.int64) * dp + (half // BC) * (2 * cp * dp))[None, :] + k[:, None]
+    m2_at = (c2.to(tl.int64) * dp + (half // BC) * (cp * dp))[None, :] + k[:, None]
     m2_ok = (c2 < cp)[None, :]
     m2 = tl.zeros([BM, 2 * BC], tl.float32)
     m = tl.zeros([BM, BC], tl.float32)
@@ -503,31 +546,39 @@ def logits_kernel(
         uh = tl.load(CLS + start + u_at, mask=n_ok & k_ok[:, None], other=0.0)
         mh = tl.load(MEANS + start + m_at, mask=c_ok & k_ok[:, None], other=0.0)
         mhl = tl.load(MEANS + start + m2_at, mask=m2_ok & k_ok[:, None], other=0.0)
-        t = tl.dot(xh, uh, t)
         if SPLIT:
-            ul = tl.load(CLS + 2 * cp.to(tl.int64) * R * dp + start + u_at, mask=n_ok & k_ok[:, None], other=0.0)
-            t = tl.dot(xh, ul, t)
-            t = tl.dot(xl, uh, t)
+            ul = tl.load(CLS + cp.to(tl.int64) * R * dp + start + u_at, mask=n_ok & k_ok[:, None], other=0.0)
+            t += tl.dot(xh, uh, tl.dot(xl, uh, tl.dot(xh, ul)))
+        else:
+            t = tl.dot(xh, uh, t)
         m2 = tl.dot(xh, mhl, m2)
         m = tl.dot(xl, mh, m)
     m += tl.sum(tl.reshape(m2, [BM, 2, BC]), 1)
-    n_ok1, c_ok1 = n < cp * R, c < C
-    t = t * (1.0 / (_S * _S)) - tl.load(COEF + n, mask=n_ok1, other=0.0)[None, :]
-    rho = tl.load(COEF + cp * R + n, mask=n_ok1, other=0.0)
+    t = t * (1.0 / (_S * _S)) - offset[None, :]
     if SAVE:
         at = (b.to(tl.int64) * (cp * R))[:, None] + n[None, :]
         tl.store(T + at, t * _S, mask=b_ok & n_ok)
     explained = tl.sum(tl.reshape(t * t * rho[None, :], [BM, BC, R]), 2)
-    a, log_s2 = _precision(S2RAW, s2_min)
-    mm = tl.load(COEF + 2 * cp * R + c, mask=c_ok1, other=0.0)
-    const = tl.load(COEF + 2 * cp * R + cp + c, mask=c_ok1, other=0.0)
-    xx = tl.load(XX + b, mask=b < B, other=0.0)
     m = m * (1.0 / (_S * _S))
     if SAVE:
         tl.store(XM + (b.to(tl.int64) * cp)[:, None] + c[None, :], m, mask=b_ok & c_ok)
     distance2 = xx[:, None] + mm[None, :] - 2.0 * m
     logits = 0.5 * a * (explained - distance2) - 0.5 * d * log_s2 + const[None, :]
     tl.store(LOGITS + (b.to(tl.int64) * ldl)[:, None] + c[None, :], logits, mask=b_ok & c_ok1[None, :])
+
+
+@triton.jit
+def amax_kernel(G, AMAX, n, BLOCK: tl.constexpr):
+    """The largest size of n numbers, by parts of them."""
+    pid = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros([BLOCK], tl.float32)
+    part = tl.cdiv(n, _AMAX_PROGRAMS)
+    for start in range(0, part, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        at = pid * part + i
+        g = tl.load(G + at, mask=(i < part) & (at < n), other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(g))
+    tl.store(AMAX + pid, tl.max(largest, 0))
 
 
 @triton.jit
@@ -588,7 +639,7 @@ def logits_grad_kernel(
     total = tl.zeros([BC], tl.float32)
     total_xx = tl.zeros([BC], tl.float32)
     total_xm = tl.zeros([BC], tl.float32)
-    MEANS = GRADS + (3 if SPLIT else 1) * cp * R
+    MEANS = GRADS + (2 if SPLIT else 1) * cp * R
     for start in range(0, B, BB):
         b = (start + tl.arange(0, BB)).to(tl.int64)
         b_ok = (b < B)[:, None]
@@ -601,9 +652,10 @@ def logits_grad_kernel(
         total_xm += tl.sum(g * xm, 0)
         at = (b * ldk)[:, None] + c[None, :]
         hi = (g * s).to(tl.float16)
-        tl.store(MEANS + at, hi, mask=b_ok)
-        tl.store(MEANS + cp + at, (g * s - hi.to(tl.float32)).to(tl.float16), mask=b_ok)
-        tl.store(MEANS + 2 * cp + at, hi, mask=b_ok)
+        tl.store(MEANS + at, (g * s - hi.to(tl.float32)).to(tl.float16), mask=b_ok)
+        tl.store(MEANS + cp + at, hi, mask=b_ok)
+        if not SPLIT:
+            tl.store(MEANS + 2 * cp + at, hi, mask=b_ok)
         gt = t * tl.reshape(tl.broadcast_to(g[:, :, None], [BB, BC, R]), [BB, BN])
         # t, which was float16, is exact in TF32 unless SPLIT
         outer = _dot(tl.trans(gt), t, outer, SPLIT)
@@ -614,11 +666,10 @@ def logits_grad_kernel(
         tl.store(GRADS + at, hi, mask=b_ok)
         if SPLIT:
             tl.store(GRADS + cp * R + at, (grt * s - hi.to(tl.float32)).to(tl.float16), mask=b_ok)
-            tl.store(GRADS + 2 * cp * R + at, hi, mask=b_ok)
             # Without rho, which may be tiny and would leave float16's range; class_grad_kernel multiplies by it
             hi = (gt * s).to(tl.float16)
-            tl.store(MEANS + 3 * cp + at, hi, mask=b_ok)
-            tl.store(MEANS + 3 * cp + cp * R + at, (gt * s - hi.to(tl.float32)).to(tl.float16), mask=b_ok)
+            tl.store(MEANS + 2 * cp + at, hi, mask=b_ok)
+            tl.store(MEANS + 2 * cp + cp * R + at, (gt * s - hi.to(tl.float32)).to(tl.float16), mask=b_ok)
 
     outer = tl.where(same, outer, 0.0)
     rho_col = tl.sum(tl.where(eye, rho[:, None], 0.0), 0)
@@ -661,9 +712,7 @@ def product_kernel(GH, GL, XH, XL, OUT, B, N, dp, ldk, BN: tl.constexpr, BD: tl.
         gl = tl.trans(tl.load(GL + g_at, mask=b_ok & n_ok, other=0.0))
         xh = tl.load(XH + x_at, mask=b_ok & i_ok, other=0.0)
         xl = tl.load(XL + x_at, mask=b_ok & i_ok, other=0.0)
-        acc = tl.dot(gh, xh, acc)
-        acc = tl.dot(gh, xl, acc)
-        acc = tl.dot(gl, xh, acc)
+        acc += tl.dot(gh, xh, tl.dot(gl, xh, tl.dot(gh, xl)))
     tl.store(OUT + (n.to(tl.int64) * dp)[:, None] + i[None, :], acc, mask=(n < N)[:, None] & i_ok)
 
 
@@ -707,12 +756,12 @@ def _class_grad(
     mine, mine_m = pid * (N * dp), pid * (NC * dp)
     q = _load_tile(CLS + mine, row * dp, ok, i, d, 1)
     if SPLIT:
-        q += _load_tile(CLS + 2 * cp.to(tl.int64) * R * dp + mine, row * dp, ok, i, d, 1)
+        q += _load_tile(CLS + cp.to(tl.int64) * R * dp + mine, row * dp, ok, i, d, 1)
     dU = _load_tile(DU + mine, row * dp, ok, i, d, 1)
     if SPLIT:
         dU = dU * tl.load(COEF + cp * R + c * R + j, mask=ok, other=0.0)[:, None]
-    MEANS = CLS + (3 if SPLIT else 1) * cp.to(tl.int64) * R * dp + mine_m
-    mu = _load_tile(MEANS, m * dp, m_ok, i, d, 1) + _load_tile(MEANS + 2 * cp.to(tl.int64) * dp, m * dp, m_ok, i, d, 1)
+    MEANS = CLS + (2 if SPLIT else 1) * cp.to(tl.int64) * R * dp + mine_m
+    mu = _load_tile(MEANS, m * dp, m_ok, i, d, 1) + _load_tile(MEANS + cp.to(tl.int64) * dp, m * dp, m_ok, i, d, 1)
     p = _load_tile(P + mine_m, m * dp, m_ok, i, d, 1)
 
     col = tl.arange(0, N)
