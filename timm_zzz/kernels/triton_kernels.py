@@ -4,10 +4,10 @@ Notation as in :mod:`timm_zzz.functional`: x (B, d) unit embeddings, mu_c unit c
 a = 1 / sigma2, t = U_c (x - mu_c), rho = a v / (1 + a v). r is padded to R, a power of two, with zero rows; d to a
 multiple of 8 and C to a multiple of 16 with zeros, so that every matrix product is aligned.
 
-Products that need float32's precision are 'ieee' where float32 is asked for (SPLIT), or TF32 ones of the parts of their
-factors. The matrix units cut off the digits that a sum has no room for, so a long sum is made of short ones, each with its
-small terms first. (With TF32 products in factor_kernel at R = 4, Triton 3.6 and an H200, M is wrong in every second class;
-there too they are 'ieee'.)
+Products that need float32's precision are 'ieee' where float32 is asked for (SPLIT), or TF32 ones of the parts of
+their factors. The matrix units cut off the digits that a sum has no room for, so a long sum is made of short ones, each
+with its small terms first. (With TF32 products in factor_kernel at R = 4, Triton 3.6 and an H200, M is wrong in every
+second class; there too they are 'ieee'.)
 
 Unit vectors are at most 1 in size, so they are kept in float16, which rounds them 8 times finer than bfloat16: scaled
 by 16 (SCALE), away from its subnormals, and where float32's precision is asked for as a sum of two of them, hi + lo, of
