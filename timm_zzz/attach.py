@@ -2,10 +2,9 @@
 
 import functools
 import inspect
-from typing import Any, Callable, Dict, Set, Tuple, TypeVar, Union, cast
+from typing import Any, Callable, Dict, List, Set, Tuple, TypeVar, Union, cast
 
 import torch
-from timm.layers import AttentionPool2d, RotAttentionPool2d
 from torch import nn
 
 from .head import ZZZConvHead, ZZZHead
@@ -14,6 +13,7 @@ __all__ = ['attach', 'find_classifiers', 'HEAD_OPTIONS', 'OPTION_PREFIX', 'SIGMA
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 Classifier = Union[nn.Linear, nn.Conv2d, ZZZHead]
+_CLASSIFIERS = (nn.Linear, nn.Conv2d, ZZZHead)
 
 SIGMA2_INIT = 1 / 16
 OPTION_PREFIX = 'zzz_'  # of a head's options among a model's
@@ -31,9 +31,9 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
     pooling, dropout and pre-logits code included, stays as it is.
 
     Args:
-        model: A timm classification model whose classifier is a linear layer or a 1x1 convolution, or a pair of linear
-            layers as distilled models have, each of which is replaced. With ``num_classes=0`` there is nothing to
-            replace yet; the head comes with ``reset_classifier``.
+        model: A timm classification model whose classifier is or ends in a linear layer or a 1x1 convolution. Where
+            there are several, as in distilled models, ensembles and models with an auxiliary head, each is replaced.
+            With ``num_classes=0`` there is nothing to replace yet; the head comes with ``reset_classifier``.
         rank: Rank of the class covariances, 0 <= rank <= width of the embedding.
         warm_start: Take the class means and the bias from the linear layer's rows and bias; with False, or where the
             rows are zero, start from a new head.
@@ -45,8 +45,7 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
         The same model.
 
     Raises:
-        ValueError: If a classifier of the model is not a linear layer fed pooled embeddings, or for an option out of
-            its range.
+        ValueError: If the model has no such classifier, or for an option out of its range.
         TypeError: For an unknown option.
 
     Example:
@@ -61,8 +60,7 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
         raise TypeError(f'Unknown option of a ZZZ head: {", ".join(unknown)} (known: {", ".join(HEAD_OPTIONS)})')
     for path, classifier in find_classifiers(model).items():
         _replace(model, path, classifier, options, warm_start)
-    if not isinstance(model, _ZZZModel):
-        model.__class__ = _zzz_class(cast(Any, type(model)))
+    _mix(_ZZZModel, model)
     zzz_model: Any = model
     zzz_model.zzz_options = options
     # What timm writes to config.json to build the model again
@@ -74,43 +72,72 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
 def find_classifiers(model: nn.Module) -> Dict[str, Classifier]:
     """Classifiers of a timm model by module path; empty if they have been removed (``num_classes=0``).
 
+    What ``get_classifier()`` gives, or the last layer of it where that is a module of several, and what else the
+    model's configuration calls a classifier.
+
     Raises:
-        ValueError: If a classifier is not a linear layer or 1x1 convolution fed pooled embeddings; says what it is.
+        ValueError: If a classifier is not a linear layer or 1x1 convolution and ends in none; says what it is.
     """
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     name = cfg.get('architecture') or type(model).__name__
 
     def unsupported(what: str) -> ValueError:
-        return ValueError(f'A ZZZ head replaces linear classifiers fed pooled embeddings; {name} has {what}.')
+        return ValueError(f'A ZZZ head replaces linear classifiers; {name} has {what}.')
 
     if not hasattr(model, 'get_classifier') or not hasattr(model, 'reset_classifier'):
         raise unsupported('no classifier')
     try:
-        classifier: Any = model.get_classifier()  # type: ignore[operator]
+        roots: Any = model.get_classifier()  # type: ignore[operator]
     except (AttributeError, NotImplementedError) as e:
+        if getattr(model, 'num_classes', None) == 0:  # some look into the layer that has been removed
+            return {}
         raise unsupported('no classifier') from e
-    if classifier is None:
+    if roots is None:
         raise unsupported('no classifier')
-    classifiers = list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
-    if all(isinstance(c, nn.Identity) for c in classifiers):
-        return {}
     paths = {id(module): path for path, module in model.named_modules()}
     found: Dict[str, Classifier] = {}
-    for c in classifiers:
-        path = paths.get(id(c), '')
-        if not path or not isinstance(c, (nn.Linear, nn.Conv2d, ZZZHead)):
-            kind = type(c).__name__ if isinstance(c, nn.Module) else repr(c)
+    removed = True
+    for root in roots if isinstance(roots, (tuple, list)) else [roots]:
+        layers = _last_layers(root)
+        removed = removed and not layers and _is_identity(root)
+        if not layers and not _is_identity(root):
+            path = paths.get(id(root), '')
+            kind = type(root).__name__ if isinstance(root, nn.Module) else repr(root)
             raise unsupported(f'a {kind} as its classifier' + (f' ({path})' if path else ''))
-        if isinstance(c, nn.Conv2d) and (c.kernel_size != (1, 1) or c.groups != 1):
-            raise unsupported(f'a convolution over {c.kernel_size} positions as its classifier ({path})')
-        if isinstance(model.get_submodule(path.rpartition('.')[0]), (AttentionPool2d, RotAttentionPool2d)):
-            raise unsupported(f'a projection inside its attention pooling ({path}), fed tokens')
-        found[path] = c
-    names = cfg.get('classifier')
-    others = sorted(set(names) - found.keys()) if isinstance(names, (tuple, list)) else []
-    if others:
-        raise unsupported(f'further classifiers ({", ".join(others)})')
+        found.update({paths.get(id(layer), ''): layer for layer in layers})
+    if removed:
+        return {}
+    names = cfg.get('classifier') or ()
+    modules = dict(model.named_modules())
+    for path in (names,) if isinstance(names, str) else names:
+        layer = modules.get(path)
+        if isinstance(layer, _CLASSIFIERS):
+            found[path] = layer
+    for path, layer in found.items():
+        if not path:
+            raise unsupported('a classifier that is no part of it')
+        if isinstance(layer, nn.Conv2d) and (layer.kernel_size != (1, 1) or layer.groups != 1):
+            raise unsupported(f'a convolution over {layer.kernel_size} positions as its classifier ({path})')
     return found
+
+
+def _is_identity(root: Any) -> bool:
+    """Whether a classifier has nothing left but identities, dropout and the like, as after ``reset_classifier(0)``."""
+    return isinstance(root, nn.Module) and not root.state_dict()
+
+
+def _last_layers(root: Any) -> List[Classifier]:
+    """The layer that gives the logits, or the layers, if the module is a list or averages two."""
+    if isinstance(root, _CLASSIFIERS):
+        return [root]
+    if isinstance(root, nn.ModuleList):
+        return [layer for part in root for layer in _last_layers(part)]
+    if not isinstance(root, nn.Module):
+        return []
+    pair = [getattr(root, name) for name in ('head', 'head_dist') if isinstance(getattr(root, name, None), nn.Module)]
+    if pair:
+        return [layer for part in pair for layer in _last_layers(part)]
+    return [module for module in root.modules() if isinstance(module, _CLASSIFIERS)][-1:]
 
 
 def _replace(model: nn.Module, path: str, classifier: Classifier, options: Dict[str, Any], warm_start: bool) -> None:
@@ -123,13 +150,35 @@ def _replace(model: nn.Module, path: str, classifier: Classifier, options: Dict[
             if classifier.bias is not None:
                 head.bias.copy_(classifier.bias)
     model.set_submodule(path, head.train(model.training))
-    parent = model.get_submodule(path.rpartition('.')[0])
-    if isinstance(parent, nn.Sequential) and hasattr(parent, 'fuse'):
-        # timm's NormLinear: its fuse() would take the head for a linear layer, without an error.
-        parent.__class__ = nn.Sequential
+    # The modules around it, e.g. timm's NormLinear, take it for a linear layer when they are fused, without an error.
+    above = path.rpartition('.')[0]
+    while above:
+        module = model.get_submodule(above)
+        if hasattr(module, 'fuse'):
+            _mix(_NotFused, module)
+        above = above.rpartition('.')[0]
 
 
-class _ZZZModel(nn.Module):
+class _Mixin(nn.Module):
+    """Mixed into a module's class at run time."""
+
+    def __reduce_ex__(self, protocol: Any) -> Tuple[Any, ...]:
+        # The class is made at run time, so a pickle names the classes that it was made from.
+        state = super().__reduce_ex__(max(2, protocol))[2:]
+        return (_new_module, type(self).__mro__[1:4:2], *state)
+
+
+class _NotFused(_Mixin):
+    """Of a module around a ZZZ head: timm fuses what is in it, not the whole."""
+
+    __jit_unused_properties__ = ['fuse']
+
+    @property
+    def fuse(self) -> Any:
+        raise AttributeError('fuse')
+
+
+class _ZZZModel(_Mixin):
     """Mixed into a timm model's class: what has to know that the classifier is a ZZZ head."""
 
     zzz_options: Dict[str, Any]
@@ -149,17 +198,17 @@ class _ZZZModel(nn.Module):
             for name in module.no_weight_decay()
         }
 
-    def __reduce_ex__(self, protocol: Any) -> Tuple[Any, ...]:
-        # The class is made at run time, so a pickle names the class that it was made from.
-        state = super().__reduce_ex__(max(2, protocol))[2:]
-        return (_new_model, (type(self).__mro__[2],), *state)
+
+def _mix(mixin: type, module: nn.Module) -> None:
+    if not isinstance(module, mixin):
+        module.__class__ = _mixed_class(mixin, cast(Any, type(module)))
 
 
 @functools.cache
-def _zzz_class(base: type) -> type:
-    return type(f'ZZZ{base.__name__}', (_ZZZModel, base), dict(__module__=__name__, __doc__=base.__doc__))
+def _mixed_class(mixin: type, base: type) -> type:
+    return type(f'ZZZ{base.__name__}', (mixin, base), dict(__module__=__name__, __doc__=base.__doc__))
 
 
-def _new_model(base: type) -> Any:
-    cls: Any = _zzz_class(base)
+def _new_module(mixin: type, base: type) -> Any:
+    cls: Any = _mixed_class(mixin, base)
     return cls.__new__(cls)
