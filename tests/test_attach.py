@@ -93,6 +93,19 @@ def test_distilled_classifiers():
     assert model.eval()(x).shape == (2, model.num_features)
 
 
+def test_one_of_a_pair_may_be_missing():
+    model = attach(timm.create_model('efficientformerv2_s0', num_classes=5, distillation=False), rank=3)
+    assert [type(head) for head in model.get_classifier()] == [ZZZHead, type(None)]
+    assert model.eval()(image(model)).shape == (2, 5)
+
+
+def test_class_of_a_model_stays_in_timms_module():
+    """There timm looks up checkpoint filters; and TorchScript the annotations of the class itself."""
+    model = attach(timm.create_model('test_vit', num_classes=5), rank=3)
+    assert type(model).__module__ == 'timm.models.vision_transformer'
+    assert 'dynamic_img_size' in type(model).__annotations__
+
+
 def test_reset_classifier_changes_the_pooling():
     model = attach(timm.create_model('test_resnet', num_classes=5), rank=3)
     model.reset_classifier(4, 'catavgmax')

@@ -203,7 +203,14 @@ def test_reparameterized(name):
     with torch.no_grad():
         fused = reparameterize_model(model)
         assert_same(fused(x), model(x), rtol=1e-4, atol=1e-3)
+        assert reparameterize_model(fused, inplace=True) is fused
+        assert_same(fused(x), model(x), rtol=1e-4, atol=1e-3)
+        assert_same(copy.deepcopy(fused)(x), fused(x))
+        assert_same(torch.jit.trace(fused, x)(x), fused(x), rtol=1e-4, atol=1e-3)
     heads = sum(isinstance(m, FusedZZZHead) for m in fused.modules())
+    for path in find_classifiers(model):  # no norm before a head is left
+        above = fused.get_submodule(path.rpartition('.')[0])
+        assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in above.children()) or above is fused
     assert heads == len(find_classifiers(model)) and not any(isinstance(m, ZZZHead) for m in fused.modules())
 
 

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, List, Set, Tuple, TypeVar, Union, cast
 import torch
 from torch import nn
 
+from .deploy import Affine
 from .head import ZZZConvHead, ZZZHead
 
 __all__ = ['attach', 'find_classifiers', 'HEAD_OPTIONS', 'OPTION_PREFIX', 'SIGMA2_INIT']
@@ -98,6 +99,8 @@ def find_classifiers(model: nn.Module) -> Dict[str, Classifier]:
     found: Dict[str, Classifier] = {}
     removed = True
     for root in roots if isinstance(roots, (tuple, list)) else [roots]:
+        if root is None:  # a second one that this model has not got
+            continue
         layers = _last_layers(root)
         removed = removed and not layers and _is_identity(root)
         if not layers and not _is_identity(root):
@@ -152,11 +155,12 @@ def _replace(model: nn.Module, path: str, classifier: Classifier, options: Dict[
     model.set_submodule(path, head.train(model.training))
     # The modules around it, e.g. timm's NormLinear, take it for a linear layer when they are fused, without an error.
     above = path.rpartition('.')[0]
+    mixin: type = _NormedHead
     while above:
         module = model.get_submodule(above)
         if hasattr(module, 'fuse'):
-            _mix(_NotFused, module)
-        above = above.rpartition('.')[0]
+            _mix(mixin, module)
+        above, mixin = above.rpartition('.')[0], _NotFused
 
 
 class _Mixin(nn.Module):
@@ -168,8 +172,21 @@ class _Mixin(nn.Module):
         return (_new_module, type(self).__mro__[1:4:2], *state)
 
 
+class _NormedHead(_Mixin):
+    """Of a batch norm with a ZZZ head behind it: what timm fuses into one layer remains two."""
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        for name, child in list(self.named_children()):
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                setattr(self, name, Affine.from_batch_norm(child))
+            elif isinstance(child, ZZZHead):
+                setattr(self, name, child.fuse())
+        return self
+
+
 class _NotFused(_Mixin):
-    """Of a module around a ZZZ head: timm fuses what is in it, not the whole."""
+    """Of another module around a ZZZ head: timm fuses what is in it, not the whole."""
 
     __jit_unused_properties__ = ['fuse']
 
@@ -206,7 +223,12 @@ def _mix(mixin: type, module: nn.Module) -> None:
 
 @functools.cache
 def _mixed_class(mixin: type, base: type) -> type:
-    return type(f'ZZZ{base.__name__}', (mixin, base), dict(__module__=__name__, __doc__=base.__doc__))
+    # timm looks up functions of a model in its class's module, TorchScript the annotations in the class itself
+    annotations: Dict[str, Any] = {}
+    for cls in (*reversed(base.__mro__), mixin):
+        annotations.update(inspect.get_annotations(cls))
+    body = dict(__module__=base.__module__, __doc__=base.__doc__, __annotations__=annotations)
+    return type(f'ZZZ{base.__name__}', (mixin, base), body)
 
 
 def _new_module(mixin: type, base: type) -> Any:

@@ -17,7 +17,7 @@ from . import backends
 from .functional import normalize
 from .tracing import is_plain
 
-__all__ = ['FusedZZZHead', 'FusedZZZConvHead', 'fuse_gaussians', 'fused_logits']
+__all__ = ['Affine', 'FusedZZZHead', 'FusedZZZConvHead', 'fuse_gaussians', 'fused_logits']
 
 # A leaf for symbolic tracing: its argument check looks at shapes, which a traced value has not got.
 torch.fx.wrap('fused_logits')
@@ -212,3 +212,26 @@ class FusedZZZConvHead(FusedZZZHead):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of shape (B, C, H, W) for embeddings of shape (B, d, H, W)."""
         return self._logits(x.movedim(1, -1)).movedim(3, 1)
+
+
+class Affine(nn.Module):
+    """A batch norm for inference on (B, d): ``x * scale + shift``."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor):
+        super().__init__()
+        self.register_buffer('scale', scale)
+        self.register_buffer('shift', shift)
+
+    @classmethod
+    def from_batch_norm(cls, norm: Any) -> 'Affine':
+        scale = torch.rsqrt(norm.running_var + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight.detach()
+        shift = -norm.running_mean * scale
+        return cls(scale, shift if norm.bias is None else shift + norm.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
