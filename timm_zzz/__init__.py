@@ -1,12 +1,14 @@
 """A Gaussian classifier head with low-rank covariances for every timm model: append ``.zzz_r8`` to its name.
 
-Importing this package registers the names ``ARCHITECTURE[.TAG].zzz_rN`` with timm, and does nothing else.
+Importing this package registers the names ``ARCHITECTURE[.TAG].zzz_rN`` and the optimiser ``zzzadamw`` with timm, and
+does nothing else.
 """
 
 from . import errors, functional
 from .attach import attach
 from .head import ZZZHead
 from .hub import from_pretrained, push_to_hub, save_pretrained
+from .optim import register_optimizer
 from .registry import register
 from .version import __version__
 
@@ -23,3 +25,4 @@ __all__ = [
 ]
 
 register()
+register_optimizer()

@@ -4,6 +4,7 @@ import copy
 import functools
 import logging
 import math
+import weakref
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -18,11 +19,18 @@ __all__ = ['ZZZHead', 'ZZZConvHead']
 
 _logger = logging.getLogger(__name__)
 
+_live_heads: 'weakref.WeakSet[ZZZHead]' = weakref.WeakSet()
+
 # In the order in which the linear classifier's come first
 _PARAMETERS = ('weight', 'bias', 'A', 'v_raw', 'sigma2_raw')
 
 # A leaf for symbolic tracing: its argument checks look at shapes, which a traced value has not got.
 torch.fx.wrap('zzz_logits')
+
+
+def live_heads() -> List['ZZZHead']:
+    """The ZZZ heads that exist now, of all models; an optimiser tells by them whose its parameters are."""
+    return list(_live_heads)
 
 
 def _inverse_softplus(value: float) -> float:
@@ -134,6 +142,9 @@ class ZZZHead(nn.Module):
             self.register_parameter('v_raw', None)
         self.sigma2_raw = nn.Parameter(torch.empty((), **dd))
         self.bias = nn.Parameter(torch.empty(num_classes, **dd))
+        for name, parameter in self.named_parameters(recurse=False):
+            parameter.zzz_role = name  # type: ignore[attr-defined]
+        _live_heads.add(self)
         self._cache = TensorCache()
         self.register_load_state_dict_pre_hook(_adapt_state_dict)
         self.reset_parameters()
@@ -220,6 +231,10 @@ class ZZZHead(nn.Module):
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         tensors = _fuse(dtype, self.v_min, self.sigma2_min, *self._tensors())
         return self._fused_type(*tensors, self.num_classes).train(self.training)
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _live_heads.add(self)
 
     def train(self, mode: bool = True) -> 'ZZZHead':
         if mode:
