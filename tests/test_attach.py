@@ -20,6 +20,8 @@ ARCHITECTURES = [
     'mobilenetv3_small_050',
     'densenet121',
 ]
+
+
 def image(model, batch=2):
     return torch.randn(batch, *model.pretrained_cfg['input_size'])
 

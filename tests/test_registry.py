@@ -1,42 +1,147 @@
+import collections
+import json
 import logging
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import get_arch_pretrained_cfgs, model_entrypoint, split_model_name_tag
 
 import timm_zzz
 from timm_zzz import ZZZHead
 from timm_zzz.attach import SIGMA2_INIT
 from timm_zzz.head import ZZZConvHead
+from timm_zzz.registry import RANKS
 
+# What timm's registry tells of its own names, as JSON; with an argument, once timm_zzz has been imported
 _SNAPSHOT = """
-import warnings; warnings.simplefilter('error')
+import dataclasses, json, sys, warnings
 import timm
-def snapshot():
-    names = timm.list_models()
-    return dict(
-        models=names,
-        pretrained=timm.list_pretrained(),
-        modules={m: timm.list_models(module=m) for m in timm.list_modules()},
-        tags=[n for n in timm.list_models(include_tags=True) if 'zzz' not in n],
-        cfgs={n: timm.get_pretrained_cfg(n) for n in [*names, *timm.list_pretrained()]},
-        direct=timm.models.vision_transformer.vit_base_patch16_224,
-    )
-before = snapshot()
-import timm_zzz
-after = snapshot()
-for key in before:
-    assert before[key] == after[key], key
-for name in [*before['models'], *before['tags']]:
-    for rank in (4, 8, 16):
-        assert timm.get_pretrained_cfg(f'{name}.zzz_r{rank}').tag.endswith(f'zzz_r{rank}'), name
+from timm.models import get_arch_pretrained_cfgs, get_deprecated_models, is_model_in_modules, model_entrypoint
+direct = timm.models.vision_transformer.vit_base_patch16_224
+if sys.argv[1:]:
+    warnings.simplefilter('error')
+    import timm_zzz
+assert timm.models.vision_transformer.vit_base_patch16_224 is direct
+
+def own(names):
+    return [name for name in names if 'zzz' not in name]
+
+def called(fn, *args):
+    try:
+        return fn(*args)
+    except (RuntimeError, KeyError) as e:
+        return repr(e)
+
+def cfg(name):
+    found = timm.get_pretrained_cfg(name)
+    return found and dataclasses.asdict(found)
+
+filters = ['*', '', 'vit_*', '*resnet*', 'test_*', '*_r4*', '*8', '*in1k', 'resnet50*', 'resnet50.*', '*.a1_in1k']
+filters.append(['vit_*', 'resnet*'])
+names = timm.list_models()
+tagged = own(timm.list_models(include_tags=True))
+modules = timm.list_modules()
+deprecated = get_deprecated_models()
+every = sorted({*names, *tagged, *timm.list_pretrained(), *deprecated})
+print(json.dumps(dict(
+    listed={str(f): [timm.list_models(f), timm.list_models(f, pretrained=True), timm.list_pretrained(f),
+                     timm.list_models(f, name_matches_cfg=True), timm.list_models('', exclude_filters=f),
+                     own(timm.list_models(f, include_tags=True)),
+                     timm.list_models(f, pretrained=True, include_tags=False)] for f in filters},
+    modules={m: [timm.list_models(module=m), timm.list_models(module=m, pretrained=True),
+                 timm.list_models('*_*', module=m), own(timm.list_models(module=m, include_tags=True)),
+                 get_deprecated_models(m)] for m in modules},
+    several=timm.list_models(module=['resnet', 'vision_transformer'], pretrained=True),
+    deprecated=deprecated,
+    every=every,
+    pretrained={n: timm.is_model_pretrained(n) for n in every},
+    models={n: timm.is_model(n) for n in every},
+    cfgs={n: called(cfg, n) for n in every},
+    values={n: [called(timm.get_pretrained_cfg_value, n, key) for key in ('tag', 'url', 'hf_hub_id', 'num_classes')]
+            for n in every},
+    tags={n: {k: dataclasses.asdict(c) for k, c in get_arch_pretrained_cfgs(n).items() if 'zzz' not in k}
+          for n in names},
+    order={n: own(get_arch_pretrained_cfgs(n)) for n in names},
+    entrypoints={n: [model_entrypoint(n).__module__, model_entrypoint(n).__qualname__] for n in every},
+    in_modules={n: is_model_in_modules(n, [model_entrypoint(n).__module__.rpartition('.')[2]]) for n in every},
+), default=str))
 """
 
 
-def test_import_changes_nothing_else(run):
-    run('-c', _SNAPSHOT)
+@pytest.fixture(scope='module')
+def snapshots(tmp_path_factory):
+    """The snapshot of processes without and with the plugin."""
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    found = []
+    for arguments in ([], ['timm_zzz']):
+        command = [sys.executable, '-c', _SNAPSHOT, *arguments]
+        out = subprocess.run(command, cwd=tmp_path_factory.mktemp('away'), env=env, capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr[-4000:]
+        found.append(json.loads(out.stdout))
+    return found
+
+
+def test_import_changes_nothing_else(snapshots):
+    before, after = snapshots
+    assert len(before['listed']['*'][0]) > 1000 and len(before['deprecated']) > 100 and len(before['modules']) > 50
+    assert before.keys() == after.keys()
+    for what, expected in before.items():
+        if isinstance(expected, dict):
+            assert expected.keys() == after[what].keys(), what
+            changed = [key for key in expected if expected[key] != after[what][key]]
+            assert not changed, f'{what}: {changed[:5]} of {len(changed)}'
+        assert expected == after[what], what
+
+
+def test_every_name_has_its_zzz_names(snapshots):
+    """By timm's own functions, without building; listed once each, and none of them claims weights."""
+    names = timm.list_models()
+    plain, every = snapshots[0]['listed']['*'][0], snapshots[0]['every']
+    assert names == plain
+    deprecated = snapshots[0]['deprecated']
+    listed = collections.Counter(timm.list_models(include_tags=True))
+    assert max(listed.values()) == 1
+    for name in every:
+        if name in deprecated:
+            continue
+        architecture, tag = split_model_name_tag(name)
+        base = timm.get_pretrained_cfg(name)
+        for rank in RANKS:
+            new = f'{name}.zzz_r{rank}'
+            zzz_tag = f'{tag}.zzz_r{rank}' if tag else f'zzz_r{rank}'
+            assert timm.is_model(new) and split_model_name_tag(new) == (architecture, zzz_tag), new
+            assert new in listed and not timm.is_model_pretrained(new), new
+            assert model_entrypoint(new) is model_entrypoint(name), new
+            cfg = timm.get_pretrained_cfg(new, allow_unregistered=False)
+            assert (cfg.architecture, cfg.tag) == (architecture, zzz_tag) and not cfg.has_weights, new
+            assert timm.models.get_pretrained_cfg_value(new, 'input_size') == base.input_size, new
+            assert (cfg.num_classes, cfg.mean, cfg.first_conv) == (base.num_classes, base.mean, base.first_conv), new
+    for name in plain:
+        assert all(key in listed for key in get_arch_pretrained_cfgs(name)), name
+
+
+def test_registering_twice_changes_nothing():
+    names = timm.list_models('test_*', include_tags=True)
+    timm_zzz.register(timm.list_models('test_*'))
+    assert timm.list_models('test_*', include_tags=True) == names
+
+
+def test_import_loads_little_else(run):
+    """The rest of import time is measured by benchmarks/import_time.py, on a machine without other work."""
+    program = """
+import sys
+import timm
+before = set(sys.modules)
+import timm_zzz
+print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))
+"""
+    assert set(run('-c', program).stdout.split()) <= {'timm', 'timm_zzz', 'huggingface_hub', 'yaml'}
 
 
 def test_names():
@@ -64,17 +169,68 @@ def test_features():
     assert len(timm.create_model('test_resnet.zzz_r8', features_only=True)(torch.randn(1, 3, 64, 64))) > 1
 
 
-@pytest.mark.parametrize('tag', ['zzz_', 'zzz_r', 'zzz_r-1', 'zzz_x', 'zzz_r08'])
-def test_malformed_tags(tag):
-    with pytest.raises(ValueError, match=rf'Invalid tag in test_vit.{tag}: .* test_vit.zzz_r8'):
+@pytest.mark.parametrize('base', ['test_vit', 'test_vit.r160_in1k'])
+@pytest.mark.parametrize(
+    'tag', ['zzz_', 'zzz', 'zzz_r', 'zzz_r-1', 'zzz_x', 'zzz_r08', 'zzz_r8.5', 'zzz-r8', 'zzz_r8x', 'zzzr8', 'ZZZ_r8']
+)
+def test_malformed_tags(base, tag):
+    """The error shows the name that was asked for and the right one, with the base tag."""
+    with pytest.raises(ValueError) as e:
+        timm.create_model(f'{base}.{tag}')
+    right = base if tag != 'zzz_r8.5' else 'test_vit'
+    assert str(e.value) == (
+        f'Invalid tag in {base}.{tag}: a ZZZ head is asked for as {right}.zzz_r8, with rank 4, 8 or 16'
+    )
+
+
+@pytest.mark.parametrize('tag', ['zzz_r8.r160_in1k', 'r160_in1k_zzz_r8', 'nope.zzz_x', 'zzz_r8.zzz_r8'])
+def test_tags_in_the_wrong_place(tag):
+    with pytest.raises(ValueError, match=rf'Invalid tag in test_vit\.{tag}: .* as test_vit\.(r160_in1k\.)?zzz_r8'):
         timm.create_model(f'test_vit.{tag}')
+
+
+@pytest.mark.parametrize('base', ['test_vit', 'test_vit.r160_in1k', 'test_efficientnet'])
+def test_ranks_above_the_width(base):
+    width = timm.create_model(base).num_features
+    assert width < 99999
+    with pytest.raises(
+        ValueError, match=rf'{base}\.zzz_r99999: .*the width of the embeddings, {width};.* {base}\.zzz_r8'
+    ):
+        timm.create_model(f'{base}.zzz_r99999')
+    with pytest.raises(ValueError, match=rf'{base}.zzz_r{width} is not registered: .*zzz_rank={width}.*register'):
+        timm.create_model(f'{base}.zzz_r{width}', num_classes=0)
+    with pytest.raises(ValueError, match=rf'rank: .* feat_dim = {width}, got 99999'):
+        timm.create_model(f'{base}.zzz_r8', zzz_rank=99999)
+
+
+def test_the_width_is_that_of_the_arguments():
+    with pytest.raises(ValueError, match='width of the embeddings, 96;'):
+        timm.create_model('test_vit.zzz_r99999', embed_dim=96)
+    with pytest.raises(ValueError, match='levit_128s.zzz_r99999'):
+        timm.create_model('levit_128s.zzz_r99999')
+    with pytest.raises(ValueError, match='test_vit.zzz_r99999 is not registered'):
+        timm.create_model('test_vit.zzz_r99999', nonsense=1)
 
 
 def test_unregistered_ranks_and_tags():
     with pytest.raises(ValueError, match=r'test_vit.zzz_r5 is not registered: .*zzz_rank=5.*register'):
         timm.create_model('test_vit.zzz_r5')
-    with pytest.raises(ValueError, match='timm knows no test_vit.nope'):
+    with pytest.raises(ValueError, match=r'timm knows no test_vit.nope.* test_vit.zzz_r8.*\(tags: r160_in1k\)'):
         timm.create_model('test_vit.nope.zzz_r8')
+    with pytest.raises(RuntimeError, match='Unknown model .nope'):
+        timm.create_model('nope.zzz_r8')
+
+
+@pytest.mark.parametrize('tag', ['zzz_r', 'zzz_r-1', 'zzz_r99999', 'zzz_x', 'zzz_r08'])
+def test_where_timm_looks_a_name_up_itself_its_error_names_the_tag(tag):
+    """timm's scripts do before they build a model, so what they print is timm's own."""
+    with pytest.raises(RuntimeError, match=rf'Invalid pretrained tag \({tag}\) for test_vit'):
+        timm.models.resolve_model_input_args(f'test_vit.{tag}')
+
+
+def test_other_tags_are_left_to_timm():
+    with pytest.raises(RuntimeError, match=r'Invalid pretrained tag \(nope\) for test_vit'):
+        timm.create_model('test_vit.nope')
 
 
 def test_register():

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, List, Set, Tuple, TypeVar, Union, cast
 import torch
 from torch import nn
 
+from . import _timm
 from .deploy import Affine
 from .head import ZZZConvHead, ZZZHead
 
@@ -65,8 +66,7 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
     zzz_model: Any = model
     zzz_model.zzz_options = options
     # What timm writes to config.json to build the model again
-    recorded = getattr(model, '_model_args', {})
-    zzz_model._model_args = dict(recorded, **{f'{OPTION_PREFIX}{key}': value for key, value in options.items()})
+    _timm.record_args(model, {f'{OPTION_PREFIX}{key}': value for key, value in options.items()})
     return model
 
 

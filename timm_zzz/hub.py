@@ -23,6 +23,7 @@ from huggingface_hub import errors as hub_errors
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from ._timm import recorded_args
 from .attach import find_classifiers
 from .checks import CONFIG, SECTION, WEIGHTS, Corrupt, check_weights, read_config, sha256, some
 from .errors import AccessError, CheckpointError, HubError, NotFoundError, UnavailableError
@@ -102,7 +103,7 @@ def save_pretrained(
 
 
 def _check_model(model: nn.Module) -> None:
-    if not getattr(model, 'pretrained_cfg', None) or not hasattr(model, '_model_args'):
+    if not getattr(model, 'pretrained_cfg', None) or recorded_args(model) is None:
         raise ValueError(f'{type(model).__name__}: expected a model made by timm.create_model')
     if not hasattr(model, 'zzz_options'):
         raise ValueError(

@@ -4,9 +4,9 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from timm.optim import OptimInfo
-from timm.optim._optim_factory import default_registry
 from torch import Tensor, nn
 
+from . import _timm
 from .functional import orthonormal_basis
 from .head import ZZZHead, live_heads
 
@@ -165,4 +165,4 @@ def register_optimizer() -> None:
         description='AdamW with its own learning rate, weight decay and regularisers for ZZZ heads',
         has_betas=True,
     )
-    default_registry.register(info)
+    _timm.optimizer_registry().register(info)

@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 import re
-import sys
 import warnings
 from collections import deque
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Union
 
+import torch
 from timm.models import (
     DefaultCfg,
     PretrainedCfg,
+    get_arch_pretrained_cfgs,
     get_pretrained_cfg,
     list_models,
     model_entrypoint,
@@ -18,6 +19,7 @@ from timm.models import (
 )
 from torch import nn
 
+from ._timm import default_cfgs
 from .attach import HEAD_OPTIONS, OPTION_PREFIX, attach, find_classifiers
 from .pretrained import on_load
 
@@ -76,11 +78,11 @@ def register(names: Union[str, Iterable[str], None] = None, ranks: Sequence[int]
 
 def _register(name: str, ranks: Sequence[int]) -> None:
     entrypoint = model_entrypoint(name)
-    default_cfgs = getattr(sys.modules[entrypoint.__module__], 'default_cfgs', {})
-    cfg = default_cfgs.get(name)
+    cfgs = default_cfgs(entrypoint)
+    cfg = cfgs.get(name)
     if cfg is not None:
         if not isinstance(cfg, DefaultCfg):  # the older form, one configuration per architecture
-            cfg = default_cfgs[name] = DefaultCfg(tags=deque(['']), cfgs={'': PretrainedCfg(**cfg)})
+            cfg = cfgs[name] = DefaultCfg(tags=deque(['']), cfgs={'': PretrainedCfg(**cfg)})
         # The weights are the base tag's: list_pretrained stays as it was.
         weightless: Dict[str, Any] = dict.fromkeys(SOURCE_KEYS)
         default = cfg.tags[0]
@@ -99,7 +101,7 @@ def _register(name: str, ranks: Sequence[int]) -> None:
 def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     @functools.wraps(original)
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        request = _parse(original.__name__, kwargs)
+        request = _parse(original, kwargs)
         if request is None:
             return original(pretrained=pretrained, **kwargs)
         return _create(original, request, pretrained, kwargs)
@@ -108,8 +110,9 @@ def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return entrypoint
 
 
-def _parse(name: str, kwargs: Dict[str, Any]) -> Optional[_Request]:
+def _parse(original: Callable[..., nn.Module], kwargs: Dict[str, Any]) -> Optional[_Request]:
     """Take this package's part out of an entrypoint's keyword arguments; None if there is none."""
+    name = original.__name__
     options = {key[len(OPTION_PREFIX) :]: kwargs.pop(key) for key in list(kwargs) if key.startswith(OPTION_PREFIX)}
     unknown = sorted(options.keys() - set(HEAD_OPTIONS))
     if unknown:
@@ -121,35 +124,81 @@ def _parse(name: str, kwargs: Dict[str, Any]) -> Optional[_Request]:
     tag = cfg if isinstance(cfg, str) else cfg.get('tag') if isinstance(cfg, dict) else getattr(cfg, 'tag', None)
     match = TAG.fullmatch(tag or '')
     if match is None:
-        if tag and tag.rpartition('.')[2].startswith(OPTION_PREFIX):
-            raise ValueError(f'Invalid tag in {name}.{tag}: a ZZZ head is asked for as {name}.zzz_r{DEFAULT_RANK}')
+        # A mistyped tag is a string; a configuration with a tag of its own may be anyone's.
+        if tag and (_is_meant(tag) if isinstance(cfg, str) else tag.rpartition('.')[2].startswith(OPTION_PREFIX)):
+            raise _malformed(name, tag)
         if not options:
             return None
         options.setdefault('rank', DEFAULT_RANK)
         return _Request(None, options)
     if isinstance(cfg, str):
-        _check_registered(name, match['base'], match['rank'])
+        _check_registered(original, match['base'], match['rank'], kwargs)
     options.setdefault('rank', int(match['rank']))
     kwargs['pretrained_cfg'] = _base_cfg(name, cfg, match['base'])
     return _Request(tag, options)
 
 
-def _check_registered(name: str, base_tag: Optional[str], rank: str) -> None:
+def _is_meant(tag: str) -> bool:
+    return OPTION_PREFIX.strip('_') in tag.lower()
+
+
+def _malformed(name: str, tag: str) -> ValueError:
+    """The error for a tag that may have meant a ZZZ head: shows it right, with the base tag if timm knows it."""
+    base = '.'.join([name, *(part for part in tag.split('.') if not _is_meant(part))])
+    try:
+        get_pretrained_cfg(base)
+    except RuntimeError:
+        base = name
+    return ValueError(
+        f'Invalid tag in {name}.{tag}: a ZZZ head is asked for as {base}.zzz_r{DEFAULT_RANK}, '
+        f'with rank {", ".join(map(str, RANKS[:-1]))} or {RANKS[-1]}'
+    )
+
+
+def _check_registered(
+    original: Callable[..., nn.Module], base_tag: Optional[str], rank: str, kwargs: Dict[str, Any]
+) -> None:
     """Say which part of ``name[.base_tag].zzz_rank`` timm does not know; its scripts look names up before building."""
-    prefix = name
+    prefix = name = original.__name__
+    if base_tag and _is_meant(base_tag):
+        raise _malformed(name, f'{base_tag}.zzz_r{rank}')
     try:
         if base_tag:
             prefix = f'{name}.{base_tag}'
             get_pretrained_cfg(prefix)
     except RuntimeError as e:
-        raise ValueError(f'Invalid tag: timm knows no {prefix}, so there is no {prefix}.zzz_r{rank}') from e
+        tags = [key.partition('.')[2] for key in get_arch_pretrained_cfgs(name)]
+        tags = [tag for tag in tags if tag and not TAG.fullmatch(tag)]
+        raise ValueError(
+            f'Invalid tag: timm knows no {prefix}, so there is no {prefix}.zzz_r{rank}. For the default weights ask '
+            f'for {name}.zzz_r{DEFAULT_RANK}, else for {name}.TAG.zzz_r{DEFAULT_RANK} '
+            f'(tags: {", ".join(tags) or "none"})'
+        ) from e
     try:
         get_pretrained_cfg(f'{prefix}.zzz_r{rank}')
     except RuntimeError as e:
+        width = _width(original, kwargs)
+        if width is not None and int(rank) > width:
+            raise ValueError(
+                f'{prefix}.zzz_r{rank}: the rank is larger than the width of the embeddings, {width}; '
+                f'ask for {prefix}.zzz_r{DEFAULT_RANK}'
+            ) from e
         raise ValueError(
             f'{prefix}.zzz_r{rank} is not registered: create {prefix}.zzz_r{DEFAULT_RANK} with zzz_rank={rank} '
             f'(in a recipe model_kwargs: {{zzz_rank: {rank}}}), or first call timm_zzz.register({name!r}, [{rank}])'
         ) from e
+
+
+def _width(original: Callable[..., nn.Module], kwargs: Dict[str, Any]) -> Optional[int]:
+    """Width of the embeddings, from a model without memory; None where that gives no classifier to replace."""
+    others = ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir', 'num_classes', 'device')
+    try:
+        with torch.device('meta'):
+            model = original(pretrained=False, **{key: value for key, value in kwargs.items() if key not in others})
+        widths = [layer.weight.shape[1] for layer in find_classifiers(model).values()]
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return None  # what is wrong with the arguments shows when the rank is right
+    return min(widths, default=None)
 
 
 def _base_cfg(name: str, cfg: Cfg, base_tag: Optional[str]) -> Cfg:
