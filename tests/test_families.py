@@ -5,6 +5,7 @@ import pickle
 import shutil
 import warnings
 
+import ddp
 import numpy as np
 import pytest
 import sweep
@@ -14,7 +15,6 @@ import torch
 from oracles import low_rank_logits
 from timm.utils import reparameterize_model
 from torch import nn
-from torch.nn import functional as F
 
 from timm_zzz import ZZZHead, attach
 from timm_zzz.attach import find_classifiers
@@ -355,25 +355,6 @@ def test_all_architectures(name):
     sweep.check(name)
 
 
-def _train(rank, name, file):
-    torch.distributed.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    model = build(name)[1].train()
-    if hasattr(model, 'set_distilled_training'):
-        model.set_distilled_training(True)
-    parallel = nn.parallel.DistributedDataParallel(model)  # an error in the second step if a parameter is unused
-    torch.manual_seed(rank)
-    for _ in range(2):
-        parallel.zero_grad()
-        outputs = flat(parallel(image(name)))
-        sum(F.cross_entropy(out, torch.tensor([rank, 2])) for out in outputs).backward()
-    grads = torch.cat([head.A.grad.flatten() for head in find_classifiers(model).values()])
-    others = [torch.empty_like(grads) for _ in range(2)]
-    torch.distributed.all_gather(others, grads)
-    assert grads.abs().max() > 0 and torch.equal(others[0], others[1])
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize('name', ['test_vit', 'repvit_m0_9', 'efficientvim_m1_dist'])
 def test_distributed(name, tmp_path):
-    torch.multiprocessing.spawn(_train, (name, tmp_path / 'rendezvous'), nprocs=2)
+    torch.multiprocessing.spawn(ddp.train, (name, tmp_path / 'rendezvous'), nprocs=2)
