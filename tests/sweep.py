@@ -22,8 +22,6 @@ from timm_zzz.attach import find_classifiers
 
 CLASSES, RANK = 10, 8
 RESETS: Tuple[Tuple[Any, ...], ...] = ((7,), (0,), (7, 'avg'))
-# What PyTorch says where an operation has no kernel for tensors without values
-NO_META = (NotImplementedError, RuntimeError)
 
 
 def sample(size: int, seed: Optional[int] = None) -> List[str]:

@@ -295,7 +295,7 @@ def test_arguments_of_create_model(name):
 
 @pytest.mark.parametrize('name', ['test_vit', 'test_resnet', 'test_efficientnet', 'test_convnext'])
 def test_intermediates(name):
-    plain, model = (m.eval() for m in build_any(name))
+    plain, model = (m.eval() for m in build(name))
     x = torch.randn(2, 3, 160, 160)
     with torch.no_grad():
         assert_same(model.forward_intermediates(x, indices=2), plain.forward_intermediates(x, indices=2))
@@ -314,23 +314,17 @@ def test_intermediates(name):
         assert not any(isinstance(m, ZZZHead) for m in model.modules())
 
 
-def build_any(name, **kwargs):
-    torch.manual_seed(0)
-    plain = timm.create_model(name, num_classes=5, **kwargs)
-    return plain, attach(copy.deepcopy(plain), rank=3)
-
-
 def test_other_input_sizes():
-    plain, model = build_any('test_vit', dynamic_img_size=True)
+    plain, model = build('test_vit', dynamic_img_size=True)
     assert model.eval()(torch.randn(2, 3, 96, 128)).shape == (2, 5)
-    plain, model = build_any('test_vit')
+    plain, model = build('test_vit')
     model.set_input_size(img_size=96)
     assert model.eval()(torch.randn(2, 3, 96, 96)).shape == (2, 5)
 
 
 def test_naflexvit():
     name = 'naflexvit_base_patch16_gap'
-    plain, model = build_any(name)
+    plain, model = build(name)
     patches = {
         'patches': torch.randn(2, 9, 16 * 16 * 3),
         'patch_coord': torch.stack(torch.meshgrid(torch.arange(3), torch.arange(3), indexing='ij'), -1)

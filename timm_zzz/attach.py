@@ -95,23 +95,21 @@ def find_classifiers(model: nn.Module) -> Dict[str, Classifier]:
         raise unsupported('no classifier') from e
     if roots is None:
         raise unsupported('no classifier')
-    paths = {id(module): path for path, module in model.named_modules()}
+    modules = dict(model.named_modules())
+    paths = {id(module): path for path, module in modules.items()}
     found: Dict[str, Classifier] = {}
-    removed = True
     for root in roots if isinstance(roots, (tuple, list)) else [roots]:
         if root is None:  # a second one that this model has not got
             continue
         layers = _last_layers(root)
-        removed = removed and not layers and _is_identity(root)
         if not layers and not _is_identity(root):
             path = paths.get(id(root), '')
             kind = type(root).__name__ if isinstance(root, nn.Module) else repr(root)
             raise unsupported(f'a {kind} as its classifier' + (f' ({path})' if path else ''))
         found.update({paths.get(id(layer), ''): layer for layer in layers})
-    if removed:
+    if not found:  # removed
         return {}
     names = cfg.get('classifier') or ()
-    modules = dict(model.named_modules())
     for path in (names,) if isinstance(names, str) else names:
         layer = modules.get(path)
         if isinstance(layer, _CLASSIFIERS):

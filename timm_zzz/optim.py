@@ -141,9 +141,12 @@ class ZZZAdamW(torch.optim.AdamW):
                 loss = closure()
         for head in self._heads():
             parameters = [p for p in head.parameters() if p.requires_grad]
+            penalty = head.weight.new_zeros(())
             with torch.enable_grad():
-                penalty = self._penalties['v_shrinkage'] * variance_shrinkage(head)
-                penalty = penalty + self._penalties['mu_decoupling'] * mean_decoupling(head)
+                if self._penalties['v_shrinkage']:
+                    penalty = penalty + self._penalties['v_shrinkage'] * variance_shrinkage(head)
+                if self._penalties['mu_decoupling']:  # takes the bases
+                    penalty = penalty + self._penalties['mu_decoupling'] * mean_decoupling(head)
             if not penalty.requires_grad:
                 continue
             grads = torch.autograd.grad(penalty, parameters, allow_unused=True)
