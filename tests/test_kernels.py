@@ -330,6 +330,67 @@ def test_fused(r, half):
     torch.testing.assert_close(logits.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])
+def test_repeated(dtype):
+    """Features through launches kept from others like them, against float64."""
+    head = ZZZHead(20, 33, 3, sigma2_init=0.05).to(DEVICE)
+    fused = head.fuse()
+    x = torch.randn(3, 2, 33, device=DEVICE, dtype=dtype)
+    operand, coef, sigma2_raw = backends.fold(fused.rows, fused.offsets, fused.precision, 20, False)
+    args = operand, coef, 20, 3, False, sigma2_raw, 0.0
+    repeat = backends.repeated_logits(x, *args)
+    for size in (1, 1e-4, 1e4):
+        other = (size * torch.randn(3, 2, 33, device=DEVICE)).to(dtype)
+        other[0, 0] = 0
+        logits = repeat(other)
+        assert logits.shape == (3, 2, 20) and logits.dtype == torch.float32
+        expected = zzz_logits(other.double(), *(p.detach().double() for p in _parameters(head)))
+        # What remains is float16's rounding of the bases and, for float32, of x in t = U (x - mu)
+        torch.testing.assert_close(logits.double(), expected, rtol=1e-3, atol=1e-3)
+        assert torch.equal(logits, backends.prepared_logits(other, *args))
+    other[1, 1, 5] = float('nan')
+    other[2, 0, 5] = float('inf')
+    assert repeat(other).isfinite().all(-1).tolist() == [[True, True], [True, False], [False, True]]
+
+
+@gpu
+@torch.no_grad()
+def test_fused_launches_see_changes():
+    head, other = ZZZHead(20, 40, 3, sigma2_init=0.05), ZZZHead(20, 40, 3, sigma2_init=0.1)
+    fused = head.fuse()
+
+    def check(x, head=head, tolerance=1e-5):
+        expected = zzz_logits(x.double(), *(p.double() for p in _parameters(head)), impl='torch')
+        torch.testing.assert_close(fused(x).double(), expected, rtol=tolerance, atol=tolerance)
+
+    for x in (torch.randn(4, 40), torch.randn(4, 40), torch.randn(2, 2, 40), torch.randn(1, 40)):
+        check(x)
+    check(torch.randn(4, 41)[:, 1:])  # not contiguous
+    check(torch.randn(161)[1:].view(4, 40))  # not at a multiple of 16 bytes
+    assert fused(torch.randn(0, 40)).shape == (0, 20)
+    x = torch.randn(4, 40)
+    check(x.bfloat16(), tolerance=1e-3)
+    with torch.autocast('cuda', torch.bfloat16):
+        check(x, tolerance=1e-3)
+    check(x)
+    with torch.inference_mode():
+        check(x)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        check(x.clone())
+    fused.load_state_dict(other.fuse().state_dict())
+    check(x, other)
+    fused.cpu().cuda()
+    check(x, other)
+    fused.rows[:20].mul_(0)
+    assert not torch.allclose(fused(x), other(x), atol=1e-3)
+    for _ in range(40):
+        check_shape = torch.randn(torch.randint(1, 99, ()).item(), 40)
+        assert fused(check_shape).shape == (len(check_shape), 20)
+    x.requires_grad_()
+    with torch.enable_grad():
+        assert torch.autograd.grad(fused(x).sum(), x)[0].isfinite().all()
+
+
 def test_choice(caplog):
     backends._log_once.cache_clear()
     head = ZZZHead(5, 12, 5)

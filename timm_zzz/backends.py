@@ -6,7 +6,7 @@ The kernels are imported where they can run, and not before they do.
 import functools
 import importlib.util
 import logging
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -204,6 +204,23 @@ def prepared_logits(
     from .kernels import head as kernels
 
     return kernels.logits(features, kernels.classes(operand, coef, num_classes, rank, split), sigma2_raw, sigma2_min)
+
+
+def repeated_logits(
+    features: Tensor,
+    operand: Tensor,
+    coef: Tensor,
+    num_classes: int,
+    rank: int,
+    split: bool,
+    sigma2_raw: Tensor,
+    sigma2_min: float,
+) -> Callable[[Tensor], Tensor]:
+    """:func:`prepared_logits` as a function of features alike; see timm_zzz.kernels.head.RepeatedLogits."""
+    from .kernels import head as kernels
+
+    classes = kernels.classes(operand, coef, num_classes, rank, split)
+    return kernels.RepeatedLogits(features, classes, sigma2_raw, sigma2_min)
 
 
 # What torch.compile sees of the kernels: two operators, the second of which is the gradient of the first.

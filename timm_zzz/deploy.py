@@ -21,6 +21,8 @@ __all__ = ['Affine', 'FusedZZZHead', 'FusedZZZConvHead', 'fuse_gaussians', 'fuse
 
 # A leaf for symbolic tracing: its argument check looks at shapes, which a traced value has not got.
 torch.fx.wrap('fused_logits')
+# Shapes of features whose launches are kept
+_MAX_REPEATED = 16
 
 
 def fuse_gaussians(
@@ -109,6 +111,10 @@ def fused_logits(
     return _fused_logits(features, rows, offsets, precision, num_classes, rank)
 
 
+def _can_repeat(x: Tensor) -> bool:
+    return x.is_contiguous() and x.data_ptr() % 16 == 0 and x.device.index == torch.cuda.current_device()
+
+
 class FusedZZZHead(nn.Module):
     """A ZZZ head for inference, made by :meth:`ZZZHead.fuse`: no parameters, one matrix product, the same logits.
 
@@ -143,7 +149,9 @@ class FusedZZZHead(nn.Module):
         self.register_buffer('rows', rows)
         self.register_buffer('offsets', offsets)
         self.register_buffer('precision', precision)
+        # For the kernels: the buffers in their form, and what launches them for features like some seen before
         self._folded: Optional[Tuple[Any, Tuple[Tensor, ...]]] = None
+        self._repeated: Dict[Any, Callable[[Tensor], Tensor]] = {}
 
     @property
     def weight(self) -> Tensor:
@@ -161,38 +169,49 @@ class FusedZZZHead(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if self._uses_kernels(x):
-                return self._kernel_logits(x)
+            logits = self._kernel_logits(x)
+            if logits is not None:
+                return logits
         return fused_logits(x, self.rows, self.offsets, self.precision, self.num_classes, self.rank)
 
     @torch.jit.unused
-    def _uses_kernels(self, x: Tensor) -> bool:
-        tensors = [x, self.rows, self.offsets, self.precision]
-        return (
-            is_plain(tensors)
-            and x.device.type == 'cuda'
-            and not (torch.is_grad_enabled() and x.requires_grad)
-            and x.shape[-1] == self.feat_dim
-            and backends.choose('auto', tensors, self.feat_dim, self.rank) == 'triton'
-        )
-
-    @torch.jit.unused
-    def _kernel_logits(self, x: Tensor) -> Tensor:
+    def _kernel_logits(self, x: Tensor) -> Optional[Tensor]:
+        """None where the GPU's kernels can't run, or would lose a gradient."""
+        buffers = [b for b in self._buffers.values() if b is not None]  # faster than by attributes
+        if not is_plain([x, *buffers]) or not x.is_cuda or (x.requires_grad and torch.is_grad_enabled()):
+            return None
         split = not backends.half_products(x)
-        buffers = (self.rows, self.offsets, self.precision)
         # Unlike parameters these are not written to but as a whole, so it is enough to know them by their addresses.
         key = (split, *((b.data_ptr(), 0 if b.is_inference() else b._version) for b in buffers))
+        like = x.shape, x.dtype, x.device.index
+        if self._folded is not None and self._folded[0] == key:
+            repeat = self._repeated.get(like)
+            if repeat is not None and _can_repeat(x):
+                return repeat(x)
+        return self._first_kernel_logits(x, split, key, like)
+
+    def _first_kernel_logits(self, x: Tensor, split: bool, key: Any, like: Any) -> Optional[Tensor]:
+        buffers = self.rows, self.offsets, self.precision
+        if x.shape[-1] != self.feat_dim or backends.choose('auto', [x, *buffers], self.feat_dim, self.rank) != 'triton':
+            return None
+        capturing = torch.cuda.is_current_stream_capturing()
         folded = self._folded
         if folded is None or folded[0] != key:
             with torch.inference_mode(False), torch.no_grad():
                 folded = key, backends.fold(*buffers, self.num_classes, split)
-            if not torch.cuda.is_current_stream_capturing():
-                self._folded = folded
+            if not capturing:
+                self._folded, self._repeated = folded, {}
         operand, coef, sigma2_raw = folded[1]
-        return backends.prepared_logits(x, operand, coef, self.num_classes, self.rank, split, sigma2_raw, 0.0)
+        args = operand, coef, self.num_classes, self.rank, split, sigma2_raw, 0.0
+        if capturing or x.numel() == 0 or not _can_repeat(x):
+            return backends.prepared_logits(x, *args)
+        if len(self._repeated) >= _MAX_REPEATED:
+            self._repeated.clear()
+        repeat = self._repeated[like] = backends.repeated_logits(x, *args)
+        return repeat(x)
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, '_folded': None}
+        return {**self.__dict__, '_folded': None, '_repeated': {}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'FusedZZZHead':
         before: Dict[str, Any] = dict(self._buffers)

@@ -6,8 +6,9 @@ and the embeddings. Nothing synchronises with the device, adds atomically or hol
 width).
 """
 
+import contextvars
 import functools
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import triton
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from . import triton_kernels as kernels
 
-__all__ = ['Classes', 'backward', 'forward', 'logits', 'orthonormalize', 'prepare', 'zzz_logits']
+__all__ = ['Classes', 'RepeatedLogits', 'backward', 'forward', 'logits', 'orthonormalize', 'prepare', 'zzz_logits']
 
 # Bases up to this size are kept for the backward pass; larger ones are made a chunk of classes at a time, again in it.
 KEEP_BYTES = 128 * 2**20
@@ -38,11 +39,19 @@ class Classes(NamedTuple):
 
 
 class Embeddings(NamedTuple):
-    """Normalised embeddings as sums of two halves, float16 (B, dp), and their squared norms, float32 (B,)."""
+    """Normalised embeddings as sums of two halves, float16 (B, dp), and their squared norms, float32 (B,).
+
+    From features of 16 bits, unless float32's precision is asked for, ``hi`` alone times a float32 factor in place of
+    the norm, which is exact; see triton_kernels._embed.
+    """
 
     hi: Tensor
     lo: Tensor
     norm2: Tensor
+
+    @property
+    def exact(self) -> bool:
+        return self.lo.numel() == 0
 
 
 class Parameters(NamedTuple):
@@ -84,7 +93,7 @@ def _class_grad_options(R: int, split: bool) -> Options:
     return dict(NC=max(1, 16 // R), BLOCK=128, num_warps=4 if split or R > 16 else 1 if R == 8 else 2)
 
 
-def _logits_options(device: torch.device, B: int, C: int, R: int, split: bool) -> Options:
+def _logits_options(device: torch.device, B: int, C: int, R: int, split: bool, exact: bool) -> Options:
     BM, BC, BK, warps = 64, max(16, min(64, 128 // R)), 64, 4
     if B <= 32 or (R == 32 and split):
         BM = 16 if B <= 16 else 32
@@ -97,7 +106,8 @@ def _logits_options(device: torch.device, B: int, C: int, R: int, split: bool) -
     if BM * BC * R > 128 * 128:
         warps = 8
     # Each stage of the pipeline holds its tiles of x (hi, lo), U and mu in shared memory
-    stage = 2 * BK * (2 * BM + BC * R * (2 if split else 1) + 3 * BC)
+    x, mu = (1, 2) if exact else (2, 3)
+    stage = 2 * BK * (x * BM + BC * R * (2 if split else 1) + mu * BC)
     return dict(BM=BM, BC=BC, BK=BK, num_warps=warps, num_stages=max(1, min(4, _shared_memory(device) // stage)))
 
 
@@ -125,13 +135,23 @@ def _row_warps(width: int) -> int:
 
 
 _compiled: Dict[Any, Any] = {}
+# Where launches are noted, for RepeatedLogits
+_record: contextvars.ContextVar[Any] = contextvars.ContextVar('record', default=None)
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one before it runs; see triton_kernels._wait."""
+    return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _launch(kernel: Any, grid: Tuple[int, ...], args: Tuple[Any, ...], options: Options) -> None:
     """Launch a Triton kernel; after the first time without its checks of arguments, which cost more than a launch."""
+    grid = (*grid, 1, 1)[:3]
     if triton.knobs.runtime.interpret:
-        kernel[grid](*args, **options)
-        return
+        launch = functools.partial(kernel[grid], **options, OVERLAP=False)
+        launch(*args)
+        return _note(launch, args)
     # What Triton may compile a kernel anew for: types, alignment of pointers, and ints, constants among them
     specialization = [
         (x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else None if type(x) is float else x for x in args
@@ -139,11 +159,20 @@ def _launch(kernel: Any, grid: Tuple[int, ...], args: Tuple[Any, ...], options: 
     key = (kernel.__name__, args[0].device, *options.values(), *specialization)
     known = _compiled.get(key)
     if known is None:
+        overlap = _overlaps(args[0].device)
         tiles = [value for name, value in options.items() if name not in ('num_warps', 'num_stages')]
-        _compiled[key] = kernel[grid](*args, **options), tiles
-        return
-    compiled, tiles = known
-    compiled[(*grid, 1, 1)[:3]](*args, *tiles)
+        known = kernel[grid](*args, **options, OVERLAP=overlap, launch_pdl=overlap), (*tiles, overlap)
+        _compiled[key] = known
+        return _note(known[0][grid], (*args, *known[1]))
+    launch, args = known[0][grid], (*args, *known[1])
+    launch(*args)
+    _note(launch, args)
+
+
+def _note(launch: Callable[..., Any], args: Tuple[Any, ...]) -> None:
+    record = _record.get()
+    if record is not None:
+        record.append((launch, args))
 
 
 class _Stay:
@@ -183,10 +212,12 @@ def _new_classes(p: Parameters, split: bool, coef: Optional[Tensor] = None) -> C
     return Classes(torch.empty((rows, _pad(d, 8)), dtype=_FP16, device=p.A.device), coef, C, cp, R, split)
 
 
-def _new_embeddings(features: Tensor) -> Embeddings:
+def _new_embeddings(features: Tensor, split: bool) -> Embeddings:
     B, d = features.shape
     hi = torch.empty((B, _pad(d, 8)), dtype=_FP16, device=features.device)
-    return Embeddings(hi, torch.empty_like(hi), torch.empty(B, dtype=_FP32, device=features.device))
+    exact = features.dtype != _FP32 and not split
+    lo = torch.empty((0,) if exact else hi.shape, dtype=_FP16, device=features.device)
+    return Embeddings(hi, lo, torch.empty(B, dtype=_FP32, device=features.device))
 
 
 def _new_products(B: int, classes: Classes) -> Tuple[Tensor, Tensor]:
@@ -238,13 +269,14 @@ def _fill_rows(
         per_program = max(16, triton.next_power_of_2(triton.cdiv(C, _REPAIR_PROGRAMS)))
         programs = triton.cdiv(C, per_program)
         scratch = torch.empty(programs * r * width, dtype=_FP32, device=A.device)
-    B, f, (hi, lo, norm2) = 0, coef, (out, out, coef)
+    B, exact, f, (hi, lo, norm2) = 0, False, coef, (out, out, coef)
     if features is not None and x is not None:
-        f, (hi, lo, norm2) = features, x
+        exact, f, (hi, lo, norm2) = x.exact, features, x
         B, d = f.shape
     _launch(
         kernels.rows_kernel, (programs + B,),
-        (A, weight, out, coef, scratch, f, hi, lo, norm2, programs, C, cp, d, dp, r, R, per_program, split, basis_only),
+        (A, weight, out, coef, scratch, f, hi, lo, norm2,
+         programs, C, cp, d, dp, r, R, per_program, split, basis_only, exact),
         dict(BLOCK=width, num_warps=_row_warps(width)),
     )  # fmt: skip
 
@@ -264,11 +296,11 @@ def _fill_logits(
     R, cp = classes.R, classes.padded
     chunk = out[:, start:] if start else out
     t, xm = saved or (chunk, chunk)
-    options = _logits_options(out.device, B, cp, R, classes.split)
+    options = _logits_options(out.device, B, cp, R, classes.split, x.exact)
     _launch(
         kernels.logits_kernel, (triton.cdiv(cp, options['BC']), triton.cdiv(B, options['BM'])),
         (*x, classes.operand, classes.coef, sigma2_raw, chunk, t, xm, sigma2_min,
-         B, classes.num_classes, cp, d, dp, out.stride(0), R, classes.split, bool(saved)), options,
+         B, classes.num_classes, cp, d, dp, out.stride(0), R, classes.split, bool(saved), x.exact), options,
     )  # fmt: skip
 
 
@@ -349,11 +381,56 @@ def logits(features: Tensor, classes: Classes, sigma2_raw: Tensor, sigma2_min: f
     flat = features.detach().reshape(-1, d).contiguous()
     out = torch.empty((flat.shape[0], classes.num_classes), dtype=_FP32, device=features.device)
     if flat.shape[0]:
-        x = _new_embeddings(flat)
+        x = _new_embeddings(flat, classes.split)
         with _device(flat):
             _fill_rows(classes, None, flat, x)
             _fill_logits(out, 0, x, classes, sigma2_raw.detach(), sigma2_min, d, ())
     return out.reshape(features.shape[:-1] + out.shape[1:])
+
+
+class RepeatedLogits:
+    """:func:`logits` for one shape, dtype and device of features, with less work for the CPU than a first call has.
+
+    Features have to be contiguous, on the current device and to start at a multiple of 16 bytes, with B >= 1.
+    """
+
+    def __init__(self, features: Tensor, classes: Classes, sigma2_raw: Tensor, sigma2_min: float):
+        self.shape = *features.shape[:-1], classes.num_classes
+        self.classes, self.sigma2_raw = classes, sigma2_raw.detach()  # kept, since the launches have their addresses
+        tensors = f, hi, lo, norm2, out = self._tensors(features)
+        token = _record.set([])
+        try:
+            x = Embeddings(hi, lo, norm2)
+            _fill_rows(classes, None, f, x)
+            _fill_logits(out, 0, x, classes, self.sigma2_raw, sigma2_min, f.shape[1], ())
+            record = _record.get()
+        finally:
+            _record.reset(token)
+        self.launches = []
+        for launch, args in record:
+            changing = [(i, k) for i, a in enumerate(args) for k, t in enumerate(tensors) if a is t]
+            self.launches.append((launch, self._addresses(args), changing))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        tensors = self._tensors(features)
+        addresses = self._addresses(tensors)
+        for launch, args, changing in self.launches:
+            args = args.copy()
+            for i, k in changing:
+                args[i] = addresses[k]
+            launch(*args)
+        return tensors[-1].view(self.shape)
+
+    def _tensors(self, features: Tensor) -> Tuple[Tensor, ...]:
+        flat = features.detach().view(-1, features.shape[-1])
+        out = torch.empty((flat.shape[0], self.shape[-1]), dtype=_FP32, device=flat.device)
+        return (flat, *_new_embeddings(flat, self.classes.split), out)
+
+    @staticmethod
+    def _addresses(args: Sequence[Any]) -> List[Any]:
+        if triton.knobs.runtime.interpret:
+            return list(args)
+        return [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
 
 
 def _chunks(A: Tensor) -> List[Tuple[int, int]]:
@@ -405,7 +482,7 @@ def forward(
     B, d = features.shape
     C = p.A.shape[0]
     out = torch.empty((B, C), dtype=_FP32, device=features.device)
-    x = _new_embeddings(features)
+    x = _new_embeddings(features, split)
     kept: List[Tensor] = []
     with _device(features):
         chunks = _chunks(p.A)
@@ -472,16 +549,18 @@ def backward(
                 kernels.logits_grad_kernel, (cp // options['BC'],),
                 (grad[:, start:stop], t, xm, x.norm2, part.v_raw, p.sigma2_raw, classes.coef, amax, operands, partial,
                  dpart.v_raw, dpart.bias, dprec[start:stop], v_min, sigma2_min, top,
-                 B, n_classes, cp, d, C, operands.stride(0), r, R, split), options,
+                 B, n_classes, cp, d, C, operands.stride(0), r, R, split, x.exact), options,
             )  # fmt: skip
             del t, xm
             product = _exact_product(operands, classes) if split else _mm(operands, classes.operand, _FP32)
             dx = product if dx is None else dx.add_(product)
+            hi, lo = operands[:, means + cp :], operands[:, means:]
             if split:
                 dU = _product(operands[:, width:], operands[:, width + n :], n, x)
+                P = _exact_mm((hi[:, :cp].float() + lo[:, :cp].float()).t(), x.hi.float() + x.lo.float())
             else:
                 dU = _mm(operands[:, :n].t(), x.hi, _FP16)
-            P = _product(operands[:, means + cp :], operands[:, means:], cp, x)
+                P = _product(hi, lo, cp, x)
             del operands
             options = dict(WIDTH=triton.next_power_of_2(dp), **_class_grad_options(R, split))
             tiles = triton.cdiv(n_classes, options['NC']) * triton.cdiv(d, options['BLOCK'])
@@ -489,24 +568,30 @@ def backward(
             _launch(
                 kernels.class_grad_kernel, (tiles + rest,),
                 (p.sigma2_raw, amax, classes.operand, classes.coef, partial, dU, P, dpart.A, dpart.weight,
-                 features, dx, dprec, dfeatures, g.sigma2_raw, sigma2_min, top,
-                 tiles, B, n_classes, C, cp, d, dp, r, R, split), options,
+                 features, x.norm2, dx, dprec, dfeatures, g.sigma2_raw, sigma2_min, top,
+                 tiles, B, n_classes, C, cp, d, dp, r, R, split, x.exact), options,
             )  # fmt: skip
             del classes, dU, P
     return [dfeatures, *g]
 
 
 def _exact_product(operands: Tensor, classes: Classes) -> Tensor:
-    """operands @ classes.operand in float32: the matrix units would lose its last digits in a long sum."""
+    """operands @ classes.operand in float32."""
     n, cp = classes.padded * classes.R, classes.padded
     total: Optional[Tensor] = None
     for at, size in ((0, n), (2 * n, cp)):
         g = operands[:, at : at + size].float() + operands[:, at + size : at + 2 * size].float()
         rows = classes.operand[at : at + size].float() + classes.operand[at + size : at + 2 * size].float()
-        with torch.autocast(g.device.type, enabled=False):
-            total = g @ rows if total is None else torch.addmm(total, g, rows)
+        product = _exact_mm(g, rows)
+        total = product if total is None else total.add_(product)
     assert total is not None
     return total
+
+
+def _exact_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32: the matrix units' float16 products would lose its last digits in a long sum."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def _product(hi: Tensor, lo: Tensor, n: int, x: Embeddings) -> Tensor:
@@ -516,7 +601,7 @@ def _product(hi: Tensor, lo: Tensor, n: int, x: Embeddings) -> Tensor:
     options = _product_options()
     _launch(
         kernels.product_kernel, (triton.cdiv(n, options['BN']), triton.cdiv(dp, options['BD'])),
-        (hi, lo, x.hi, x.lo, out, B, n, dp, hi.stride(0)), options,
+        (hi, lo, x.hi, x.lo, out, B, n, dp, hi.stride(0), x.exact), options,
     )  # fmt: skip
     return out
 

@@ -22,11 +22,23 @@ h = sum_b g rho t with the gradients g of the logits, (C, R) M^T h, (C, R, R) M^
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 SCALE = 16.0
 _S = tl.constexpr(SCALE)
 AMAX_PROGRAMS = 128
 _AMAX_PROGRAMS = tl.constexpr(AMAX_PROGRAMS)
+
+
+@triton.jit
+def _wait(OVERLAP: tl.constexpr):
+    """Wait for the kernel before; with OVERLAP this one was launched while that one ran, to hide what a launch costs.
+
+    Every kernel waits before it reads or writes, so that it also comes after all that the kernel before waited for.
+    """
+    if OVERLAP:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -102,22 +114,58 @@ def _unit(x):
 
 
 @triton.jit
-def _embed(F, XH, XL, XX, b, d, dp, BLOCK: tl.constexpr):
-    """Normalise one embedding: hi and lo halves of SCALE x, and |x|^2."""
+def _scale_to_8(x):
+    """The power of two that brings a number > 0 to between 8 and 16."""
+    exponent = x.to(tl.int32, bitcast=True) >> 23
+    return ((257 - tl.maximum(exponent, 3)) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _embed(F, XH, XL, XX, b, d, dp, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+    """Normalise one embedding: hi and lo halves of SCALE x, and |x|^2.
+
+    EXACT, for features of 16 bits: in XH the features times a power of two, which float16 holds to 2^-28 of
+    their norm, and in XX the factor that makes them SCALE x; it is negative where x is zero.
+    """
     i = tl.arange(0, BLOCK)
-    x, _, _ = _unit(tl.load(F + b * d + i, mask=i < d, other=0.0).to(tl.float32))
-    tl.store(XX + b, tl.sum(x * x, 0))
-    x = x * _S
-    hi = x.to(tl.float16)
-    tl.store(XH + b * dp + i, hi, mask=i < dp)
-    tl.store(XL + b * dp + i, (x - hi.to(tl.float32)).to(tl.float16), mask=i < dp)
+    x = tl.load(F + b * d + i, mask=i < d, other=0.0).to(tl.float32)
+    if EXACT:
+        x = x * _scale_to_8(tl.max(tl.abs(x), 0))  # so that no square leaves float32's range
+        x = x * _scale_to_8(tl.sqrt(tl.sum(x * x, 0)))
+        norm = tl.sqrt(tl.sum(x * x, 0))
+        tl.store(XX + b, tl.where(norm == 0, -_S, _S / tl.where(norm == 0, 1.0, norm)))
+        tl.store(XH + b * dp + i, x.to(tl.float16), mask=i < dp)
+    else:
+        x, _, _ = _unit(x)
+        tl.store(XX + b, tl.sum(x * x, 0))
+        x = x * _S
+        hi = x.to(tl.float16)
+        tl.store(XH + b * dp + i, hi, mask=i < dp)
+        tl.store(XL + b * dp + i, (x - hi.to(tl.float32)).to(tl.float16), mask=i < dp)
 
 
 @triton.jit
 def _embedding_grad(
-    F, DX, S2RAW, AMAX, DPREC, DF, DS2, s2_min, grad_top, b, B, C, d, dp, BLOCK: tl.constexpr, BC: tl.constexpr
+    F,
+    XX,
+    DX,
+    S2RAW,
+    AMAX,
+    DPREC,
+    DF,
+    DS2,
+    s2_min,
+    grad_top,
+    b,
+    B,
+    C,
+    d,
+    dp,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BC: tl.constexpr,
 ):
-    """The gradient of embedding b from that of its normalised form, DX = SCALE s / a dL/dx.
+    """The gradient of embedding b from that of its normalised form, DX = SCALE s / a dL/dx, EXACT: times its factor XX.
 
     At b = B, the sum of the classes' parts of dL/da gives the gradient of sigma2_raw.
     """
@@ -125,7 +173,10 @@ def _embedding_grad(
     if b < B:
         i = tl.arange(0, BLOCK)
         x, largest, norm = _unit(tl.load(F + b * d + i, mask=i < d, other=0.0).to(tl.float32))
-        dx = tl.load(DX + b * dp + i, mask=i < d, other=0.0) * (a / (_S * _grad_scale(AMAX, grad_top)))
+        unscale = a / (_S * _grad_scale(AMAX, grad_top))
+        if EXACT:
+            unscale = unscale / tl.load(XX + b)
+        dx = tl.load(DX + b * dp + i, mask=i < d, other=0.0) * unscale
         df = (dx - x * tl.sum(x * dx, 0)) / norm / largest
         tl.store(DF + b * d + i, df, mask=i < d)
     else:
@@ -219,11 +270,13 @@ def factor_kernel(
     BASIS_ONLY: tl.constexpr,
     NC: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Coefficients of NC classes: M by Cholesky-QR of the Gram matrix, norms, variances; see the module's docstring.
 
     A class whose A_c is too ill-conditioned for that is flagged, for rows_kernel.
     """
+    _wait(OVERLAP)
     pid = tl.program_id(0).to(tl.int64)
     N: tl.constexpr = NC * R
     row, c, j, ok = _rows(pid, NC, R, r, C)
@@ -341,8 +394,10 @@ def basis_kernel(
     BASIS_ONLY: tl.constexpr,
     NC: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A tile of the operand: bases U_c = M A_c^T and normalised means. BASIS_ONLY: OUT is float32 (C, R, dp)."""
+    _wait(OVERLAP)
     pid = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     N: tl.constexpr = NC * R
@@ -477,12 +532,15 @@ def rows_kernel(
     CLASSES: tl.constexpr,
     SPLIT: tl.constexpr,
     BASIS_ONLY: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Whole rows: the bases of flagged classes in the first programs, one embedding in each of the others."""
+    _wait(OVERLAP)
     pid = tl.program_id(0).to(tl.int64)
     if pid >= programs:
-        _embed(F, XH, XL, XX, pid - programs, d, dp, BLOCK)
+        _embed(F, XH, XL, XX, pid - programs, d, dp, EXACT, BLOCK)
     else:
         _repair(A, W, OUT, COEF, SCRATCH, pid, C, cp, d, dp, r, R, CLASSES, SPLIT, BASIS_ONLY, BLOCK)
 
@@ -508,11 +566,14 @@ def logits_kernel(
     R: tl.constexpr,
     SPLIT: tl.constexpr,
     SAVE: tl.constexpr,
+    EXACT: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A tile of logits: t and x mu by matrix products, then squares, weights and the sum over r in registers."""
+    _wait(OVERLAP)
     BN: tl.constexpr = BC * R
     b = tl.program_id(1) * BM + tl.arange(0, BM)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -541,24 +602,35 @@ def logits_kernel(
     for start in range(0, dp, BK):
         k_ok = start + k < dp
         xh = tl.load(XH + start + x_at, mask=b_ok & k_ok[None, :], other=0.0)
-        xl = tl.load(XL + start + x_at, mask=b_ok & k_ok[None, :], other=0.0)
         uh = tl.load(CLS + start + u_at, mask=n_ok & k_ok[:, None], other=0.0)
-        mh = tl.load(MEANS + start + m_at, mask=c_ok & k_ok[:, None], other=0.0)
-        mhl = tl.load(MEANS + start + m2_at, mask=m2_ok & k_ok[:, None], other=0.0)
+        if not EXACT:
+            xl = tl.load(XL + start + x_at, mask=b_ok & k_ok[None, :], other=0.0)
+            mh = tl.load(MEANS + start + m_at, mask=c_ok & k_ok[:, None], other=0.0)
         if SPLIT:
             ul = tl.load(CLS + cp.to(tl.int64) * R * dp + start + u_at, mask=n_ok & k_ok[:, None], other=0.0)
             t += tl.dot(xh, uh, tl.dot(xl, uh, tl.dot(xh, ul)))
+            ml = tl.load(MEANS + start + cp.to(tl.int64) * dp + m_at, mask=c_ok & k_ok[:, None], other=0.0)
+            x, mu = xh.to(tl.float32) + xl.to(tl.float32), mh.to(tl.float32) + ml.to(tl.float32)
+            # What is left of |x|^2 + |mu|^2 - 2 m near a class is small
+            m += tl.dot(x, mu, input_precision='ieee')
         else:
+            mhl = tl.load(MEANS + start + m2_at, mask=m2_ok & k_ok[:, None], other=0.0)
             t = tl.dot(xh, uh, t)
-        m2 = tl.dot(xh, mhl, m2)
-        m = tl.dot(xl, mh, m)
-    m += tl.sum(tl.reshape(m2, [BM, 2, BC]), 1)
-    t = t * (1.0 / (_S * _S)) - offset[None, :]
+            m2 = tl.dot(xh, mhl, m2)
+            if not EXACT:
+                m = tl.dot(xl, mh, m)
+    if not SPLIT:
+        m += tl.sum(tl.reshape(m2, [BM, 2, BC]), 1)
+    unscale = tl.full([BM], 1.0 / (_S * _S), tl.float32)
+    if EXACT:
+        unscale = xx * (1.0 / (_S * _S))
+        xx = tl.where(xx < 0, 0.0, 1.0)
+    t = t * unscale[:, None] - offset[None, :]
     if SAVE:
         at = (b.to(tl.int64) * (cp * R))[:, None] + n[None, :]
         tl.store(T + at, t * _S, mask=b_ok & n_ok)
     explained = tl.sum(tl.reshape(t * t * rho[None, :], [BM, BC, R]), 2)
-    m = m * (1.0 / (_S * _S))
+    m = m * unscale[:, None]
     if SAVE:
         tl.store(XM + (b.to(tl.int64) * cp)[:, None] + c[None, :], m, mask=b_ok & c_ok)
     distance2 = xx[:, None] + mm[None, :] - 2.0 * m
@@ -567,8 +639,10 @@ def logits_kernel(
 
 
 @triton.jit
-def amax_kernel(G, AMAX, n, BLOCK: tl.constexpr):
+def amax_kernel(G, AMAX, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """The largest size of n numbers, by parts of them."""
+    if OVERLAP:  # programs that wait for this small kernel would slow it down by more than the launch costs
+        cuda.gdc_wait()
     pid = tl.program_id(0).to(tl.int64)
     largest = tl.zeros([BLOCK], tl.float32)
     part = tl.cdiv(n, _AMAX_PROGRAMS)
@@ -607,15 +681,18 @@ def logits_grad_kernel(
     r: tl.constexpr,
     R: tl.constexpr,
     SPLIT: tl.constexpr,
+    EXACT: tl.constexpr,
     BB: tl.constexpr,
     BC: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """From the gradients g of the logits: the operands s g rho t and s g of the matrix products, and what has no width.
 
     The gradient of the basis is dq = a (sum_b g rho t x - h mu); that of A_c^T is M^T (dq + sym q), where sym mirrors
     the lower triangle of -dq q^T (Walter & Lehmann, arXiv:1009.6112). dq q^T is a rho sum_b g t t^T, since
-    U (x - mu) is t. DPREC: each class's part of dL/da.
+    U (x - mu) is t. DPREC: each class's part of dL/da. EXACT: the operands have the embedding's factor, see _embed.
     """
+    _wait(OVERLAP)
     BN: tl.constexpr = BC * R
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -645,13 +722,18 @@ def logits_grad_kernel(
         t = tl.load(T + (b * (cp * R))[:, None] + n[None, :], mask=b_ok, other=0.0).to(tl.float32) * (1.0 / _S)
         g = tl.load(G + (b * ldg)[:, None] + c[None, :], mask=b_ok & (c < C)[None, :], other=0.0).to(tl.float32)
         xx = tl.load(XX + b, mask=b < B, other=0.0)
+        row_s = tl.full([BB], 1.0, tl.float32) * s
+        if EXACT:
+            row_s = xx * s
+            xx = tl.where(xx < 0, 0.0, 1.0)
         xm = tl.load(XM + (b * cp)[:, None] + c[None, :], mask=b_ok, other=0.0)
         total += tl.sum(g, 0)
         total_xx += tl.sum(g * xx[:, None], 0)
         total_xm += tl.sum(g * xm, 0)
         at = (b * ldk)[:, None] + c[None, :]
-        hi = (g * s).to(tl.float16)
-        tl.store(MEANS + at, (g * s - hi.to(tl.float32)).to(tl.float16), mask=b_ok)
+        gs = g * row_s[:, None]
+        hi = gs.to(tl.float16)
+        tl.store(MEANS + at, (gs - hi.to(tl.float32)).to(tl.float16), mask=b_ok)
         tl.store(MEANS + cp + at, hi, mask=b_ok)
         if not SPLIT:
             tl.store(MEANS + 2 * cp + at, hi, mask=b_ok)
@@ -661,7 +743,7 @@ def logits_grad_kernel(
         grt = gt * rho[None, :]
         h += tl.sum(grt, 0)
         at = (b * ldk)[:, None] + n[None, :]
-        hi = (grt * s).to(tl.float16)
+        hi = (grt * row_s[:, None]).to(tl.float16)
         tl.store(GRADS + at, hi, mask=b_ok)
         if SPLIT:
             tl.store(GRADS + cp * R + at, (grt * s - hi.to(tl.float32)).to(tl.float16), mask=b_ok)
@@ -696,8 +778,27 @@ def logits_grad_kernel(
 
 
 @triton.jit
-def product_kernel(GH, GL, XH, XL, OUT, B, N, dp, ldk, BN: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr):
-    """OUT = (GH + GL)^T (XH + XL) in float32 precision: (N, dp) from (B, N) with row stride ldk and (B, dp)."""
+def product_kernel(
+    GH,
+    GL,
+    XH,
+    XL,
+    OUT,
+    B,
+    N,
+    dp,
+    ldk,
+    EXACT: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BB: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """OUT = (GH + GL)^T (XH + XL) in float32 precision: (N, dp) from (B, N) with row stride ldk and (B, dp).
+
+    EXACT: without XL.
+    """
+    _wait(OVERLAP)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     i = tl.program_id(1) * BD + tl.arange(0, BD)
     acc = tl.zeros([BN, BD], tl.float32)
@@ -710,8 +811,11 @@ def product_kernel(GH, GL, XH, XL, OUT, B, N, dp, ldk, BN: tl.constexpr, BD: tl.
         gh = tl.trans(tl.load(GH + g_at, mask=b_ok & n_ok, other=0.0))
         gl = tl.trans(tl.load(GL + g_at, mask=b_ok & n_ok, other=0.0))
         xh = tl.load(XH + x_at, mask=b_ok & i_ok, other=0.0)
-        xl = tl.load(XL + x_at, mask=b_ok & i_ok, other=0.0)
-        acc += tl.dot(gh, xh, tl.dot(gl, xh, tl.dot(gh, xl)))
+        if EXACT:
+            acc += tl.dot(gh, xh, tl.dot(gl, xh))
+        else:
+            xl = tl.load(XL + x_at, mask=b_ok & i_ok, other=0.0)
+            acc += tl.dot(gh, xh, tl.dot(gl, xh, tl.dot(gh, xl)))
     tl.store(OUT + (n.to(tl.int64) * dp)[:, None] + i[None, :], acc, mask=(n < N)[:, None] & i_ok)
 
 
@@ -804,6 +908,7 @@ def class_grad_kernel(
     DA,
     DW,
     F,
+    XX,
     DX,
     DPREC,
     DF,
@@ -820,11 +925,14 @@ def class_grad_kernel(
     r: tl.constexpr,
     R: tl.constexpr,
     SPLIT: tl.constexpr,
+    EXACT: tl.constexpr,
     WIDTH: tl.constexpr,
     NC: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Gradients of the classes in the first programs, then of one embedding in each, at last of sigma2_raw."""
+    _wait(OVERLAP)
     pid = tl.program_id(0).to(tl.int64)
     per_row = tl.cdiv(d, BLOCK)
     if pid < tiles:
@@ -854,7 +962,24 @@ def class_grad_kernel(
         )
     else:
         _embedding_grad(
-            F, DX, S2RAW, AMAX, DPREC, DF, DS2, s2_min, grad_top, pid - tiles, B, all_classes, d, dp, WIDTH, 1024
+            F,
+            XX,
+            DX,
+            S2RAW,
+            AMAX,
+            DPREC,
+            DF,
+            DS2,
+            s2_min,
+            grad_top,
+            pid - tiles,
+            B,
+            all_classes,
+            d,
+            dp,
+            EXACT,
+            WIDTH,
+            1024,
         )
 
 
