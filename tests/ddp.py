@@ -1,21 +1,89 @@
-"""What a process of test_families.test_distributed does; in a module that a spawned process can import."""
+"""What the processes of distributed tests do; in a module that a spawned process can import.
 
+Also a script for torchrun, of which test_distributed.py compares what it saves with a plain loop in one process:
+torchrun --nproc-per-node N -m timm_zzz tests/ddp.py FOLDER DEVICE DTYPE compile|eager
+It leaves it to timm_zzz's command line to import the plugin.
+"""
+
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import timm
+import timm.optim
 import torch
-from torch import nn
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, NativeScaler
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
-from timm_zzz.attach import find_classifiers
+STEPS, BATCH, ACCUMULATE, EMA_DECAY = 6, 8, 2, 0.5
+OPTIONS = dict(lr=1e-3, weight_decay=0.05, eps=0.1, head_lr_scale=20.0, head_weight_decay=0.01)
+PENALTIES = dict(v_shrinkage=0.3, mu_decoupling=3.0)
+SCHEDULE = dict(num_epochs=STEPS, warmup_epochs=2, warmup_lr=1e-4, step_on_epochs=False, updates_per_epoch=1)
+
+
+def build():
+    torch.manual_seed(0)
+    return timm.create_model('test_vit.zzz_r4', num_classes=5, zzz_v_init=2.0)
+
+
+def batch(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(BATCH, 3, 160, 160, generator=generator), torch.randint(5, (BATCH,), generator=generator)
+
+
+def fit(model, parallel, average, device, dtype):
+    """A user's loop with what train.py takes of timm: each process has its share of the batch, in several parts."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    optimizer = timm.optim.create_optimizer_v2(model, 'zzzadamw', **OPTIONS, **PENALTIES)
+    scheduler, _ = create_scheduler_v2(optimizer, **SCHEDULE)
+    scaler = NativeScaler(device.type)
+    scaler.load_state_dict(torch.amp.GradScaler(device.type, init_scale=2.0**10).state_dict())
+    for step in range(STEPS):
+        shares = [t.chunk(world_size)[rank].to(device).chunk(ACCUMULATE) for t in batch(step)]
+        optimizer.zero_grad()
+        for i, (x, y) in enumerate(zip(*shares, strict=True)):
+            last = i == ACCUMULATE - 1
+            with nullcontext() if last else parallel.no_sync():
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    loss = F.cross_entropy(parallel(x), y) / ACCUMULATE
+                scaler(loss, optimizer, need_update=last)
+        scheduler.step_update(step + 1)
+        average.update(model)
+    return optimizer
+
+
+def main(folder, device, dtype, compiled):
+    device = torch.device(device)
+    if device.type == 'cuda':
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    torch.set_num_threads(1)
+    model = build().to(device)
+    average = ModelEmaV3(model, decay=EMA_DECAY)
+    forward = torch.compile(model, backend='aot_eager') if compiled else model  # then DDP, as train.py does
+    parallel = DistributedDataParallel(forward, device_ids=[device] if device.type == 'cuda' else None)
+    optimizer = fit(model, parallel, average, device, dtype)
+    saved = dict(model=model.state_dict(), ema=average.module.state_dict(), optimizer=optimizer.state_dict())
+    torch.save(saved, Path(folder) / f'rank{torch.distributed.get_rank()}.pth')
+    torch.distributed.destroy_process_group()
 
 
 def train(rank, name, file):
+    """What a process of test_families.test_distributed does."""
     from test_families import build, flat, image
+
+    from timm_zzz.attach import find_classifiers
 
     torch.distributed.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
     torch.set_num_threads(1)
     model = build(name)[1].train()
     if hasattr(model, 'set_distilled_training'):
         model.set_distilled_training(True)
-    parallel = nn.parallel.DistributedDataParallel(model)  # an error in the second step if a parameter is unused
+    parallel = DistributedDataParallel(model)  # an error in the second step if a parameter is unused
     torch.manual_seed(rank)
     for _ in range(2):
         parallel.zero_grad()
@@ -26,3 +94,7 @@ def train(rank, name, file):
     torch.distributed.all_gather(others, grads)
     assert grads.abs().max() > 0 and torch.equal(others[0], others[1])
     torch.distributed.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main(sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3]), sys.argv[4] == 'compile')

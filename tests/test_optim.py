@@ -1,14 +1,19 @@
 """zzzadamw against a hand-built AdamW, and the regularisers against the penalty in the loss."""
 
 import copy
+import csv
+import math
 import pickle
+import shutil
 
 import pytest
 import timm
 import timm.optim
 import torch
+import yaml
 from oracles import qr_basis
 from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, NativeScaler
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,55 +21,74 @@ from timm_zzz import ZZZHead
 from timm_zzz.optim import ZZZAdamW, mean_decoupling, variance_shrinkage
 
 LR, DECAY, SCALE, HEAD_DECAY = 1e-3, 0.05, 20.0, 0.01
+DECAYED = ('head.weight', 'head.A')
+# Nearly SGD: steps that show how large a gradient is, and none made of rounding errors where it should be 0
+CALM = dict(eps=0.1)
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+DEVICES = ['cpu', pytest.param('cuda', marks=needs_cuda)]
 
 
-def build(seed=0):
+def build(seed=0, device='cpu', **kwargs):
     torch.manual_seed(seed)
-    return timm.create_model('test_vit.zzz_r4', num_classes=5, zzz_v_init=2.0)
+    return timm.create_model('test_vit.zzz_r4', num_classes=5, zzz_v_init=2.0, **kwargs).to(device)
 
 
-def make(model, **kwargs):
+def make(model, opt='zzzadamw', **kwargs):
     options = dict(lr=LR, weight_decay=DECAY, head_lr_scale=SCALE, head_weight_decay=HEAD_DECAY)
-    return timm.optim.create_optimizer_v2(model, 'zzzadamw', **{**options, **kwargs})
+    return timm.optim.create_optimizer_v2(model, opt, **{**options, **kwargs})
 
 
-def by_hand(model):
+def by_hand(model, **kwargs):
     """Two groups and what of each is not decayed."""
     skip = model.no_weight_decay()
     groups = {}
     for name, p in model.named_parameters():
         head = name.startswith('head.')
-        kept = name in skip or p.ndim <= 1 or name.endswith('.bias')
+        kept = name not in DECAYED if head else name in skip or p.ndim <= 1 or name.endswith('.bias')
         groups.setdefault((head, kept), []).append(p)
     return torch.optim.AdamW(
         [
             dict(params=ps, lr=LR * (SCALE if head else 1), weight_decay=0 if kept else HEAD_DECAY if head else DECAY)
             for (head, kept), ps in groups.items()
-        ]
+        ],
+        **kwargs,
     )
 
 
-def train(model, optimizer, steps, scheduler=None, penalty=None, start=0, dtype=None):
-    scaler = torch.amp.GradScaler('cpu', enabled=dtype == torch.float16, init_scale=2.0**10)
+def penalty_by_hand(head, v_shrinkage=0.0, mu_decoupling=0.0):
+    v = F.softplus(head.v_raw) + 1e-4
+    mu = head.weight / torch.linalg.norm(head.weight, dim=1, keepdim=True)
+    cosines = (qr_basis(head.A).mT @ mu[:, :, None])[:, :, 0]
+    return v_shrinkage * v.sum(1).mean() + mu_decoupling * cosines.square().sum(1).mean()
+
+
+def train(model, optimizer, steps, penalty=None, start=0, dtype=None, clip=None, accumulate=1, update=None):
+    """The loop of a user, or with ``penalty`` that of one who has no optimiser with regularisers."""
+    device = next(model.parameters()).device
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16, init_scale=2.0**10)
     for step in range(start, start + steps):
         generator = torch.Generator().manual_seed(step)
         x, y = torch.randn(4, 3, 160, 160, generator=generator), torch.randint(5, (4,), generator=generator)
         optimizer.zero_grad()
-        with torch.autocast('cpu', dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            loss = F.cross_entropy(model(x), y)
-        if penalty is not None:
-            loss = loss + penalty(model.head)
-        scaler.scale(loss).backward()
+        for xs, ys in zip(x.to(device).chunk(accumulate), y.to(device).chunk(accumulate), strict=True):
+            with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+                loss = F.cross_entropy(model(xs), ys) / accumulate
+            if penalty is not None:
+                loss = loss + penalty(model.head) / accumulate
+            scaler.scale(loss).backward()
+        if clip is not None:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         scaler.step(optimizer)
         scaler.update()
-        if scheduler is not None:
-            scheduler.step_update(step + 1)
-            scheduler.step(step + 1)
+        if update is not None:
+            update(step + 1)
 
 
-def assert_same_parameters(a, b, atol=1e-6):
+def assert_same_parameters(a, b, atol=1e-6, rtol=1e-6):
     for (name, x), (_, y) in zip(a.named_parameters(), b.named_parameters(), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-6, atol=atol, msg=lambda m, n=name: f'{n}: {m}')
+        torch.testing.assert_close(x, y, rtol=rtol, atol=atol, msg=lambda m, n=name: f'{n}: {m}')
 
 
 def options_of(optimizer, p):
@@ -72,13 +96,45 @@ def options_of(optimizer, p):
     return group['lr'], group['weight_decay']
 
 
+def rates(model, optimizer):
+    """The learning rate of every parameter."""
+    return {name: options_of(optimizer, p)[0] for name, p in model.named_parameters()}
+
+
+def times_scale(plain):
+    return {name: lr * (SCALE if name.startswith('head.') else 1) for name, lr in plain.items()}
+
+
+# Groups
+
+
 def test_equals_two_groups_by_hand():
     model, other = build(), build()
-    assert_same_parameters(model, other, 0)
+    assert_same_parameters(model, other, 0, 0)
     train(model, make(model), 50)
     train(other, by_hand(other), 50)
     assert_same_parameters(model, other)
     assert not torch.equal(model.head.weight, build().head.weight)
+
+
+@pytest.mark.parametrize(
+    'device, options',
+    [
+        ('cpu', dict(foreach=False)),
+        ('cpu', dict(foreach=True)),
+        ('cpu', dict(fused=True)),
+        ('cpu', dict(amsgrad=True, betas=(0.8, 0.95), eps=1e-6)),
+        ('cpu', dict(maximize=True)),
+        pytest.param('cuda', dict(fused=True, **CALM), marks=needs_cuda),
+        pytest.param('cuda', dict(capturable=True, lr=torch.tensor(LR), **CALM), marks=needs_cuda),
+    ],
+    ids=str,
+)
+def test_options_of_adamw(device, options):
+    model, other = build(device=device), build(device=device)
+    train(model, make(model, **options), 4)
+    train(other, by_hand(other, **{k: v for k, v in options.items() if k != 'lr'}), 4)
+    assert_same_parameters(model, other)
 
 
 def test_groups():
@@ -95,51 +151,55 @@ def test_groups():
     assert options_of(make(model, head_weight_decay=None), head.A) == (LR * SCALE, DECAY)
     assert options_of(make(model, weight_decay=0.0), head.A) == (LR * SCALE, HEAD_DECAY)
     assert options_of(ZZZAdamW(model.named_parameters(), head_lr_scale=2.0), head.v_raw) == (2e-3, 0)
+    groups = [dict(params=model.blocks.parameters(), lr=1.0), dict(params=head.parameters(), lr=2.0, weight_decay=3.0)]
+    optimizer = ZZZAdamW(groups, head_lr_scale=5.0)
+    assert options_of(optimizer, head.A) == (10.0, 3.0) and options_of(optimizer, head.v_raw) == (10.0, 0.0)
+    layered = ZZZAdamW([dict(params=head.parameters(), lr_scale=0.5)], head_lr_scale=SCALE)  # as of timm's layer decay
+    create_scheduler_v2(layered, sched='constant')
+    assert options_of(layered, head.A)[0] == pytest.approx(1e-3 * SCALE * 0.5)
+    optimizer.add_param_group(dict(params=model.cls_token))
+    assert options_of(optimizer, model.cls_token) == (1e-3, 1e-2)
+    with pytest.raises(TypeError, match='ordered collection'):
+        ZZZAdamW([dict(params=set(head.parameters()))])
 
 
-def test_layer_decay_and_lookahead():
-    model = build()
-    optimizer = make(model, layer_decay=0.5)
-    scales = {g['lr_scale'] for g in optimizer.param_groups}
-    assert len(scales) > 2 and options_of(optimizer, model.head.A)[0] == LR * SCALE
-    lookahead = timm.optim.create_optimizer_v2(model, 'lookahead_zzzadamw', lr=LR, head_lr_scale=SCALE)
-    train(model, lookahead, 7)
-    assert options_of(lookahead, model.head.A)[0] == LR * SCALE
+def test_several_heads():
+    def build_two():
+        torch.manual_seed(0)
+        options = dict(num_classes=5, img_size=32, depth=1, embed_dim=48, zzz_v_init=2.0)
+        return timm.create_model('deit_tiny_distilled_patch16_224.zzz_r4', **options).eval()
+
+    model, other = build_two(), build_two()
+    optimizer = make(model, v_shrinkage=2.0, mu_decoupling=1.0, **CALM)
+    for head in (model.head, model.head_dist):
+        assert options_of(optimizer, head.A) == (LR * SCALE, HEAD_DECAY)
+        assert options_of(optimizer, head.v_raw) == (LR * SCALE, 0)
+    optimizer2, x = make(other, **CALM), torch.randn(2, 3, 32, 32)
+    for _ in range(4):
+        for m, o in ((model, optimizer), (other, optimizer2)):
+            o.zero_grad()
+            F.cross_entropy(m(x), torch.tensor([1, 2])).backward()
+        (penalty_by_hand(other.head, 2.0, 1.0) + penalty_by_hand(other.head_dist, 2.0, 1.0)).backward()
+        optimizer.step()
+        optimizer2.step()
+    assert_same_parameters(model, other, 1e-5)
 
 
-@pytest.mark.parametrize('sched', ['none', 'cosine', 'step', 'multistep', 'tanh', 'poly'])
-def test_schedulers_keep_the_factor(sched):
-    model = build()
-    optimizer = make(model)
-    options = {} if sched == 'none' else dict(decay_epochs=2, decay_milestones=[2], decay_rate=0.5)
-    scheduler, _ = create_scheduler_v2(optimizer, sched=sched, num_epochs=6, min_lr=0.0, warmup_epochs=0, **options)
-    rates = []
-    for epoch in range(6):
-        if scheduler is not None:
-            scheduler.step(epoch)
-        body, head = (options_of(optimizer, p)[0] for p in (model.cls_token, model.head.A))
-        assert head == pytest.approx(SCALE * body)
-        rates.append(body)
-    assert (len(set(rates)) == 1) == (sched == 'none')
-    optimizer = make(model)
-    torch_scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    optimizer.step()
-    torch_scheduler.step()
-    assert max(torch_scheduler.get_last_lr()) == pytest.approx(SCALE * LR * 0.5)
-
-
-def test_resume_is_exact():
-    model = build()
-    optimizer = make(model)
-    train(model, optimizer, 3)
-    saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
-    train(model, optimizer, 3, start=3)
-    resumed = build(seed=1)
-    again = make(resumed)
-    resumed.load_state_dict(saved[0])
-    again.load_state_dict(saved[1])
-    train(resumed, again, 3, start=3)
-    assert_same_parameters(model, resumed, 0)
+def test_frozen_parts():
+    model, other = build(), build()
+    for m in (model, other):
+        for name, p in m.named_parameters():
+            p.requires_grad = name.startswith('head.') and name != 'head.weight'  # A alone moves away from the means
+    optimizer = make(model, mu_decoupling=3.0, **CALM)
+    assert all('head_lr_scale' in group for group in optimizer.param_groups)
+    train(model, optimizer, 4)
+    train(other, by_hand(other, **CALM), 4, lambda head: penalty_by_hand(head, 0, 3.0))
+    assert_same_parameters(model, other, 1e-5)
+    assert torch.equal(model.head.weight, build().head.weight) and not torch.equal(model.head.A, build().head.A)
+    for name, p in model.named_parameters():
+        p.requires_grad = not name.startswith('head.')
+    with pytest.raises(ValueError, match='none of the parameters belongs to a ZZZ head .* not frozen'):
+        make(model)
 
 
 @pytest.mark.parametrize(
@@ -165,9 +225,17 @@ def test_knows_the_head_after(change):
 def test_refusals():
     with pytest.raises(ValueError, match='none of the parameters belongs to a ZZZ head'):
         timm.optim.create_optimizer_v2(timm.create_model('test_vit'), 'zzzadamw')
-    for name, value in (('head_lr_scale', 0), ('head_weight_decay', -1), ('v_shrinkage', -1), ('mu_decoupling', -0.1)):
-        with pytest.raises(ValueError, match=f'{name}: expected'):
+    wrong = [('head_lr_scale', v) for v in (0, -1.0, math.nan, math.inf, '5e1', None, True)]
+    for name in ('head_weight_decay', 'v_shrinkage', 'mu_decoupling'):
+        wrong += [(name, v) for v in (-0.1, math.nan, math.inf, '1e-2')]
+    for name, value in wrong:
+        with pytest.raises(ValueError, match=f'^{name}: expected a finite number >=? 0, got {value!r}$'):
             ZZZAdamW(ZZZHead(3, 8, 2).parameters(), **{name: value})
+    for name in ('head_lr_scal', 'caution', 'corrected_weight_decay'):
+        with pytest.raises(TypeError, match=rf'zzzadamw: unknown option {name} \(there are: .*head_lr_scale, '):
+            make(build(), **{name: 5.0})
+    with pytest.raises(ValueError, match='v_shrinkage: .* 0.1 with maximize'):
+        make(build(), v_shrinkage=0.1, maximize=True)
     p = nn.Parameter(torch.zeros(3, 8, 2))
     p.zzz_role = 'A'  # of a head that is gone
     assert len(ZZZAdamW([p]).param_groups) == 1
@@ -175,32 +243,376 @@ def test_refusals():
         ZZZAdamW([p], v_shrinkage=0.1)
 
 
+# Schedules
+
+
+SCHEDULES = ['none', 'cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau']
+
+
+@pytest.mark.filterwarnings('ignore:PlateauLRScheduler is deprecated')
+@pytest.mark.parametrize('options', [{}, dict(layer_decay=0.7)], ids=['', 'layer_decay'])
+@pytest.mark.parametrize('unit', ['epochs', 'warmup', 'updates'])
+@pytest.mark.parametrize('sched', SCHEDULES)
+def test_schedulers_keep_the_factor(sched, unit, options):
+    """Every rate is that of timm's adamw, the head's times the factor, through warm-up, floor, noise and a resume."""
+    if sched == 'plateau' and unit == 'updates':
+        pytest.skip('timm steps plateau per epoch only')
+    schedule = dict(sched=sched, num_epochs=9, decay_rate=0.5, decay_milestones=[3, 5], noise=[0.6], noise_seed=1)
+    schedule.update(decay_epochs=2, stable_timescale=2)
+    if unit != 'epochs':
+        schedule.update(warmup_epochs=3, warmup_lr=1e-4)
+        schedule.update(dict(min_lr=1e-5) if sched != 'plateau' else {})  # torch's has one floor for all groups
+    schedule.update(step_on_epochs=unit != 'updates', updates_per_epoch=1)
+
+    def start(saved=None):
+        model = build()
+        made = [make(model, **options), timm.optim.create_optimizer_v2(model, 'adamw', lr=LR, **options)]
+        for optimizer, state in zip(made, saved or [], strict=False):
+            optimizer.load_state_dict(state)
+        return model, made, [create_scheduler_v2(o, **schedule)[0] for o in made]
+
+    model, made, schedulers = start()
+    seen = set()
+    for epoch in range(9):
+        if epoch == 5:
+            model, made, schedulers = start([pickle.loads(pickle.dumps(o.state_dict())) for o in made])
+        for scheduler in schedulers if sched != 'none' else ():
+            if unit == 'updates':
+                scheduler.step_update(epoch)
+            else:
+                scheduler.step(epoch, metric=-epoch)
+        zzz, plain = (rates(model, o) for o in made)
+        assert zzz == pytest.approx(times_scale(plain))
+        seen.add(plain['cls_token'])
+    assert (len(seen) == 1) == (sched == 'none')
+
+
+def test_schedulers_of_torch():
+    schedulers = torch.optim.lr_scheduler
+    for make_scheduler in (
+        lambda o: schedulers.ExponentialLR(o, 0.5),
+        lambda o: schedulers.CosineAnnealingLR(o, 5),
+        lambda o: schedulers.LinearLR(o),
+    ):
+        model = build()
+        optimizer = make(model)
+        plain = timm.optim.create_optimizer_v2(model, 'adamw', lr=LR)
+        both = make_scheduler(optimizer), make_scheduler(plain)
+        for _ in range(3):
+            for o, s in zip((optimizer, plain), both, strict=True):
+                o.step()
+                s.step()
+        assert rates(model, optimizer) == pytest.approx(times_scale(rates(model, plain)))
+        assert rates(model, plain)['cls_token'] != LR
+    optimizer = make(build())
+    scheduler = schedulers.LambdaLR(optimizer, lambda epoch: 0.1 * epoch)
+    optimizer.step()  # all rates are 0
+    scheduler.step()
+    with pytest.warns(UserWarning, match='head_lr_scale 20.0 has no effect'):
+        optimizer.step()
+    optimizer = make(build())
+    schedulers.LambdaLR(optimizer, [lambda _, g=g: g.get('lr_scale', 1.0) for g in optimizer.param_groups])
+    assert options_of(optimizer, optimizer.param_groups[-1]['params'][0])[0] == pytest.approx(LR * SCALE)
+    optimizer.step()
+
+
+@pytest.mark.parametrize('options', [{}, dict(layer_decay=0.5)], ids=['', 'layer_decay'])
+def test_schedule_and_layer_decay_by_hand(options):
+    model, other = build(), build()
+    optimizer = make(model, **CALM, **options)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, num_epochs=8, warmup_epochs=2, warmup_lr=1e-4, step_on_epochs=False, updates_per_epoch=1
+    )
+    train(model, optimizer, 6, update=scheduler.step_update)
+
+    groups, top = [], len(other.blocks) + 1
+    for name, p in other.named_parameters():
+        head = name.startswith('head.')
+        part, number = name.split('.')[:2] if '.' in name else (name, '')
+        depth = {'blocks': int(number) + 1 if part == 'blocks' else 0, 'norm': top - 1, 'head': top}.get(part, 0)
+        kept = name not in DECAYED if head else p.ndim <= 1 or name in ('cls_token', 'pos_embed')
+        scale = options.get('layer_decay', 1.0) ** (top - depth) * (SCALE if head else 1)
+        decay = 0 if kept else HEAD_DECAY if head else DECAY
+        groups.append(dict(params=[p], scale=scale, weight_decay=decay))
+    plain = torch.optim.AdamW(groups, **CALM)
+
+    def update(t):
+        warm = 1e-4 + t * (LR - 1e-4) / 2
+        for group in plain.param_groups:
+            group['lr'] = group['scale'] * (warm if t < 2 else LR * (1 + math.cos(math.pi * t / 8)) / 2)
+
+    update(0)
+    train(other, plain, 6, update=update)
+    assert_same_parameters(model, other)
+
+
+@pytest.mark.parametrize('options', [{}, dict(v_shrinkage=2.0, mu_decoupling=1.0)], ids=['', 'regularised'])
+def test_lookahead(options):
+    model, other, without = build(), build(), build()
+    train(model, make(model, 'lookahead_zzzadamw', **CALM, **options), 13)
+    train(other, timm.optim.Lookahead(by_hand(other, **CALM)), 13, lambda head: penalty_by_hand(head, **options))
+    assert_same_parameters(model, other, 1e-5 if options else 1e-6)
+    train(without, make(without, **options), 13)
+    assert (model.head.weight - without.head.weight).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('opt', ['zzzadamw', 'lookahead_zzzadamw'])
+def test_resume_is_exact(opt, tmp_path):
+    def start(seed, saved=None, **kwargs):
+        model = build(seed)
+        optimizer = make(model, opt, v_shrinkage=1.0, layer_decay=0.5, **kwargs)
+        if saved is not None:
+            model.load_state_dict(saved['model'])
+            optimizer.load_state_dict(saved['optimizer'])
+        scheduler, _ = create_scheduler_v2(
+            optimizer, num_epochs=9, warmup_epochs=2, step_on_epochs=False, updates_per_epoch=1
+        )
+        scheduler.step_update(0 if saved is None else saved['step'])
+        return model, optimizer, scheduler
+
+    model, optimizer, scheduler = start(0)
+    train(model, optimizer, 3, update=scheduler.step_update)
+    checkpoint = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=3)
+    torch.save(checkpoint, tmp_path / 'checkpoint.pth')
+    train(model, optimizer, 4, start=3, update=scheduler.step_update)
+    # as with any optimiser the checkpoint's options win
+    changed = dict(lr=0.1, weight_decay=0.5, head_lr_scale=3.0, head_weight_decay=0.4)
+    for options in ({}, changed):
+        resumed, optimizer2, scheduler = start(1, torch.load(tmp_path / 'checkpoint.pth'), **options)
+        train(resumed, optimizer2, 4, start=3, update=scheduler.step_update)
+        assert_same_parameters(model, resumed, 0, 0)
+        assert optimizer2.state_dict()['param_groups'] == optimizer.state_dict()['param_groups']
+
+
+# Regularisers
+
+
 def test_regularisers_by_definition():
-    head = ZZZHead(7, 20, 4).double()
-    nn.init.normal_(head.v_raw)
-    head = head.float()
-    v = F.softplus(head.v_raw) + head.v_min
-    torch.testing.assert_close(variance_shrinkage(head), v.sum(1).mean())
-    projected = torch.linalg.vecdot(qr_basis(head.A).mT, F.normalize(head.weight)[:, None])
-    torch.testing.assert_close(mean_decoupling(head), projected.square().sum(1).mean())
+    for dtype in (torch.float32, torch.float64):
+        head = ZZZHead(7, 20, 4).to(dtype)
+        nn.init.normal_(head.v_raw)
+        with torch.autocast('cpu', dtype=torch.bfloat16):  # must not matter
+            v, mu = variance_shrinkage(head), mean_decoupling(head)
+        torch.testing.assert_close(v, penalty_by_hand(head, 1.0, 0))
+        torch.testing.assert_close(mu, penalty_by_hand(head, 0, 1.0))
+        assert v.dtype == mu.dtype == dtype
+    with torch.no_grad():
+        head.weight.copy_((head.A @ torch.randn(4, 1).double())[:, :, 0])  # means in the subspaces
+    assert mean_decoupling(head).item() == pytest.approx(1)
     empty = ZZZHead(7, 20, 0)
     assert variance_shrinkage(empty) == mean_decoupling(empty) == 0
 
 
-@pytest.mark.parametrize('dtype', [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('name, function', [('v_shrinkage', variance_shrinkage), ('mu_decoupling', mean_decoupling)])
-def test_regularisers_equal_the_penalty_in_the_loss(name, function, dtype):
-    model, other, without = build(), build(), build()
-    train(model, make(model, **{name: 3.0}), 8, dtype=dtype)
-    train(other, make(other), 8, penalty=lambda head: 3.0 * function(head), dtype=dtype)
-    train(without, make(without), 8, dtype=dtype)
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize(
+    'dtype, fused',
+    [(None, None), (torch.bfloat16, None), (torch.float16, None), (torch.float16, True)],
+    ids=['float32', 'bfloat16', 'float16', 'float16-fused'],
+)
+@pytest.mark.parametrize('options', [dict(v_shrinkage=0.3), dict(mu_decoupling=3.0)], ids=['v', 'mu'])
+def test_regularisers_equal_the_penalty_in_the_loss(options, dtype, fused, device):
+    """The difference is small beside the penalty's effect: rounding alone would spread in half precision."""
+    model, other, without = (build(device=device) for _ in range(3))
+    train(model, make(model, fused=fused, **CALM, **options), 6, dtype=dtype)
+    train(other, by_hand(other, fused=fused, **CALM), 6, lambda head: penalty_by_hand(head, **options), dtype=dtype)
+    train(without, by_hand(without, fused=fused, **CALM), 6, dtype=dtype)
+    x, y, z = (torch.cat([p.flatten() for p in m.head.parameters()]) for m in (model, other, without))
+    assert (x - y).norm() < 0.01 * (y - z).norm() and (y - z).norm() > 0.01
+    assert penalty_by_hand(model.head, **options) < 0.99 * penalty_by_hand(without.head, **options)
+    if dtype is None:
+        assert_same_parameters(model, other, 1e-5 if device == 'cpu' else 1e-4)
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+@pytest.mark.parametrize('clip', [None, 0.1])
+def test_native_scaler(clip, accumulate):
+    """timm's NativeScaler as train.py calls it; the penalty is added once per step, after clipping."""
+    options = dict(v_shrinkage=2.0, mu_decoupling=2.0)
+    model, other = build(), build()
+    optimizer, plain = make(model, **CALM, **options), by_hand(other, **CALM)
+    scaler, scaler2 = NativeScaler('cpu'), torch.amp.GradScaler('cpu', init_scale=2.0**10)
+    scaler.load_state_dict(scaler2.state_dict())
+    for _ in range(4):
+        x, y = torch.randn(4, 3, 160, 160), torch.randint(5, (4,))
+        optimizer.zero_grad()
+        plain.zero_grad()
+        for i, (xs, ys) in enumerate(zip(x.chunk(accumulate), y.chunk(accumulate), strict=True)):
+            with torch.autocast('cpu', torch.float16):
+                loss = F.cross_entropy(model(xs), ys) / accumulate
+                loss2 = F.cross_entropy(other(xs), ys) / accumulate
+            last = i == accumulate - 1
+            scaler(loss, optimizer, clip_grad=clip, parameters=model.parameters(), need_update=last)
+            scaler2.scale(loss2).backward()
+        scaler2.unscale_(plain)
+        if clip is not None:
+            assert nn.utils.clip_grad_norm_(other.parameters(), clip) > clip
+        penalty_by_hand(other.head, **options).backward()
+        scaler2.step(plain)
+        scaler2.update()
     assert_same_parameters(model, other, 1e-4)
-    assert function(model.head) < 0.97 * function(without.head)
 
 
-def test_pickled_optimizer_goes_on():
+@pytest.mark.parametrize('fused', [False, True], ids=['', 'fused'])
+def test_overflow_skips_the_step(fused):
     model = build()
-    model2, optimizer = pickle.loads(pickle.dumps((model, make(model, v_shrinkage=0.5))))
-    train(model2, optimizer, 1)
-    train(model, make(model, v_shrinkage=0.5), 1)
-    assert_same_parameters(model, model2)
+    optimizer, before = make(model, v_shrinkage=1.0, fused=fused), copy.deepcopy(model)
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.0**10)
+    scaler.scale(model(torch.randn(2, 3, 160, 160)).sum() * math.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert_same_parameters(model, before, 0, 0)
+    assert scaler.get_scale() == 2.0**9 and not optimizer.state
+
+
+def test_accumulation_counts_the_penalty_once():
+    options = dict(v_shrinkage=2.0, mu_decoupling=2.0)
+    model, other = build(), build()
+    train(model, make(model, **CALM, **options), 6, accumulate=2)
+    train(other, by_hand(other, **CALM), 6, lambda head: penalty_by_hand(head, **options))
+    assert_same_parameters(model, other, 1e-4)
+
+
+def test_compiled_model_and_average():
+    options = dict(v_shrinkage=2.0, mu_decoupling=2.0)
+    model, other = build(), build()
+    optimizer, plain = make(model, **CALM, **options), by_hand(other, **CALM)
+    average, average2 = ModelEmaV3(model, decay=0.5), copy.deepcopy(other)  # copies made after the optimiser
+    compiled = torch.compile(model, backend='aot_eager')
+    compiled.head = model.head
+
+    def update(_):
+        with torch.no_grad():
+            for p, q in zip(average2.parameters(), other.parameters(), strict=True):
+                p.copy_(0.5 * p + 0.5 * q)
+
+    train(compiled, optimizer, 4, update=lambda _: average.update(model))
+    train(other, plain, 4, lambda head: penalty_by_hand(head, **options), update=update)
+    assert_same_parameters(model, other, 1e-5)
+    assert_same_parameters(average.module, average2, 1e-5)
+
+
+@pytest.mark.parametrize('options', [{}, dict(v_shrinkage=2.0, mu_decoupling=2.0)], ids=['', 'regularised'])
+def test_compiled_step(options):
+    head, other = ZZZHead(5, 12, 3), ZZZHead(5, 12, 3)
+    other.load_state_dict(head.state_dict())
+    optimizer, eager = (ZZZAdamW(h.parameters(), **options) for h in (head, other))
+    step = torch.compile(optimizer.step, backend='eager')
+    for _ in range(3):
+        x = torch.randn(4, 12)
+        for h, o in ((head, optimizer), (other, eager)):
+            o.zero_grad()
+            h(x).logsumexp(1).sum().backward()
+        step()
+        eager.step()
+    assert_same_parameters(head, other)
+
+
+def test_closure_and_hooks():
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # after which torch has put its hooks into AdamW.step too
+    head, other = ZZZHead(5, 12, 3), ZZZHead(5, 12, 3)
+    other.load_state_dict(head.state_dict())
+    optimizer = ZZZAdamW(head.parameters(), weight_decay=0.0, v_shrinkage=1.0, mu_decoupling=1.0)
+    plain = torch.optim.AdamW(other.parameters(), weight_decay=0.0)
+    calls, x = [], torch.randn(4, 12)
+    optimizer.register_step_pre_hook(lambda *_: calls.append('pre'))
+    optimizer.register_step_post_hook(lambda *_: calls.append('post'))
+    assert optimizer.step() is None  # no gradient but the penalty's
+    penalty_by_hand(other, 1.0, 1.0).backward()
+    for name in ('sigma2_raw', 'bias'):
+        assert getattr(head, name).grad is None
+    plain.step()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = head(x).logsumexp(1).sum()
+        loss.backward()
+        return loss
+
+    for form in (lambda: optimizer.step(closure), lambda: optimizer.step(closure=closure)):
+        plain.zero_grad()
+        loss = other(x).logsumexp(1).sum()
+        (loss + penalty_by_hand(other, 1.0, 1.0)).backward()
+        torch.testing.assert_close(form(), loss)
+        plain.step()
+    assert_same_parameters(head, other, 1e-5)
+    assert calls == ['pre', 'post'] * 3
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=['deepcopy', 'pickle'])
+def test_copied_optimizer_goes_on(copied):
+    model = build()
+    optimizer = make(model, v_shrinkage=0.5)
+    train(model, optimizer, 2)
+    model2, optimizer2 = copied((model, optimizer))
+    train(model2, optimizer2, 2)
+    before = copy.deepcopy(model)
+    train(model, optimizer, 2)
+    assert_same_parameters(model, model2, 0, 0)
+    assert not torch.equal(model.head.v_raw, before.head.v_raw)
+
+
+# timm's train.py
+
+
+PENALTY_IN_THE_LOSS = """
+import torch
+from timm.task import ClassificationTask
+
+forward = ClassificationTask.forward
+
+
+def penalised(task, *args):
+    result, head = forward(task, *args), task.trainable_module.head
+    with torch.autocast(head.A.device.type, enabled=False):
+        v = torch.nn.functional.softplus(head.v_raw) + 1e-4
+        cosines = torch.linalg.qr(head.A)[0].mT @ torch.nn.functional.normalize(head.weight, dim=1)[:, :, None]
+        penalty = 0.3 * v.sum(1).mean() + 3.0 * cosines.square().sum(1).mean()
+    return dict(result, loss=result['loss'] + penalty)
+
+
+ClassificationTask.forward = penalised
+"""
+
+
+@pytest.mark.parametrize(
+    'device, dtype',
+    [('cpu', 'float32'), ('cpu', 'bfloat16'), pytest.param('cuda', 'float16', marks=needs_cuda)],  # CPU: no GradScaler
+)
+def test_train_script(device, dtype, timm_scripts, beetles, run, tmp_path):
+    """The regularisers set in YAML give what the penalty gives in the loss of the same script."""
+    shutil.copy(timm_scripts / 'train.py', tmp_path)
+    (tmp_path / 'penalty.py').write_text(PENALTY_IN_THE_LOSS)
+    recipe = dict(model='test_vit.zzz_r4', num_classes=12, model_kwargs=dict(zzz_v_init=2.0), no_aug=True, seed=1)
+    recipe.update(opt='zzzadamw', lr=LR, weight_decay=DECAY, opt_eps=CALM['eps'], layer_decay=0.7, grad_accum_steps=2)
+    recipe.update(epochs=1, warmup_epochs=0, sched_on_updates=True, batch_size=16, workers=1, output='out')
+    recipe.update(device=device, amp=dtype != 'float32', amp_dtype=dtype)
+    scales = dict(head_lr_scale=SCALE, head_weight_decay=HEAD_DECAY)
+
+    def train_py(experiment, options, modules, *arguments):
+        recipe.update(experiment=experiment, opt_kwargs=options, device_modules=modules)
+        (tmp_path / f'{experiment}.yaml').write_text(yaml.safe_dump(recipe))
+        command = ['train.py', '--config', f'{experiment}.yaml', '--data-dir', beetles]
+        run(*command, *arguments, env={'OMP_NUM_THREADS': '1'})
+        rows = list(csv.DictReader((tmp_path / 'out' / experiment / 'summary.csv').open()))
+        checkpoint = torch.load(tmp_path / 'out' / experiment / 'last.pth.tar', weights_only=False, map_location='cpu')
+        return rows, checkpoint
+
+    rows, zzz = train_py('zzz', dict(scales, v_shrinkage=0.3, mu_decoupling=3.0), ['timm_zzz'])
+    assert [row['epoch'] for row in rows] == ['0'] and math.isfinite(float(rows[0]['train_loss']))
+    _, loss = train_py('loss', scales, ['timm_zzz', 'penalty'])
+    for name, value in zzz['state_dict'].items():  # without the penalty head.A differs by 0.05, head.v_raw by 0.01
+        torch.testing.assert_close(value, loss['state_dict'][name], rtol=0, atol=1e-5 if dtype == 'float32' else 1e-3)
+
+    groups, names = zzz['optimizer']['param_groups'], list(zzz['state_dict'])
+    head = [group for group in groups if 'head_lr_scale' in group]
+    assert {group['weight_decay'] for group in head} == {HEAD_DECAY, 0.0}
+    assert sum(len(group['params']) for group in head) == 5 and sum(len(g['params']) for g in groups) == len(names)
+    assert {group['lr_scale'] for group in head} == {SCALE} and len({group['lr_scale'] for group in groups}) > 4
+    assert len({round(group['lr'] / group['lr_scale'], 12) for group in groups}) == 1
+    updates = {int(state['step']) for state in zzz['optimizer']['state'].values()}
+    if dtype == 'bfloat16':
+        rows, resumed = train_py('again', dict(scales), ['timm_zzz'], '--resume', 'out/zzz/last.pth.tar', '--epochs', 2)
+        assert [row['epoch'] for row in rows] == ['1']
+        (step,) = {int(state['step']) for state in resumed['optimizer']['state'].values()}
+        assert {step} == {2 * n for n in updates}
+        assert [g['lr_scale'] for g in resumed['optimizer']['param_groups']] == [g['lr_scale'] for g in groups]

@@ -1,6 +1,10 @@
 """AdamW with options and regularisers of its own for ZZZ heads, in timm's registry as ``zzzadamw``."""
 
-from typing import Any, Callable, Dict, List, Optional, Tuple
+import inspect
+import math
+import numbers
+import warnings
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from timm.optim import OptimInfo
@@ -23,7 +27,7 @@ def variance_shrinkage(head: ZZZHead) -> Tensor:
     """
     if head.v_raw is None:
         return head.weight.new_zeros(())
-    return (nn.functional.softplus(head.v_raw.float()) + head.v_min).sum(1).mean()
+    return (nn.functional.softplus(_full(head.v_raw)) + head.v_min).sum(1).mean()
 
 
 def mean_decoupling(head: ZZZHead) -> Tensor:
@@ -34,17 +38,31 @@ def mean_decoupling(head: ZZZHead) -> Tensor:
     if head.A is None:
         return head.weight.new_zeros(())
     with torch.autocast(head.A.device.type, enabled=False):
-        mu = nn.functional.normalize(head.weight.float(), dim=1)
-        return torch.einsum('cdr,cd->cr', orthonormal_basis(head.A.float()), mu).square().sum(1).mean()
+        mu = nn.functional.normalize(_full(head.weight), dim=1)
+        return torch.einsum('cdr,cd->cr', orthonormal_basis(_full(head.A)), mu).square().sum(1).mean()
+
+
+def _full(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _check_number(name: str, value: Any, positive: bool = False) -> None:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < 0 or (positive and value == 0):
+        raise ValueError(f'{name}: expected a finite number {">" if positive else ">="} 0, got {value!r}')
 
 
 class ZZZAdamW(torch.optim.AdamW):
     """AdamW that treats the parameters of ZZZ heads apart from the others, in timm's scripts ``opt: zzzadamw``.
 
     Every parameter group is split into the head's parameters and the rest. A group of the head has the learning rate of
-    the group that it comes from times ``head_lr_scale``, which every scheduler keeps, and ``head_weight_decay``; v_raw,
-    sigma2_raw and bias are never decayed. The regularisers' gradients are added where the step is taken: after loss
-    scaling is undone and gradients are clipped, once per step whatever the number of accumulated batches.
+    the group that it comes from times ``head_lr_scale``, and ``head_weight_decay``; v_raw, sigma2_raw and bias are
+    never decayed. The regularisers' gradients are added where the step is taken: after loss scaling is undone and
+    gradients are clipped, once per step whatever the number of accumulated batches.
+
+    The factor is also the groups' ``lr_scale``, by which timm's schedulers multiply what they compute from
+    ``initial_lr``, ``warmup_lr`` and ``min_lr`` included. Of torch's schedulers those that go on from ``lr`` keep it;
+    those that start from ``initial_lr`` (LambdaLR, SequentialLR, CosineAnnealingWarmRestarts) don't, which warns.
 
     Args:
         params: Parameters or parameter groups of a model with at least one ZZZ head.
@@ -56,8 +74,9 @@ class ZZZAdamW(torch.optim.AdamW):
         mu_decoupling: Multiple of :func:`mean_decoupling` in the loss, >= 0.
 
     Raises:
-        ValueError: For an argument out of its range, or if no parameter belongs to a ZZZ head: copy or load a model
-            before the optimiser is made, not between.
+        TypeError: For an option that neither this class nor AdamW has.
+        ValueError: For an argument out of its range, for a regulariser with ``maximize``, or if no parameter belongs to
+            a ZZZ head: copy or load a model before the optimiser is made, not between.
 
     Example:
         >>> import timm, timm.optim, timm_zzz
@@ -80,28 +99,37 @@ class ZZZAdamW(torch.optim.AdamW):
         mu_decoupling: float = 0.0,
         **kwargs: Any,
     ):
-        if not head_lr_scale > 0:
-            raise ValueError(f'head_lr_scale: expected a number > 0, got {head_lr_scale}')
-        numbers = dict(head_weight_decay=head_weight_decay, v_shrinkage=v_shrinkage, mu_decoupling=mu_decoupling)
-        for name, value in numbers.items():
-            if value is not None and not value >= 0:
-                raise ValueError(f'{name}: expected a number >= 0, got {value}')
+        _check_number('head_lr_scale', head_lr_scale, positive=True)
+        if head_weight_decay is not None:
+            _check_number('head_weight_decay', head_weight_decay)
         self._head_options = head_lr_scale, head_weight_decay
         self._penalties = dict(v_shrinkage=v_shrinkage, mu_decoupling=mu_decoupling)
-        self._any_head = False
+        for name, value in self._penalties.items():
+            _check_number(name, value)
+            if value and kwargs.get('maximize'):
+                raise ValueError(f'{name}: a penalty in the loss, got {value} with maximize=True')
+        own, torchs = inspect.signature(ZZZAdamW).parameters, inspect.signature(torch.optim.AdamW).parameters
+        for name in kwargs:
+            if name not in torchs:
+                options = sorted({*own, *torchs} - {'params', 'kwargs'})
+                raise TypeError(f'zzzadamw: unknown option {name} (there are: {", ".join(options)})')
+
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **kwargs)
-        if not self._any_head:
+        if not any('head_lr_scale' in group for group in self.param_groups):
             raise ValueError(
-                'zzzadamw: none of the parameters belongs to a ZZZ head; name a model with .zzz_rN, or take adamw'
+                'zzzadamw: none of the parameters belongs to a ZZZ head (to one that is not frozen); '
+                'name a model with .zzz_rN, or take adamw'
             )
         if any(self._penalties.values()):
             self._heads()
             self._step_supports_amp_scaling = False  # so that a GradScaler unscales before the step, also a fused one
+        self.register_step_pre_hook(_before_step)
 
     def add_param_group(self, param_group: Dict[str, Any]) -> None:
         params = param_group['params']
+        if isinstance(params, set):
+            return super().add_param_group(param_group)  # refuses it
         params = [params] if isinstance(params, Tensor) else list(params)
-        lr_scale, decay = self._head_options
         # A mark stays where the module is gone, as after torch.jit.script; the module is there where the mark is lost,
         # as after load_state_dict(assign=True).
         roles = {id(p): name for head in live_heads() for name, p in head.named_parameters(recurse=False)}
@@ -111,53 +139,92 @@ class ZZZAdamW(torch.optim.AdamW):
             role = getattr(tensor, 'zzz_role', None) or roles.get(id(tensor))
             parts['rest' if role is None else 'decayed' if role in _DECAYED else 'kept'].append(p)
         for part, members in parts.items():
-            if not members and (part != 'rest' or params):
-                continue
-            group = dict(param_group, params=members)
-            if part != 'rest':
-                self._any_head = True
-                group['lr'] = param_group.get('lr', self.defaults['lr']) * lr_scale
-                if part == 'kept':
-                    group['weight_decay'] = 0.0
-                elif decay is not None:
-                    group['weight_decay'] = decay
-            super().add_param_group(group)
+            if members or (part == 'rest' and not params):
+                group = dict(param_group, params=members)
+                super().add_param_group(group if part == 'rest' else self._head_group(group, part == 'decayed'))
 
-    def _heads(self) -> List[ZZZHead]:
-        mine = {id(p) for group in self.param_groups for p in group['params']}
-        heads = [head for head in live_heads() if id(head.weight) in mine]
+    def _head_group(self, group: Dict[str, Any], decayed: bool) -> Dict[str, Any]:
+        scale, decay = self._head_options
+        group['head_lr_scale'] = scale
+        if scale != 1:
+            lr = group.get('lr', self.defaults['lr'])
+            group.setdefault('initial_lr', lr.clone() if isinstance(lr, Tensor) else lr)
+            group.update(lr=lr * scale, lr_scale=group.get('lr_scale', 1.0) * scale)
+        if not decayed:
+            group['weight_decay'] = 0.0
+        elif decay is not None:
+            group['weight_decay'] = decay
+        return group
+
+    def _heads(self) -> List[Tuple[ZZZHead, List[nn.Parameter]]]:
+        """The heads with those of their parameters that are here."""
+        here = {id(p) for group in self.param_groups for p in group['params']}
+        heads = [(head, [p for p in head.parameters() if id(p) in here]) for head in live_heads()]
+        heads = [(head, parameters) for head, parameters in heads if parameters]
         if not heads:
             raise ValueError('zzzadamw: the regularisers need the ZZZ head as a module, not a scripted or copied one')
         return heads
 
     @torch.no_grad()
-    def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
-        """Add the regularisers' gradients and take a step."""
-        if not any(self._penalties.values()):
-            return super().step(closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for head in self._heads():
-            parameters = [p for p in head.parameters() if p.requires_grad]
+    def _add_penalties(self) -> None:
+        """Add the regularisers' gradients: not by backward(), which would run hooks on gradients, DDP's too, again."""
+        for head, parameters in self._heads():
             penalty = head.weight.new_zeros(())
             with torch.enable_grad():
                 if self._penalties['v_shrinkage']:
                     penalty = penalty + self._penalties['v_shrinkage'] * variance_shrinkage(head)
                 if self._penalties['mu_decoupling']:  # takes the bases
                     penalty = penalty + self._penalties['mu_decoupling'] * mean_decoupling(head)
-            if not penalty.requires_grad:
+            parameters = [p for p in parameters if p.requires_grad]
+            if not parameters or not penalty.requires_grad:
                 continue
             grads = torch.autograd.grad(penalty, parameters, allow_unused=True)
             for p, grad in zip(parameters, grads, strict=True):
                 if grad is not None:
-                    p.grad = grad if p.grad is None else p.grad.add_(grad)
-        super().step()
-        return loss
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                    p.grad.add_(grad)
+
+    def _warn_of_lost_scale(self) -> None:
+        rest = {
+            (group['initial_lr'], group['lr']): group.get('lr_scale', 1.0)
+            for group in self.param_groups
+            if 'initial_lr' in group and 'head_lr_scale' not in group
+        }
+        for group in self.param_groups:
+            if 'head_lr_scale' in group and 'lr_scale' in group:
+                scale = rest.get((group.get('initial_lr'), group['lr']))
+                if scale is not None and scale != group['lr_scale'] and group['lr'] > 0:
+                    warnings.warn(
+                        f'zzzadamw: head_lr_scale {group["head_lr_scale"]} has no effect, the scheduler gives head and '
+                        'backbone the same learning rate; take one of timm, or multiply by the lr_scale of the groups',
+                        stacklevel=2,
+                    )
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**super().__getstate__(), '_head_options': self._head_options, '_penalties': self._penalties}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if '_penalties' in state:  # a copy, which has no hooks, rather than load_state_dict
+            self.register_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: ZZZAdamW, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+    """Step pre-hook, as a ``step`` of ZZZAdamW's own that called AdamW's would run every other hook twice."""
+    optimizer._warn_of_lost_scale()
+    if not any(optimizer._penalties.values()):
+        return None
+    closure = args[1] if len(args) > 1 else kwargs.get('closure')
+    if closure is None:
+        optimizer._add_penalties()
+        return None
+
+    def penalised() -> Any:
+        loss = closure()
+        optimizer._add_penalties()
+        return loss
+
+    return args[:1], {'closure': penalised}
 
 
 def register_optimizer() -> None:

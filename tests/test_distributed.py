@@ -1,0 +1,78 @@
+"""Training on several devices: torchrun as in README, against a plain loop in one process.
+
+train.py itself refuses several processes on the CPU: it gives DistributedDataParallel the CPU as ``device_ids``.
+"""
+
+import math
+from pathlib import Path
+
+import ddp
+import pytest
+import torch
+from test_optim import penalty_by_hand
+from torch.nn import functional as F
+
+import timm_zzz  # noqa: F401
+
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
+
+
+def plain_loop(device, penalties=ddp.PENALTIES):
+    """The whole batch at once, AdamW of torch, the schedule and the average written down, the penalty in the loss."""
+    model = ddp.build().to(device)
+    skip, o = ('cls_token', 'pos_embed'), ddp.OPTIONS
+    groups = []
+    for name, p in model.named_parameters():
+        head = name.startswith('head.')
+        decayed = name in ('head.weight', 'head.A') if head else p.ndim > 1 and name not in skip
+        decay = o['head_weight_decay'] if head else o['weight_decay']
+        scale = o['head_lr_scale'] if head else 1.0
+        groups.append(dict(params=[p], weight_decay=decay if decayed else 0.0, scale=scale))
+    optimizer = torch.optim.AdamW(groups, eps=o['eps'])
+    average = {k: v.clone() for k, v in model.state_dict().items()}
+    warm, first = ddp.SCHEDULE['warmup_epochs'], ddp.SCHEDULE['warmup_lr']
+    for step in range(ddp.STEPS):
+        lr = o['lr'] * (1 + math.cos(math.pi * step / ddp.STEPS)) / 2
+        lr = first + step * (o['lr'] - first) / warm if step < warm else lr
+        for group in optimizer.param_groups:
+            group['lr'] = lr * group['scale']
+        x, y = (t.to(device) for t in ddp.batch(step))
+        optimizer.zero_grad()
+        (F.cross_entropy(model(x), y) + penalty_by_hand(model.head, **penalties)).backward()
+        optimizer.step()
+        for name, value in model.state_dict().items():
+            average[name] = ddp.EMA_DECAY * average[name] + (1 - ddp.EMA_DECAY) * value
+    return model.state_dict(), average
+
+
+def assert_close(a, b, atol):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=0, atol=atol, msg=lambda m, n=name: f'{n}: {m}')
+
+
+def check(run, folder, processes, device, dtype, form, atol):
+    """Torchrun's processes save the same, and what the plain loop gives."""
+    run(*TORCHRUN, processes, '-m', 'timm_zzz', Path(ddp.__file__), folder, device, dtype, form)
+    saved = [torch.load(folder / f'rank{rank}.pth', map_location=device) for rank in range(processes)]
+    for other in saved[1:]:
+        torch.testing.assert_close(other, saved[0], rtol=0, atol=0)
+    model, average = plain_loop(device)
+    assert_close(saved[0]['model'], model, atol)
+    assert_close(saved[0]['ema'], average, atol)
+    without, _ = plain_loop(device, {})
+    effect = max((model[name] - without[name]).abs().max() for name in ('head.v_raw', 'head.A'))
+    assert effect > 20 * atol  # so that a missing penalty would be seen
+
+
+@pytest.mark.parametrize('form', ['eager', 'compile'])
+def test_two_processes(form, run, tmp_path):
+    check(run, tmp_path, 2, 'cpu', 'float32', form, 1e-5)
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+@pytest.mark.parametrize('dtype, atol', [('float32', 1e-4), ('float16', 1.5e-3)])
+def test_nccl(processes, dtype, atol, run, tmp_path):
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f'needs {processes} CUDA GPU(s)')
+    check(run, tmp_path, processes, 'cuda', dtype, 'eager', atol)
