@@ -1,0 +1,320 @@
+"""The recipes in hparams/: models, equality of ZZZ file and twin, commands, two steps of train.py; their page."""
+
+import argparse
+import csv
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import timm.optim
+import torch
+import yaml
+from PIL import Image
+from timm.data import resolve_data_config
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import ParseKwargs
+
+from timm_zzz import ZZZHead
+
+FOLDER = Path(__file__).resolve().parent.parent / 'hparams'
+ALL = sorted(path.stem for path in FOLDER.glob('*.yaml'))
+QUICKSTART = 'quickstart_mobilenetv2_100.zzz_r8'  # of which the README's command makes the twin
+RECIPES = [name for name in ALL if name != QUICKSTART]
+ZZZ = '.zzz_r8'
+PAIRS = [name.removesuffix(ZZZ) for name in RECIPES if name.endswith(ZZZ)]
+
+# Classes by data set, from the data sets' papers
+CLASSES = {
+    'cub200': 200,
+    'cars196': 196,
+    'aircraft100': 100,
+    'dogs120': 120,
+    'nabirds555': 555,
+    'inat2018': 8142,
+    'inat2021mini': 10000,
+    'flowers102': 102,
+    'pets37': 37,
+    'food101': 101,
+    'imagenet1k': 1000,
+}
+# Weights of each backbone
+BACKBONES = {
+    'vit_base_patch16_224': 'augreg_in21k',
+    'vit_base_patch14_dinov2': 'lvd142m',
+    'convnext_base': 'fb_in22k',
+    'swin_base_patch4_window12_384': 'ms_in22k',
+    'resnet50': 'a1_in1k',
+}
+MAY_DIFFER = {'device_modules', 'model', 'opt', 'opt_kwargs'}
+HEAD_OPTIONS = {'head_lr_scale', 'head_weight_decay', 'v_shrinkage', 'mu_decoupling'}
+
+
+def load(name):
+    return yaml.safe_load((FOLDER / f'{name}.yaml').read_text())
+
+
+def comment(name):
+    """The comment head as a dictionary of its entries, without line breaks."""
+    lines = (FOLDER / f'{name}.yaml').read_text().split('\n\n')[0].splitlines()
+    assert all(line.startswith('#') for line in lines)
+    text = '\n'.join(lines[1:])
+    entries = re.findall(r'^# (\w+): +(.*(?:\n#     +.*)*)', text, re.M)
+    return {key: re.sub(r'\s*\\?\n# +', ' ', value) for key, value in entries}
+
+
+def build(recipe):
+    with torch.device('meta'):
+        return timm.create_model(
+            recipe['model'],
+            num_classes=recipe['num_classes'],
+            drop_path_rate=recipe.get('drop_path'),
+            **recipe.get('model_kwargs', {}),
+        )
+
+
+def data_config(recipe, **kwargs):
+    cfg = timm.get_pretrained_cfg(recipe['model']).to_dict()
+    return resolve_data_config(recipe, pretrained_cfg=cfg, **kwargs)
+
+
+def test_every_data_set_and_backbone_has_a_pair():
+    assert sorted(RECIPES) == sorted([*PAIRS, *(pair + ZZZ for pair in PAIRS)])
+    split = [pair.partition('_')[::2] for pair in PAIRS]
+    assert {data for data, _ in split} == set(CLASSES) and {backbone for _, backbone in split} == set(BACKBONES)
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_model(name):
+    recipe = load(name)
+    data, _, backbone = name.removesuffix(ZZZ).partition('_')
+    base = f'{backbone}.{BACKBONES[backbone]}'
+    assert recipe['model'] == base + (ZZZ if name.endswith(ZZZ) else '')
+    assert base in timm.list_pretrained() and recipe['pretrained'] is True
+    assert recipe['num_classes'] == CLASSES[data]
+    model = build(recipe).eval()
+    logits = model(torch.empty(2, *data_config(recipe)['input_size'], device='meta'))
+    assert logits.shape == (2, CLASSES[data])
+    head = model.get_classifier()
+    assert isinstance(head, ZZZHead) == name.endswith(ZZZ)
+    assert not isinstance(head, ZZZHead) or head.A.shape == (CLASSES[data], model.num_features, 8)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_values_have_their_types(name):
+    """YAML reads 1e-5 as a word, which timm's optimisers do not take."""
+
+    def walk(value):
+        children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return [value, *(leaf for child in children for leaf in walk(child))]
+
+    for value in walk(load(name)):
+        with pytest.raises((TypeError, ValueError)):
+            float(value if isinstance(value, str) else None)
+
+
+@pytest.mark.parametrize('pair', PAIRS)
+def test_twins_agree(pair):
+    zzz, linear = load(pair + ZZZ), load(pair)
+    assert zzz.keys() - linear.keys() == {'device_modules', 'opt_kwargs'} and linear.keys() <= zzz.keys()
+    assert {key for key in linear if zzz[key] != linear[key]} <= MAY_DIFFER
+    assert zzz['model'] == linear['model'] + ZZZ and zzz['device_modules'] == ['timm_zzz']
+    assert (zzz['opt'], linear['opt']) == ('zzzadamw', 'adamw') and zzz['opt_kwargs'].keys() <= HEAD_OPTIONS
+    comments = comment(pair + ZZZ), comment(pair)
+    for key in ('Data', 'Settings', 'Expected'):
+        assert comments[0][key] == comments[1][key]
+    assert [c['Twin'].partition('.yaml')[0] for c in comments] == [pair, pair + ZZZ]
+
+
+def rates(recipe):
+    """Learning rates early, half way and late in the run, and weight decay, by parameter, as train.py sets them."""
+    settings = argparse.Namespace(**recipe)
+    model = build(recipe)
+    optimizer = timm.optim.create_optimizer_v2(
+        model,
+        opt=settings.opt,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        layer_decay=settings.layer_decay,
+        layer_decay_min_scale=recipe.get('layer_decay_min_scale', 0.0),
+        **recipe.get('opt_kwargs', {}),
+    )
+    scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(settings), updates_per_epoch=10)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {name: [] for name in names.values()}
+    for update in (1, 5 * settings.epochs, 9 * settings.epochs):
+        scheduler.step_update(update)
+        for group in optimizer.param_groups:
+            for p in group['params']:
+                found[names[id(p)]] += [group['lr'], group['weight_decay']]
+    return found, [f'{path}.' for path, m in model.named_modules() if m is model.get_classifier()][0]
+
+
+@pytest.mark.parametrize('pair', PAIRS)
+def test_twins_learn_alike(pair):
+    (zzz, head), (linear, same_head) = rates(load(pair + ZZZ)), rates(load(pair))
+    assert head == same_head
+    for name, values in linear.items():
+        assert zzz[name] == pytest.approx(values, rel=1e-9), name
+    added = zzz.keys() - linear.keys()
+    assert added == {head + name for name in ('A', 'v_raw', 'sigma2_raw')}
+    for name in added:  # the matrix as the rows, the others without decay
+        expected = list(linear[head + 'weight'])
+        expected[1::2] = expected[1::2] if name == head + 'A' else [0.0] * 3
+        assert zzz[name] == pytest.approx(expected, rel=1e-9), name
+    assert max(values[2] for values in linear.values()) == linear[head + 'weight'][2]
+    assert min(values[0] for values in linear.values()) > 0
+
+
+def test_head_lr_scale_is_the_heads():
+    recipe = load('cub200_vit_base_patch16_224.zzz_r8')
+    (before, head), (after, _) = rates(recipe), rates({**recipe, 'opt_kwargs': {'head_lr_scale': 2.0}})
+    for name, values in before.items():
+        factor = 2 if name.startswith(head) else 1
+        assert after[name][::2] == pytest.approx([factor * lr for lr in values[::2]], rel=1e-9), name
+
+
+@pytest.fixture(scope='module')
+def validate_parser():
+    """What of validate.py's options the recipes use."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for name in ('model', 'data-dir', 'dataset', 'split', 'checkpoint', 'amp-dtype'):
+        parser.add_argument(f'--{name}', default='')
+    for name, kind in (('num-classes', int), ('img-size', int), ('crop-pct', float)):
+        parser.add_argument(f'--{name}', type=kind)
+    parser.add_argument('--amp', action='store_true')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    return parser
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_comment_gives_the_commands(name, validate_parser):
+    recipe, entries = load(name), comment(name)
+    assert {'Data', 'Settings', 'Expected', 'Cost'} < entries.keys()
+    train = f'python train.py --config hparams/{name}.yaml --data-dir DIR --experiment {name}'
+    assert entries['Train'] == train
+    plugin = '-m timm_zzz ' if name.endswith(ZZZ) else ''
+    command, _, options = entries['Validate'].partition('.py ')
+    assert command == f'python {plugin}validate'
+    args = validate_parser.parse_args(shlex.split(options))
+    assert (args.model, args.num_classes) == (recipe['model'], recipe['num_classes'])
+    assert (args.dataset, args.split) == (recipe.get('dataset', ''), recipe['val_split'])
+    assert (args.amp, args.amp_dtype) == (recipe['amp'], recipe['amp_dtype'])
+    assert args.model_kwargs == recipe.get('model_kwargs', {})
+    assert args.checkpoint == f'output/train/{name}/last.pth.tar'
+    # validate.py prefers a model's size for tests, train.py has the one for training
+    assert data_config(dict(vars(args)), use_test_size=True) == data_config(recipe)
+
+
+# The page about them
+
+
+@pytest.fixture(scope='module')
+def page(root):
+    return (root / 'docs' / 'recipes.md').read_text()
+
+
+def test_folders_from_lists(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {
+        'fgvc-aircraft-2013b/data/images_variant_trainval.txt': '11 F/A-18\n12 Gulfstream IV\n',
+        'fgvc-aircraft-2013b/data/images_variant_test.txt': '13 F/A-18\n',
+        'nabirds/images.txt': 'a-1 0817/a1.jpg\nb-2 0817/b2.jpg\n',
+        'nabirds/image_class_labels.txt': 'a-1 817\nb-2 817\n',
+        'nabirds/train_test_split.txt': 'a-1 1\nb-2 0\n',
+        **{f'fgvc-aircraft-2013b/data/images/{number}.jpg': str(number) for number in (11, 12, 13)},
+        **{f'nabirds/images/0817/{name}.jpg': name for name in ('a1', 'b2')},
+    }
+    for path, text in files.items():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text)
+    exec(compile(re.search(r'```python\n(from pathlib.*?)```', page, re.S)[1], 'recipes.md', 'exec'), {})
+    assert {str(path.relative_to('DIR')): path.read_text() for path in Path('DIR').rglob('*.jpg')} == {
+        'train/F-A-18/11.jpg': '11',
+        'train/Gulfstream IV/12.jpg': '12',
+        'test/F-A-18/13.jpg': '13',
+        'train/817/a1.jpg': 'a1',
+        'test/817/b2.jpg': 'b2',
+    }
+
+
+def test_sweep(page, timm_scripts, images, tmp_path):
+    """The page's loop over two configurations of a tiny model."""
+    shutil.copy(timm_scripts / 'train.py', tmp_path)
+    recipe = load('cub200_vit_base_patch16_224.zzz_r8')
+    here = dict(model='test_vit.zzz_r8', pretrained=False, num_classes=2, dataset='', val_split='validation')
+    here.update(batch_size=2, workers=1, epochs=1, warmup_epochs=0, device='cpu')
+    (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump({**recipe, **here}))
+    (loop,) = (code for code in re.findall(r'```sh\n(.*?)```', page, re.S) if 'for rank' in code)
+    for there, mine in (
+        ('in 4 8 16;', 'in 4 16;'),
+        ('in 0.5 1.0 2.0;', 'in 2.0;'),
+        ('hparams/cub200_vit_base_patch16_224.zzz_r8.yaml', 'recipe.yaml'),
+        ('vit_base_patch16_224.augreg_in21k', 'test_vit'),
+        ('DIR', str(images)),
+        ('python train.py', f'{shlex.quote(sys.executable)} train.py'),
+    ):
+        assert loop.count(there) == 1
+        loop = loop.replace(there, mine)
+    out = subprocess.run(['bash', '-euc', loop], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert re.findall(r'^==> output/train/(.*)/summary.csv', out.stdout, re.M) == ['rank16-scale2.0', 'rank4-scale2.0']
+    for rank in (4, 16):
+        checkpoint = torch.load(tmp_path / f'output/train/rank{rank}-scale2.0/last.pth.tar', weights_only=False)
+        assert checkpoint['state_dict']['head.A'].shape[-1] == rank
+        assert checkpoint['args'].opt_kwargs == {'head_lr_scale': 2.0}
+
+
+# Through the real scripts
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """Four images of noise in two classes for training, four for validation."""
+    folder = tmp_path_factory.mktemp('images')
+    generator = torch.Generator().manual_seed(0)
+    for split in ('train', 'validation'):
+        for index in range(4):
+            path = folder / split / f'class{index % 2}' / f'{index}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = torch.randint(256, (96, 128, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(noise.numpy()).save(path)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ALL)
+def test_two_steps_of_train_and_validate(timm_scripts, images, run, tmp_path, name):
+    """With random weights, on images of noise in batches of 2, without warm-up, so that both steps change weights."""
+    for script in ('train.py', 'validate.py'):  # away from the clone, whose timm they would import
+        shutil.copy(timm_scripts / script, tmp_path)
+    recipe = load(name)
+    here = dict(pretrained=False, dataset='', train_split='train', val_split='validation')
+    here['num_classes'] = recipe.get('num_classes', 5)  # the quickstart has it from the command line
+    (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump({**recipe, **here}))
+    options = ['--data-dir', images, '--workers', 1, '--device', 'cpu']
+    train = ['train.py', '--config', 'recipe.yaml', '--batch-size', 2, '--epochs', 1, '--warmup-epochs', 0]
+    threads = dict(OMP_NUM_THREADS='1')
+    run(*train, '--grad-accum-steps', 1, '--output', 'out', '--experiment', 'a', *options, env=threads)
+    (row,) = csv.DictReader((tmp_path / 'out/a/summary.csv').open())
+    assert math.isfinite(float(row['train_loss'])) and math.isfinite(float(row['eval_loss']))
+    checkpoint = torch.load(tmp_path / 'out/a/last.pth.tar', weights_only=False)
+    assert {float(state['step']) for state in checkpoint['optimizer']['state'].values()} == {2.0}
+    bases = [value.shape[::2] for key, value in checkpoint['state_dict'].items() if key.split('.')[-1] == 'A']
+    assert bases == ([(here['num_classes'], 8)] if name.endswith(ZZZ) else [])
+
+    if name == QUICKSTART:  # test_end_to_end.py validates it
+        shutil.rmtree(tmp_path / 'out')
+        return
+    options += ['--dataset', '', '--split', 'validation', '--checkpoint', 'out/a/last.pth.tar', '--batch-size', 4]
+    command = shlex.split(comment(name)['Validate'])[1:]
+    result = run(*command, *options, env=threads)
+    loss = float(re.findall(r'Loss: +[\d.]+ \( *([\d.]+)\)', result.stdout + result.stderr)[-1])
+    assert loss == pytest.approx(float(row['eval_loss']), rel=0.01)  # matrix products of bfloat16 in other batches
+    assert float(re.search(r'"top1": ([\d.]+)', result.stdout)[1]) == pytest.approx(float(row['eval_top1']), abs=1e-3)
+    shutil.rmtree(tmp_path / 'out')  # up to 3 GB, which pytest would keep
