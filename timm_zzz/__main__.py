@@ -18,6 +18,9 @@ Runs one of timm's scripts with the .zzz_rN model names registered, as if the sc
   torchrun --nproc-per-node 2 -m timm_zzz train.py --config RECIPE.yaml --data-dir DIR
 
 commands:
+  check-hparams
+            say what is wrong with recipes for timm's train.py, before it trains
+              python -m timm_zzz check-hparams mine.yaml
   demo      train a ZZZ head and a linear head on images drawn on the spot, and compare them
               python -m timm_zzz demo --output zzz-demo
   hparams   list the recipes for timm's train.py, or print the path of one
@@ -71,6 +74,12 @@ def _hparams(arguments: List[str]) -> None:
     print(path)
 
 
+def _check_hparams(arguments: List[str]) -> None:
+    from .check_hparams import main
+
+    sys.exit(main(arguments))
+
+
 def _demo(arguments: List[str]) -> None:
     from .demo import main
 
@@ -83,7 +92,12 @@ def _push(arguments: List[str]) -> None:
     main(arguments)
 
 
-_COMMANDS: Dict[str, Callable[[List[str]], None]] = {'demo': _demo, 'hparams': _hparams, 'push': _push}
+_COMMANDS: Dict[str, Callable[[List[str]], None]] = {
+    'check-hparams': _check_hparams,
+    'demo': _demo,
+    'hparams': _hparams,
+    'push': _push,
+}
 
 
 def main() -> None:

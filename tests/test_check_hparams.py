@@ -1,0 +1,507 @@
+"""``python -m timm_zzz check-hparams``, with argparse itself and timm's train.py to compare with."""
+
+import argparse
+import random
+import re
+import runpy
+import string
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from timm_zzz import check_hparams
+from timm_zzz.check_hparams import check, main
+from timm_zzz.recipe import Recipe
+from timm_zzz.train_options import newest, read_script
+
+RECIPES = sorted((Path(__file__).resolve().parent.parent / 'hparams').glob('*.yaml'))
+GOOD = """\
+device_modules: [timm_zzz]
+model: test_vit.zzz_r4
+num_classes: 5
+train_split: train
+val_split: validation
+opt: zzzadamw
+opt_kwargs: {head_lr_scale: 50.0}
+lr: 1e-5
+warmup_lr: 0.0
+"""
+PLAIN = """\
+model: test_vit
+num_classes: 5
+train_split: train
+val_split: validation
+opt: adamw
+"""
+FIXED = PLAIN.replace('test_vit', 'vit_tiny_patch16_224')
+
+
+def findings(tmp_path, text, **kwargs):
+    file = tmp_path / 'recipe.yaml'
+    file.write_text(text)
+    return check(file, **kwargs)
+
+
+def changed(recipe, change):
+    """A recipe with lines added, or replaced where they have its keys; a key alone takes its line out."""
+    entries = {line.partition(':')[0]: line for line in recipe.splitlines()}
+    for entry in re.split(r'\n(?! )', change):
+        key, colon, _ = entry.partition(':')
+        if colon:
+            entries[key] = entry
+        else:
+            del entries[key]
+    return '\n'.join(entries.values()) + '\n'
+
+
+@pytest.mark.parametrize('file', RECIPES, ids=lambda file: file.stem)
+def test_shipped_recipes_pass(file, capsys):
+    assert main([str(file)]) == 0
+    assert capsys.readouterr().out == f'{file}: OK\n'
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        GOOD,
+        PLAIN,
+        'val_split: test\n',
+        changed(PLAIN, 'model: hf-hub:user/model'),
+        changed(PLAIN, 'model_kwargs: {device: cuda}'),
+        changed(PLAIN, 'opt: Lookahead_AdamW\nopt_kwargs: {betas: [0.9, 0.95]}\nlayer_decay: 0.7'),
+        changed(PLAIN, "dataset: HFDS/user/set\nval_split: test[:50%]+extra\nepochs: '20'\nseed: 0x10"),
+        changed(PLAIN, 'img_size: 128'),  # test_vit takes any size that its patches divide
+        changed(FIXED, 'img_size: 128\nmodel_kwargs: {img_size: 128}'),
+        changed(FIXED, 'pretrained: true\ninput_size: [1, 224, 224]\nmean: [0.5]'),
+    ],
+)
+def test_clean(tmp_path, text, capsys):
+    (tmp_path / 'a.yaml').write_text(text)
+    assert main([str(tmp_path / 'a.yaml')]) == 0
+    assert capsys.readouterr().out == f'{tmp_path}/a.yaml: OK\n'
+
+
+# The line, level and text of the only finding
+ONE = [
+    # keys
+    (GOOD, 'val-split: test\nval_split', 9, 'error', 'val-split: unknown key; did you mean val_split?'),
+    (GOOD, 'Epochs: 3', 10, 'error', 'did you mean epochs?'),
+    (GOOD, 'warmup_epoch: 3', 10, 'error', 'did you mean warmup_epochs?'),
+    (GOOD, 'learning_rate: 0.1', 10, 'error', 'did you mean lr?'),
+    (GOOD, 'j: 4', 10, 'error', 'did you mean workers?'),
+    (GOOD, 'qqqqqq: 4', 10, 'error', 'qqqqqq: unknown key'),
+    (GOOD, 'zzz_rank: 4', 10, 'error', 'it belongs in model_kwargs: {zzz_rank: ...}'),
+    (GOOD, 'head_weight_decay: 0.1', 10, 'error', 'it belongs in opt_kwargs'),
+    (GOOD, 'config: other.yaml', 10, 'error', 'command line only'),
+    (GOOD, 'on: true', 10, 'error', 'a key that is not text for YAML: on'),
+    (GOOD, '[a, b]: 3', 10, 'error', 'not text for YAML: a list'),
+    # values
+    (GOOD, 'lr: fast', 8, 'error', 'lr: a number is needed, not fast'),
+    (GOOD, 'epochs: 1e2', 10, 'error', 'epochs: a whole number is needed, not 1e2'),
+    (GOOD, 'epochs: 20.0', 10, 'error', 'not 20.0: write 20'),
+    (GOOD, 'epochs: null', 10, 'error', 'epochs: null in place of a value; without the line it would be 300'),
+    (GOOD, 'epochs: [20]', 10, 'error', 'one value is needed, not a list'),
+    (GOOD, 'epochs: yes', 10, 'error', 'YAML reads yes as true'),
+    (GOOD, 'lr: .nan', 8, 'error', 'not a finite number: .nan'),
+    (GOOD, 'seed: 042', 10, 'error', 'YAML reads 042 as 34'),
+    (GOOD, 'epochs: 1:30', 10, 'error', 'YAML reads 1:30 as 90'),
+    (GOOD, 'experiment: 42', 10, 'error', 'YAML reads 42 as a number; quote it'),
+    (GOOD, 'experiment: 2024-01-31', 10, 'error', 'as a date; quote it'),
+    (GOOD, 'aa: off', 10, 'error', 'YAML reads off as false; quote it'),
+    (GOOD, "amp: 'false'", 10, 'error', "write true or false, not 'false'; any text counts as true"),
+    (GOOD, 'torchcompile: true', 10, 'error', 'write inductor'),
+    (GOOD, 'mean: 0.5', 10, 'error', 'mean: a list is needed, write [0.5]'),
+    (GOOD, 'mean: [0.5, 0.5]', 10, 'error', 'mean: 3 numbers are needed, one for each channel, or 1, not 2'),
+    (GOOD, 'scale: [1e-1, 1.0]', 10, 'error', '1e-1 stays text in a list: write 1.0e-1'),
+    (GOOD, 'scale: [0.5]', 10, 'error', '2 numbers are needed, not 1'),
+    (GOOD, 'scale:\n  - 0.5\n  - true', 12, 'error', 'YAML reads true as true'),
+    (GOOD, 'input_size: [3, 160]', 10, 'error', '3 numbers are needed, not 2'),
+    (GOOD, 'device_modules: timm_zzz', 1, 'error', 'write [timm_zzz]: text is taken apart letter by letter'),
+    (GOOD, 'train_size_schedule: fast', 10, 'error', "fast is none of 'constant', 'progressive'"),
+    (GOOD, 'amp_dtype: bf16', 10, 'error', "bf16 is none of 'float16', 'bfloat16'"),
+    (GOOD, 'clip_mode: no', 10, 'error', 'YAML reads no as false'),
+    (GOOD, 'clip_mode: max', 10, 'error', "none of 'norm', 'value', 'agc'"),
+    (GOOD, 'model_kwargs: a=1', 10, 'error', 'a mapping {KEY: VALUE, ...} is needed, not a=1'),
+    (GOOD, 'model_kwargs: null', 10, 'error', 'model_kwargs: null'),
+    (GOOD, 'opt_kwargs: {head_lr_scale: 5e1}', 7, 'error', 'YAML reads 5e1 as text: write 5.0e+1'),
+    (GOOD, 'opt_kwargs:\n  betas: [0.9, 1e-3]', 8, 'error', 'YAML reads 1e-3 as text: write 1.0e-3'),
+    (GOOD, 'lr: 0.1\nlr : 0.2', 10, 'error', 'lr: written twice, first in line 8'),
+    (GOOD, 'opt_kwargs: {eps: 1.0e-8, eps: 1.0e-7}', 7, 'error', 'opt_kwargs.eps: written twice'),
+    (GOOD, 'experiment: 2024-13-45', 10, 'error', "YAML can't read 2024-13-45"),
+    (GOOD, 'experiment: !!python/name:os.system x', 10, 'error', 'could not determine a constructor'),
+    # plugin
+    (GOOD, 'device_modules', 1, 'error', 'model: the plugin is not imported: add the line device_modules: [timm_zzz]'),
+    (PLAIN, 'model_kwargs: {zzz_rank: 4}', 6, 'error', 'model_kwargs.zzz_rank: the plugin is not imported'),
+    (GOOD, 'device_modules: [timm_zzz, nowhere]', 1, 'note', 'Python finds no module nowhere here'),
+    # model
+    (PLAIN, 'model: test_vot', 1, 'error', 'timm knows no test_vot; did you mean test_vit'),
+    (PLAIN, 'model: resnet50.a1_in2k', 1, 'error', 'timm knows no weights a1_in2k of resnet50; did you mean a1_in1k'),
+    (GOOD, 'model: test_vot.zzz_r4', 2, 'error', 'did you mean test_vit.zzz_r4'),
+    (GOOD, 'model: test_vit.zzz_r5', 2, 'error', 'model_kwargs: {zzz_rank: 5}'),
+    (PLAIN, 'model: timm/resnet50', 1, 'error', 'hf-hub:timm/resnet50'),
+    (PLAIN, 'pretrained: true\nmodel: vit_base_patch32_plus_256', 6, 'error', 'timm has no weights for'),
+    (GOOD, 'model_kwargs: {zzz_ranc: 4}', 10, 'error', 'no option of a ZZZ head; did you mean zzz_rank?'),
+    (GOOD, 'model_kwargs:\n  zzz_rank: 4000', 11, 'error', 'rank'),
+    (PLAIN, 'model_kwargs:\n  a: 1', 7, 'error', "unexpected keyword argument 'a'"),
+    (PLAIN, 'model_kwargs: {num_classes: 3}', 6, 'error', 'num_classes has an option of its own'),
+    (PLAIN, 'drop_block: 0.1', 6, 'error', "unexpected keyword argument 'drop_block_rate'"),
+    (PLAIN, 'num_classes: 0', 2, 'error', 'at least 1 is needed, not 0'),
+    (GOOD, 'opt: adamw\nopt_kwargs\nmodel: vit_base_patch16_224_in21k.zzz_r8', 2, 'error', 'vit_base_patch16_224'),
+    # sizes
+    (FIXED, 'img_size: 128', 6, 'error', 'images of 128 x 128 do not fit vit_tiny_patch16_224'),
+    (FIXED, 'img_size: 128', 6, 'error', 'add model_kwargs: {img_size: 128}'),
+    (FIXED, 'input_size: [3, 128, 160]', 6, 'error', 'add model_kwargs: {img_size: [128, 160]}'),
+    (FIXED, 'model_kwargs:\n  img_size: 128', 7, 'error', 'train.py needs img_size: 128 too'),
+    (FIXED, 'train_img_sizes: [224, 128]', 6, 'error', 'images of 128 x 128'),
+    (FIXED, 'img_size: 130\nmodel_kwargs: {dynamic_img_size: true}', 6, 'error', 'divisible'),
+    (FIXED, 'img_size: -16', 6, 'error', 'negative'),
+    (GOOD, 'model: vit_tiny_patch16_224.zzz_r8\nimg_size: 128', 10, 'error', 'images of 128 x 128 do not fit'),
+    (PLAIN, 'img_size: 160\ninput_size: [3, 64, 64]', 6, 'error', 'one of the two'),
+    (PLAIN, 'in_chans: 1\ninput_size: [3, 160, 160]', 6, 'error', 'one of the two'),
+    (PLAIN, 'crop_pct: 87.5', 6, 'error', 'a fraction above 0, at most 1, is needed, not 87.5'),
+    # optimiser and schedule
+    (GOOD, 'opt: 3', 6, 'error', 'YAML reads 3 as a number'),
+    (GOOD, 'opt: zzadamw', 6, 'error', 'timm knows no zzadamw; did you mean zzzadamw?'),
+    (PLAIN, 'opt: fused_adamw', 5, 'error', 'timm knows no fused_adamw'),
+    (GOOD, 'opt_kwargs: {head_lr: 50.0}', 7, 'error', 'no option of zzzadamw; did you mean head_lr_scale?'),
+    (PLAIN, 'opt_kwargs: {head_lr_scale: 50.0}', 6, 'error', 'no option of adamw'),
+    (GOOD, 'opt_kwargs:\n  eps: 1.0e-8\n  head_lr_scale: -1.0', 9, 'error', 'opt_kwargs.head_lr_scale: timm: '),
+    (
+        GOOD,
+        "opt_kwargs: {head_lr_scale: '5'}\nwarmup_lr: 0.1",
+        7,
+        'error',
+        'head_lr_scale: expected a finite number > 0',
+    ),
+    (GOOD, 'model: test_vit\nopt_kwargs', 6, 'error', 'none of the parameters belongs to a ZZZ head'),
+    (GOOD, 'sched: cosinus', 10, 'error', "Unknown scheduler 'cosinus'"),
+    (GOOD, 'sched: none', 10, 'error', 'none stops train.py'),
+    (GOOD, 'sched: wsd\nepochs: 20', 10, 'error', 'decay_epochs'),
+    (GOOD, 'warmup_lr: 1e-6', 9, 'note', 'warmup_lr is 1e-06, and 5e-05 for the head; write warmup_lr: 0.0'),
+    (GOOD, 'warmup_lr', 7, 'note', 'warmup_lr is 1e-05, and 0.0005 for the head'),
+    (GOOD, 'min_lr: 1.0e-7', 10, 'note', 'min_lr: min_lr is 1e-07'),
+    (GOOD, 'epochs: 4', 10, 'note', '5 epochs of warm-up out of 4 in all'),
+    (GOOD, 'clip_grad: 1.0\nclip_mode: agc', 11, 'note', 'take norm'),
+    (PLAIN, 'model_ema: true', 6, 'note', 'picks the best checkpoint'),
+    (PLAIN, 'workers: 0', 6, 'note', 'within the training process'),
+    # data
+    (PLAIN, 'val_split', 3, 'error', 'val_split is missing'),
+    (PLAIN, 'val_split\ndataset: hfds/user/set', 3, 'note', 'the data set needs a split named validation'),
+    (PLAIN, 'val_split: train', 4, 'error', 'evaluates on the images of train_split'),
+    (PLAIN, 'val_split: training', 4, 'error', 'evaluates on the images of train_split'),
+    (PLAIN, "val_split: 'test[:50%]'", 4, 'error', 'slices'),
+    (PLAIN, 'dataset: hfds/user/set\nval_split: train', 4, 'error', 'evaluates on images of train_split, train'),
+    (PLAIN, "dataset: tfds/set\nval_split: 'train[:10%]'", 4, 'error', 'evaluates on images'),
+    (PLAIN, 'dataset: tfds/set\ntrain_split: train+validation', 4, 'error', 'evaluates on images'),
+    (PLAIN, "val_split: ''", 4, 'note', 'no evaluation'),
+    (PLAIN, 'dataset: torch/cifar', 6, 'error', 'timm knows no torch/cifar; did you mean cifar10'),
+    (PLAIN, 'dataset: imagenet', 6, 'error', 'does not start with torch/, hfds/'),
+    (PLAIN, 'dataset: hfds/user/set\nnum_classes', 5, 'note', 'num_classes is missing'),
+    (PLAIN, 'data_dir: /nowhere', 6, 'note', 'only --data-dir beats it'),
+]
+
+
+@pytest.mark.parametrize(
+    'recipe, change, line, level, text', ONE, ids=[f'{i}-{case[1]!r:.40}' for i, case in enumerate(ONE)]
+)
+def test_one_finding(tmp_path, recipe, change, line, level, text):
+    found = findings(tmp_path, changed(recipe, change))
+    assert [(f.line, f.level) for f in found] == [(line, level)], found
+    assert text in found[0].message
+
+
+def test_all_in_one_pass_by_line(tmp_path):
+    text = 'lr: fast\nmodel: test_vit.zzz_r4\nepoch: 3\nmean: 0.5\nopt: adam_w\nval_split: train\nworkers: 0\n'
+    found = findings(tmp_path, text)
+    levels = [(f.line, f.level) for f in found]
+    assert levels == [*((line, 'error') for line in range(1, 7)), (7, 'note')], found
+
+
+@pytest.mark.parametrize(
+    'text, line, message',
+    [
+        ('a: 1\nb: [1\nc: 2\n', 3, 'no YAML: '),
+        ('a: 1\n\tb: 2\n', 2, 'no YAML: '),
+        ('a: *b\n', 1, 'undefined alias'),
+        ('a: 1\n\x07\n', 2, 'not allowed'),
+        ('a: 1\n---\nb: 1\n', 2, 'single document'),
+        ('- a\n', 1, 'no mapping'),
+        ('\n# text\nmodel\n', 3, 'no mapping'),
+        ('!!set {a, b}\n', 1, 'no mapping'),
+        ('', 1, 'empty'),
+        ('# only a comment\n', 1, 'empty'),
+        ('<<: 3\n', 1, 'no YAML: '),
+        ('[' * 5000, 1, 'nested too deeply'),
+    ],
+)
+def test_no_recipe(tmp_path, text, line, message):
+    found = findings(tmp_path, text)
+    assert [(f.line, f.level) for f in found] == [(line, 'error')] and message in found[0].message
+
+
+def test_unreadable_files_and_the_count(tmp_path, capsys):
+    good, bad, latin = tmp_path / 'good.yaml', tmp_path / 'bad.yaml', tmp_path / 'latin.yaml'
+    good.write_text(GOOD)
+    bad.write_text(changed(GOOD, 'workers: 0\nepoch: 3'))
+    latin.write_bytes('a: 1\nb: caf\xe9\n'.encode('latin-1'))
+    assert main([str(path) for path in (good, bad, tmp_path / 'none.yaml', tmp_path, latin)]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f'{good}: OK',
+        f'{bad}:10: note: workers: 0 loads the images within the training process, and stops older versions of timm',
+        f'{bad}:11: error: epoch: unknown key; did you mean epochs?',
+        f"{tmp_path}/none.yaml: error: can't be read: No such file or directory",
+        f"{tmp_path}: error: can't be read: Is a directory",
+        f'{latin}:2: error: not text in UTF-8',
+        '4 errors, 1 note in 5 files',
+    ]
+    assert main([str(good), str(good)]) == 0
+    assert capsys.readouterr().out == f'{good}: OK\n' * 2
+    bad.write_text(changed(GOOD, 'workers: 0'))
+    assert main([str(bad)]) == 0
+    note, *rest = capsys.readouterr().out.splitlines()
+    assert note.startswith(f'{bad}:10: note: ') and rest == [f'{bad}: OK', '0 errors, 1 note in 1 file']
+
+
+def test_merged_mappings_are_no_duplicates(tmp_path):
+    merged = changed(GOOD, 'opt_kwargs: &o {head_lr_scale: 2.0}').replace('&o {', '{<<: &o {eps: 1.0e-8}, ')
+    assert findings(tmp_path, merged) == []
+    assert findings(tmp_path, GOOD + '<<: {epochs: 20}\n<<: {seed: 1}\nepochs: 30\n') == []
+
+
+def test_shared_values_are_read_once(tmp_path):
+    levels = ''.join(f'\n  a{i}: &a{i} [*a{i - 1}, *a{i - 1}]' for i in range(1, 60))
+    found = findings(tmp_path, changed(PLAIN, f'model_kwargs:\n  a0: &a0 [1e-5]{levels}'))
+    assert [f.line for f in found] == [7] and 'write 1.0e-5' in found[0].message
+
+
+def test_command(run, tmp_path):
+    (tmp_path / 'bad.yaml').write_text('model: test_vit\nepoch: 3\nval_split: test\n')
+    result = run('-m', 'timm_zzz', 'check-hparams', 'bad.yaml', check=False)
+    assert (result.returncode, result.stderr) == (1, '')
+    assert result.stdout == 'bad.yaml:2: error: epoch: unknown key; did you mean epochs?\n1 error, 0 notes in 1 file\n'
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [([], 'no FILE'), (['--train-script', 'none.py', 'a'], "timm_zzz: error: can't read none.py"), (['--x'], '--x')],
+)
+def test_wrong_command_line_is_status_2(arguments, message, capsys):
+    try:
+        status = main(arguments)
+    except SystemExit as e:
+        status = e.code
+    assert status == 2 and message in capsys.readouterr().err
+
+
+def test_no_model_is_built_on_request(tmp_path, monkeypatch):
+    def create_model(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(check_hparams.timm, 'create_model', create_model)
+    assert findings(tmp_path, changed(FIXED, 'img_size: 128'), build_model=False) == []
+    found = findings(tmp_path, changed(GOOD, 'opt_kwargs: {head_lr: 1.0}\nmodel: test_vit.zzz_r4.x'), build_model=False)
+    assert {f.line for f in found} == {2, 7}
+
+
+@pytest.mark.parametrize(
+    'folders, change, line',
+    [
+        (('train', 'val'), '', None),
+        (('train', 'test'), '', 4),
+        (('train', 'test'), 'val_split: test', None),
+        (('a', 'b'), '', 3),
+        (('validation',), '', 3),
+        (('a', 'b'), "val_split: ''", None),
+    ],
+)
+def test_folders_of_the_splits(tmp_path, folders, change, line):
+    from timm.data import create_dataset
+
+    for folder in folders:
+        (tmp_path / 'data' / folder / 'x').mkdir(parents=True)
+        (tmp_path / 'data' / folder / 'x/1.png').touch()
+    found = findings(tmp_path, changed(PLAIN, f'{change}\ndata_dir: {tmp_path}/data'.strip()))
+    errors = [f for f in found if f.level == 'error']
+    assert errors[0].line == line if line else not errors, found
+    # What timm does: whether a split takes in every image
+    recipe = yaml.safe_load(changed(PLAIN, change) if change else PLAIN)
+    sizes = {s: len(create_dataset('', str(tmp_path / 'data'), recipe[f'{s}_split'])) for s in ('train', 'val')}
+    everything = [s for s in sizes if sizes[s] == len(folders) > 1]
+    assert bool(errors) == bool(recipe['val_split'] and (everything or len(folders) == 1))
+
+
+# The options
+
+SCRIPT = """
+import argparse, os
+from timm import utils
+config_parser = parser = argparse.ArgumentParser(add_help=False)
+parser.add_argument('-c', '--config', default='')
+parser = argparse.ArgumentParser(description='training')
+group = parser.add_argument_group('data')
+parser.add_argument('data', nargs='?', const=None, help='folder')
+group.add_argument('-b', '--batch-size', '--bs', type=int, default=2 * 64, metavar='N')
+group.add_argument('--ratio', type=float, nargs='+', default=[3. / 4., 4. / 3.]),
+exclusive = group.add_mutually_exclusive_group()
+exclusive.add_argument('--script', dest='scripted', action='store_true')
+exclusive.add_argument('--compile', nargs='?', type=str, default=None, const='inductor')
+parser.add_argument('--kind', default='a', choices=('a', 'b'))
+parser.add_argument('--no-x', action='store_false', dest='x')
+parser.add_argument('--flag', action=argparse.BooleanOptionalAction, default=True)
+parser.add_argument('--size', type=int, nargs=3)
+parser.add_argument('--kw', nargs='*', default={}, action=utils.ParseKwargs)
+parser.add_argument('--own', type=lambda text: text, default=os.sep)
+if os.name == 'nt':
+    parser.add_argument('--twice', type=int, default=1)
+else:
+    parser.add_argument('--twice', type=int, default=2)
+def more(p: argparse.ArgumentParser):
+    parser.add_argument('--late', type=float, default=-1.5)
+more(parser)
+if __name__ == '__main__':
+    raise SystemExit('training')
+"""
+
+
+def facts(parser):
+    """What argparse knows of the options, in this test's own words."""
+    result = {}
+    for action in parser._actions:
+        if not isinstance(action, argparse._HelpAction):
+            kind = 'mapping' if type(action).__name__ == 'ParseKwargs' else getattr(action.type or str, '__name__', '')
+            flag = action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction)
+            choices = action.choices and list(action.choices)
+            result[action.dest] = ('flag' if flag else kind, None if flag else action.nargs, choices, action.default)
+    return result
+
+
+def read_facts(script):
+    return {name: (o.type, o.nargs, o.choices, o.default) for name, o in script.options.items()}
+
+
+def test_script_is_read_and_not_run(tmp_path):
+    file = tmp_path / 'train.py'
+    file.write_text(SCRIPT)
+    expected = facts(runpy.run_path(str(file))['parser'])
+    expected['own'] = ('any', None, None, None)  # only running it would tell
+    script = read_script(file)
+    assert read_facts(script) == expected and not script.resizes_model
+    assert script.options['batch_size'].other_names == ['b', 'bs']
+    assert script.options['compile'].const == 'inductor'
+    file.write_text("import argparse, sys\nsys.exit('run')\n")
+    with pytest.raises(ValueError, match='builds no argparse parser'):
+        read_script(file)
+    file.write_text('def\n')
+    with pytest.raises(ValueError, match='not a Python script'):
+        read_script(file)
+
+
+def test_options_of_the_given_script(tmp_path, capsys):
+    file = tmp_path / 'train.py'
+    # no device_modules; options that mean something else than timm's
+    file.write_text(SCRIPT + "parser.add_argument('--model')\nparser.add_argument('--val-split', type=float)\n")
+    recipe = tmp_path / 'a.yaml'
+    recipe.write_text('model: test_vit.zzz_r4\nval_split: 0.1\nbatch_size: 8\nopt: sgd\nown: [1]\n')
+    assert main(['--train-script', str(file), str(recipe)]) == 1
+    out = capsys.readouterr().out
+    assert 'a.yaml:1: note: model: this train.py has no option that imports the plugin' in out
+    assert 'a.yaml:4: error: opt: unknown key' in out and '1 error, 1 note' in out
+    # The model is built for the size by scripts that do it themselves.
+    recipe.write_text(changed(FIXED, 'img_size: 128'))
+    resizing = newest()._replace(resizes_model=True)
+    assert [f.line for f in check(recipe)] == [6] and check(recipe, resizing) == []
+
+
+def test_printed_options_are_the_file_in_the_package(capsys):
+    assert main(['--print-options']) == 0
+    text = capsys.readouterr().out
+    file = Path(check_hparams.__file__).with_name('train_options.yaml').read_text()
+    assert file.endswith(text) and all(line.startswith('#') for line in file[: -len(text)].splitlines())
+
+
+def test_options_in_the_package_are_those_of_train_py(timm_scripts, monkeypatch):
+    monkeypatch.syspath_prepend(str(timm_scripts))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, 'argv', ['train.py'])
+        parser = runpy.run_path(str(timm_scripts / 'train.py'), run_name='train')['parser']
+    refresh = 'python -m timm_zzz check-hparams --print-options --train-script train.py'
+    assert read_facts(newest()) == facts(parser), f'timm_zzz/train_options.yaml is not of this train.py: see {refresh}'
+    assert read_script(timm_scripts / 'train.py') == newest()
+
+
+def test_args_yaml_of_train_py_passes(tmp_path):
+    """What train.py writes beside its checkpoints is a recipe too, with every option in it."""
+    options = {name: option.default for name, option in newest().options.items()}
+    options.update(yaml.safe_load(GOOD), lr=1e-5, device_modules=['timm_zzz'], val_split='test')
+    assert findings(tmp_path, yaml.safe_dump(options)) == []
+
+
+# Random values, with argparse to say what becomes of them
+
+
+def fits(option, value):
+    """Whether train.py has a value of the option's type, in this test's own words."""
+    number = (int, float) if option.type == 'float' else int
+    if option.type == 'flag':
+        return isinstance(value, bool)
+    if option.type == 'mapping':
+        return isinstance(value, dict)
+    if option.nargs in ('+', 3):
+        return isinstance(value, list) and all(fits(option._replace(nargs=None), item) for item in value)
+    return isinstance(value, str if option.type == 'str' else number) and not isinstance(value, bool)
+
+
+SCALARS = [
+    *"0 1 -1 3.5 -.5 1e-5 1.0e-5 1e5 .inf .nan inf 0x1F 0x_ 010 1:30 1_000 9999999999999999999999 '1' '1e-5'".split(),
+    *"true no off null ~ '' = << - ? : | > , [ { } ] ! @ `x` %y & * 'a \x00 \u00e9 2024-01-31 2024-13-45".split(),
+    *'text test_vit test_vit.zzz_r4 adamw zzzadamw cosine train hfds/x torch/x a.b.c a/b hf-hub:a .. . _'.split(),
+    *("!!int ''", '!!float x', '!!bool x', '!!binary x', '!!timestamp x', '!!null x', '!!str 3', '!!set {a}', '!x y'),
+    *('[]', '[1]', '[0.5, 0.5]', '[1e-1, 2]', "['0.1']", '[a, b]', '[null]', '[[1]]', '[true]', '[3, 8, 8]', '&a [*a]'),
+    *('{}', '{a: 1}', '{a: 1e-5}', '{1: a}', '{[a]: 1}', '{zzz_rank: x}', "{head_lr_scale: '5'}", '{img_size: a}'),
+    *('{lr: 1}', '{a: [1e-5, {b: 2e3}]}', '&a {b: *a}', '{<<: 3}', '{a: 1, a: 2}', '*a', 'x: y', 'x # y'),
+]
+
+
+def scalars(rng):
+    return rng.choice(SCALARS) if rng.random() < 0.8 else ''.join(rng.choices(string.printable, k=5))
+
+
+@pytest.mark.parametrize('seed', range(10))
+def test_random_values_give_findings_and_no_traceback(tmp_path, seed):
+    rng = random.Random(seed)
+    script = newest()
+    names = sorted(script.options)
+    file = tmp_path / 'a.yaml'
+    for _ in range(40):
+        keys = rng.sample(names, 4) + rng.sample(['model', 'opt', 'dataset', 'model_kwargs', 'opt_kwargs', 'sched'], 2)
+        file.write_text(''.join(f'{key}: {scalars(rng)}\n' for key in keys), encoding='utf-8')
+        found = check(file, script, build_model=rng.random() < 0.1)
+        assert all(f.level in ('error', 'note') and '\n' not in f.message for f in found)
+        lines = len(file.read_text(encoding='utf-8').splitlines()) + 1
+        assert all(f.line is None or 1 <= f.line <= lines for f in found), found
+
+
+def test_values_are_those_of_argparse(tmp_path):
+    """No finding: what argparse has is of the right type, and what the checks go on with."""
+    file = tmp_path / 'a.yaml'
+    kinds = {str((o.type, o.nargs, o.choices, bool(o.default))): (name, o) for name, o in newest().options.items()}
+    passed = []
+    for name, option in kinds.values():
+        kind = {'int': int, 'float': float}.get(option.type)
+        how = dict(action='store_true') if option.type == 'flag' else dict(type=kind, nargs=option.nargs)
+        for text in SCALARS:
+            file.write_text(f'{name}: {text}\n', encoding='utf-8')
+            recipe = Recipe(newest())
+            recipe.read(file)
+            if recipe.findings:
+                continue
+            parser = argparse.ArgumentParser(exit_on_error=False)
+            parser.add_argument(f'--{name}', default=option.default, **how)
+            parser.set_defaults(**yaml.safe_load(file.read_text(encoding='utf-8')))
+            value = getattr(parser.parse_args([]), name)
+            assert recipe.values == {name: value}
+            assert value is None or fits(option, value), (name, text, value)
+            passed.append(option.type)
+    assert set(passed) == {'flag', 'int', 'float', 'str', 'mapping'} and len(passed) > 100
