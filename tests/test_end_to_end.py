@@ -7,6 +7,7 @@ import shutil
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from timm_zzz import from_pretrained
@@ -64,3 +65,41 @@ def test_real_scripts(hub, timm_scripts, beetles, backbone, run, tmp_path):
     assert model.pretrained_cfg['label_names'] == sorted(path.name for path in (beetles / 'train').iterdir())
     out = run(*validate, '--checkpoint', '', '--model', 'hf-hub:owner/beetles', '--pretrained').stdout
     assert float(re.search(r'"top1": ([\d.]+)', out)[1]) == pytest.approx(top1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    'device, changes',
+    [
+        ('cpu', dict(model='test_vit.zzz_r8', img_size=160)),
+        pytest.param(
+            'cuda',
+            dict(torchcompile='inductor'),
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU'),
+        ),
+    ],
+)
+def test_recipe_from_training_to_export(timm_scripts, beetles, run, tmp_path, device, changes):
+    """A recipe with random weights: bf16, EMA and on a GPU torch.compile; train, resume, validate, export."""
+    pytest.importorskip('onnx')
+    for script in ('train.py', 'validate.py', 'onnx_export.py'):
+        shutil.copy(timm_scripts / script, tmp_path)
+    with open(data_files('hparams', '.yaml')['cub200_vit_base_patch16_224.zzz_r8']) as f:
+        recipe = yaml.safe_load(f)
+    recipe.update(pretrained=False, dataset='', val_split='validation', num_classes=12, warmup_epochs=1, **changes)
+    (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+    train = ['train.py', '--config', 'recipe.yaml', '--data-dir', beetles, '--device', device, '--output', 'out']
+    train += ['--batch-size', 16, '--workers', 1, '--model-ema', '--model-ema-decay', 0.9]
+    run(*train, '--experiment', 'a', '--epochs', 2)
+    run(*train, '--experiment', 'b', '--epochs', 3, '--resume', 'out/a/last.pth.tar')
+    rows = list(csv.DictReader((tmp_path / 'out/b/summary.csv').open()))
+    assert [row['epoch'] for row in rows] == ['2']
+
+    model = ['--model', recipe['model'], '--num-classes', 12, '--checkpoint', 'out/b/last.pth.tar']
+    validate = ['-m', 'timm_zzz', 'validate.py', *model, '--use-ema', '--data-dir', beetles, '--split', 'validation']
+    validate += ['--amp', '--amp-dtype', 'bfloat16', '--device', device, '--batch-size', 16, '--workers', 1]
+    for options in ([], ['--reparam']):
+        top1 = float(re.search(r'"top1": ([\d.]+)', run(*validate, *options).stdout)[1])
+        # 48 images; fused logits are rounded otherwise
+        assert top1 == pytest.approx(float(rows[0]['eval_top1']), abs=3 if options else 1e-3)
+    run('-m', 'timm_zzz', 'onnx_export.py', 'model.onnx', *model, '--reparam')
+    assert (tmp_path / 'model.onnx').stat().st_size > 1e5
