@@ -28,6 +28,8 @@ commands:
 
   push      push what train.py wrote to the Hugging Face Hub, with a model card
               python -m timm_zzz push output/train/mine/model_best.pth.tar USER/bird-zzz --data-dir DIR
+  report    write an HTML page about what train.py trained: confusions, spectra, calibration, outliers
+              python -m timm_zzz report output/train/mine/model_best.pth.tar --data-dir DIR
 
 options:
   -h, --help     show this help; after a command, that command's
@@ -92,11 +94,18 @@ def _push(arguments: List[str]) -> None:
     main(arguments)
 
 
+def _report(arguments: List[str]) -> None:
+    from .report import main
+
+    main(arguments)
+
+
 _COMMANDS: Dict[str, Callable[[List[str]], None]] = {
     'check-hparams': _check_hparams,
     'demo': _demo,
     'hparams': _hparams,
     'push': _push,
+    'report': _report,
 }
 
 
