@@ -547,5 +547,8 @@ def test_command(made, monkeypatch, capsys):
     monkeypatch.setattr('sys.argv', ['timm_zzz', *arguments])
     __main__.main()
     assert capsys.readouterr().out.strip() == 'command.html'
-    assert Page((folder / 'command.html').read_text(encoding='utf-8')).tiles() == page.tiles()
+    tiles, expected = Page((folder / 'command.html').read_text(encoding='utf-8')).tiles(), page.tiles()
+    # Another batch size rounds otherwise
+    assert float(tiles.pop('NLL')) == pytest.approx(float(expected.pop('NLL')), abs=1e-3)
+    assert tiles == expected
     (folder / 'command.html').unlink()
