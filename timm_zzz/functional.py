@@ -165,7 +165,7 @@ def _orthonormalize_backward(q: Tensor, X: Tensor, grad_q: Optional[Tensor], gra
 class _Orthonormalize(torch.autograd.Function):
     """q and X = R^-1 of A = q^T R, shapes (n, d, r) to (n, r, d) and (n, r, r).
 
-    The backward is in closed form, from q and X alone (Walter & Lehmann, arXiv:1009.6112).
+    The backward is in closed form, from q and X alone (Walter et al., arXiv:1009.6112).
     """
 
     @staticmethod

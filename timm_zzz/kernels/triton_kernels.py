@@ -689,7 +689,7 @@ def logits_grad_kernel(
     """From the gradients g of the logits: the operands s g rho t and s g of the matrix products, and what has no width.
 
     The gradient of the basis is dq = a (sum_b g rho t x - h mu); that of A_c^T is M^T (dq + sym q), where sym mirrors
-    the lower triangle of -dq q^T (Walter & Lehmann, arXiv:1009.6112). dq q^T is a rho sum_b g t t^T, since
+    the lower triangle of -dq q^T (Walter et al., arXiv:1009.6112). dq q^T is a rho sum_b g t t^T, since
     U (x - mu) is t. DPREC: each class's part of dL/da. EXACT: the operands have the embedding's factor, see _embed.
     """
     _wait(OVERLAP)
