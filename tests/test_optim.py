@@ -5,6 +5,7 @@ import csv
 import math
 import pickle
 import shutil
+import warnings
 
 import pytest
 import timm
@@ -309,6 +310,12 @@ def test_schedulers_of_torch():
     optimizer.step()  # all rates are 0
     scheduler.step()
     with pytest.warns(UserWarning, match='head_lr_scale 20.0 has no effect'):
+        optimizer.step()
+    model = build()
+    optimizer = timm.optim.create_optimizer_v2(model, 'zzzadamw', lr=LR, layer_decay=0.5)
+    schedulers.LambdaLR(optimizer, lambda epoch: 1.0)  # loses the layers' scales, but there is no head_lr_scale to lose
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
         optimizer.step()
     optimizer = make(build())
     schedulers.LambdaLR(optimizer, [lambda _, g=g: g.get('lr_scale', 1.0) for g in optimizer.param_groups])

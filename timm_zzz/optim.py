@@ -185,20 +185,22 @@ class ZZZAdamW(torch.optim.AdamW):
                     p.grad.add_(grad)
 
     def _warn_of_lost_scale(self) -> None:
+        heads = [group for group in self.param_groups if group.get('head_lr_scale', 1) != 1]
+        if not heads:
+            return
         rest = {
             (group['initial_lr'], group['lr']): group.get('lr_scale', 1.0)
             for group in self.param_groups
             if 'initial_lr' in group and 'head_lr_scale' not in group
         }
-        for group in self.param_groups:
-            if 'head_lr_scale' in group and 'lr_scale' in group:
-                scale = rest.get((group.get('initial_lr'), group['lr']))
-                if scale is not None and scale != group['lr_scale'] and group['lr'] > 0:
-                    warnings.warn(
-                        f'zzzadamw: head_lr_scale {group["head_lr_scale"]} has no effect, the scheduler gives head and '
-                        'backbone the same learning rate; take one of timm, or multiply by the lr_scale of the groups',
-                        stacklevel=2,
-                    )
+        for group in heads:
+            scale = rest.get((group.get('initial_lr'), group['lr']))
+            if scale is not None and scale != group['lr_scale'] and group['lr'] > 0:
+                warnings.warn(
+                    f'zzzadamw: head_lr_scale {group["head_lr_scale"]} has no effect, the scheduler gives head and '
+                    'backbone the same learning rate; take one of timm, or multiply by the lr_scale of the groups',
+                    stacklevel=2,
+                )
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**super().__getstate__(), '_head_options': self._head_options, '_penalties': self._penalties}
