@@ -160,3 +160,8 @@ def test_optimizer_registry():
         pytest.fail(f'{moved("timm.optim._optim_factory.default_registry")}: {e}')
     assert _timm.optimizer_registry() is registry
     assert inspect.ismethod(registry.register) and 'adamw' in registry.list_optimizers(), moved('OptimizerRegistry')
+
+
+def test_split_folders_are_those_that_timm_takes_for_each_other():
+    factory = importlib.import_module('timm.data.dataset_factory')
+    assert _timm.SPLIT_FOLDERS == (tuple(factory._TRAIN_SYNONYM), tuple(factory._EVAL_SYNONYM))

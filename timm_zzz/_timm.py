@@ -3,6 +3,7 @@
 ``_model_args`` of a model: the keyword arguments that ``create_model`` built it with; timm writes them to config.json.
 ``default_cfgs`` of a module of models: what its weights need, by architecture and tag; ``register_model`` reads it.
 ``timm.optim._optim_factory.default_registry``: where timm's ``create_optimizer_v2`` looks names up.
+The names of splits that ``create_dataset`` takes for each other, written down here as SPLIT_FOLDERS.
 """
 
 import sys
@@ -10,7 +11,9 @@ from typing import Any, Callable, Dict, Optional
 
 from torch import nn
 
-__all__ = ['default_cfgs', 'optimizer_registry', 'record_args', 'recorded_args']
+__all__ = ['SPLIT_FOLDERS', 'default_cfgs', 'optimizer_registry', 'record_args', 'recorded_args']
+
+SPLIT_FOLDERS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
 
 
 def recorded_args(model: nn.Module) -> Optional[Dict[str, Any]]:

@@ -35,6 +35,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
+from ._timm import SPLIT_FOLDERS
 from .attach import HEAD_OPTIONS, OPTION_PREFIX
 from .head import ZZZHead
 from .optim import ZZZAdamW
@@ -66,8 +67,6 @@ _TORCH_DATASETS = (
     *('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist'),
     *('imagenet', 'places365', 'inaturalist', 'inat'),
 )
-# Folders that timm takes for each other
-_SPLIT_FOLDERS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
 
 
 def check(path: Union[str, Path], script: Optional[TrainScript] = None, build_model: bool = True) -> List[Finding]:
@@ -193,7 +192,7 @@ def _check_folders(recipe: Recipe) -> None:
         if '[' in split or '+' in split:
             recipe.error(key, f'{split}: slices and sums are for hfds/ and tfds/, timm looks for one folder')
         name = split.partition('[')[0]
-        folders[key] = next((names for names in _SPLIT_FOLDERS if name in names), (name,))
+        folders[key] = next((names for names in SPLIT_FOLDERS if name in names), (name,))
     if folders['train_split'] == folders['val_split']:
         recipe.error('val_split', f'evaluates on the images of train_split, {recipe.get("train_split")}')
         return

@@ -30,6 +30,8 @@ from tqdm import tqdm
 
 import timm_zzz  # noqa: F401  # registers the .zzz_rN names
 
+from .arguments import positive_int
+
 ARCHITECTURE = 'test_resnet'
 IMAGE_SIZE = 64
 # What tells the classes apart: pairs of spots in front and behind, a band across the wings, the antennae
@@ -240,13 +242,6 @@ def _print_table(results: Dict[str, Result]) -> None:
         print(f'{name:24}{result.top1:9.1f}{result.nll:9.3f}{result.seconds:9.1f}')
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'expected at least 1, got {value}')
-    return value
-
-
 def main(arguments: List[str]) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m timm_zzz demo',
@@ -255,11 +250,11 @@ def main(arguments: List[str]) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument('--output', type=Path, default=Path('zzz-demo'), help='folder for the results; must not exist')
-    parser.add_argument('--epochs', type=_positive, default=24, help='training epochs')
-    parser.add_argument('--images', type=_positive, default=120, help='training images per class')
+    parser.add_argument('--epochs', type=positive_int, default=24, help='training epochs')
+    parser.add_argument('--images', type=positive_int, default=120, help='training images per class')
     parser.add_argument('--rank', type=int, choices=timm_zzz.registry.RANKS, default=8, help='rank of the ZZZ head')
     parser.add_argument('--seed', type=int, default=0, help='random seed')
-    parser.add_argument('--workers', type=_positive, default=2, help='processes that load images')
+    parser.add_argument('--workers', type=positive_int, default=2, help='processes that load images')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='device to train on')
     args = parser.parse_args(arguments)
     if args.output.exists():

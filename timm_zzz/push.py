@@ -19,6 +19,7 @@ from timm.models import clean_state_dict
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
+from .arguments import checkpoint_file
 from .cards import model_card, top1
 from .errors import HubError
 from .hub import push_to_hub, save_pretrained
@@ -246,9 +247,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
 
 
 def _push(options: argparse.Namespace) -> str:
-    checkpoint: Path = options.checkpoint
-    if checkpoint.is_dir():
-        checkpoint = checkpoint / 'model_best.pth.tar'
+    checkpoint = checkpoint_file(options.checkpoint)
     if options.recipe and not options.recipe.is_file():
         raise ValueError(f'--recipe: no such file: {options.recipe}')
     run = load_run(checkpoint, use_ema=options.use_ema, model_name=options.model)

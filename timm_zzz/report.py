@@ -1,6 +1,6 @@
 """``python -m timm_zzz report``: one HTML page about a model that timm's train.py trained.
 
-The page is report.html.jinja, which draws; here is what it draws. Of an image five numbers are kept, not its logits.
+The page is report.html.jinja, which draws; here is what it draws. Of an image six numbers are kept, not its logits.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import platform
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
@@ -24,6 +25,8 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
+from ._timm import SPLIT_FOLDERS
+from .arguments import checkpoint_file, positive_int
 from .errors import HubError
 from .functional import class_gaussians, log_density, normalize
 from .head import ZZZHead
@@ -40,7 +43,7 @@ BINS = 15
 THUMBNAIL = 96  # pixels
 _LEVELS = 9  # shades of a map
 _ROWS = 1024  # classes, or pairs, that are held against all classes at a time
-_SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
+_SPLITS = (*chain(*SPLIT_FOLDERS), 'test')
 
 
 class Gaussians(NamedTuple):
@@ -606,13 +609,6 @@ def render(context: Dict[str, Any]) -> str:
     return template.render(context, Axis=Axis)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'expected at least 1, got {value}')
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m timm_zzz report',
@@ -630,7 +626,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--force', action='store_true', help='replace the page if it exists')
     parser.add_argument('--use-ema', action='store_true', help='take the averaged weights')
     parser.add_argument('--model', metavar='NAME', help="timm's name of the model, if the checkpoint has none")
-    parser.add_argument('-b', '--batch-size', type=_positive, default=256, metavar='N', help='images at a time')
+    parser.add_argument('-b', '--batch-size', type=positive_int, default=256, metavar='N', help='images at a time')
     parser.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that load images')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
     parser.add_argument('--amp', action='store_true', help='run the backbone in mixed precision')
@@ -656,9 +652,7 @@ def _device(name: str) -> torch.device:
 
 
 def _load(options: argparse.Namespace) -> Tuple[Path, Run]:
-    checkpoint: Path = options.checkpoint
-    if checkpoint.is_dir():
-        checkpoint = checkpoint / 'model_best.pth.tar'
+    checkpoint = checkpoint_file(options.checkpoint)
     try:
         return checkpoint, load_run(checkpoint, use_ema=options.use_ema, model_name=options.model)
     except ValueError as e:
