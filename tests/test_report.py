@@ -17,7 +17,7 @@ from timm.data import create_transform
 
 from timm_zzz import __main__, report
 from timm_zzz.head import ZZZHead
-from timm_zzz.report import Axis, Lowest, Map, contents, evaluate, main, order_of, reliability, render
+from timm_zzz.report import Axis, Lowest, Map, contents, evaluate, main, order_of, render
 
 SIZE = 32
 # In timm's order of folders
@@ -530,14 +530,6 @@ def test_axis(low, high, kwargs, texts):
     axis = Axis(low, high, 10, 110, **kwargs)
     assert [text for _, text in axis.ticks] == texts
     assert (axis.at(low), axis.at(high)) == (10, 110)
-
-
-def test_reliability_at_the_edges():
-    confidence = torch.tensor([1.0, 1.0, 0.2, 1 / 15, 0.21, 0.06])
-    bins, ece = reliability(confidence, torch.tensor([True, False, True, True, False, False]))
-    assert [bin.count for bin in bins] == [2, 0, 1, 1] + [0] * 10 + [2]
-    assert (bins[3].low, bins[3].high) == (3 / 15, 4 / 15)
-    assert ece == pytest.approx((abs(1 - 1 / 15 - 0.06) + 0.8 + 0.21 + abs(1 - 2.0)) / 6)
 
 
 def test_command(made, monkeypatch, capsys):

@@ -4,7 +4,7 @@ Importing this package registers the names ``ARCHITECTURE[.TAG].zzz_rN`` and the
 does nothing else.
 """
 
-from . import errors, functional
+from . import errors, functional, scores
 from .attach import attach
 from .head import ZZZHead
 from .hub import from_pretrained, push_to_hub, save_pretrained
@@ -21,6 +21,7 @@ __all__ = [
     'push_to_hub',
     'register',
     'save_pretrained',
+    'scores',
     '__version__',
 ]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -28,9 +28,9 @@ from tqdm import tqdm
 from ._timm import SPLIT_FOLDERS
 from .arguments import checkpoint_file, positive_int
 from .errors import HubError
-from .functional import class_gaussians, log_density, normalize
 from .head import ZZZHead
 from .push import Run, class_names, load_run
+from .scores import ClassGaussians, class_gaussians_of, log_density, reliability
 from .version import __version__
 
 __all__ = ['main']
@@ -39,28 +39,10 @@ PAIRS = 30  # rows of a table of class pairs
 OUTLIERS = 24
 EXTREMES = 8  # classes of the largest, and of the smallest, variance
 MAX_MAP = 60  # classes that a map of all pairs shows
-BINS = 15
 THUMBNAIL = 96  # pixels
 _LEVELS = 9  # shades of a map
 _ROWS = 1024  # classes, or pairs, that are held against all classes at a time
 _SPLITS = (*chain(*SPLIT_FOLDERS), 'test')
-
-
-class Gaussians(NamedTuple):
-    """The classes of a head: means (C, d), bases (C, d, r) and variances (C, r), None at rank 0, and sigma2 ()."""
-
-    mu: Tensor
-    basis: Optional[Tensor]
-    v: Optional[Tensor]
-    sigma2: Tensor
-
-
-@torch.no_grad()
-def gaussians_of(head: ZZZHead) -> Gaussians:
-    tensors = [t if t is None else t.float() for t in (head.weight, head.A, head.v_raw, head.sigma2_raw)]
-    weight, A, v_raw, sigma2_raw = tensors
-    assert weight is not None and sigma2_raw is not None
-    return Gaussians(*class_gaussians(weight, A, v_raw, sigma2_raw, head.v_min, head.sigma2_min))
 
 
 class Lowest:
@@ -114,7 +96,7 @@ def evaluate(
         head.register_forward_pre_hook(lambda module, args, path=path: inputs.__setitem__(path, args[0]))
         for path, head in heads.items()
     ]
-    classes = {path: gaussians_of(head) for path, head in heads.items()}
+    classes = {path: class_gaussians_of(head) for path, head in heads.items()}
     columns: List[Tuple[Tensor, ...]] = []
     lowest = Lowest(OUTLIERS)
     count, reason = 0, ''
@@ -170,7 +152,7 @@ def _per_image(logits: Any, target: Tensor, start: int) -> Tuple[Tensor, ...]:
 
 
 def _density(
-    inputs: Dict[str, Tensor], heads: Dict[str, ZZZHead], classes: Dict[str, Gaussians], batch: int
+    inputs: Dict[str, Tensor], heads: Dict[str, ZZZHead], classes: Dict[str, ClassGaussians], batch: int
 ) -> Tuple[Optional[Tensor], str]:
     """The largest log-density of a class for each image (B,), a mean over the heads; or None, and why."""
     densities = []
@@ -178,7 +160,7 @@ def _density(
         x = x.flatten(1) if x.ndim == 4 and x.shape[2:].numel() == 1 else x
         if x.shape != (batch, heads[path].feat_dim):
             return None, f'{path} gets an input of shape {list(x.shape)}, not one embedding per image'
-        densities.append(log_density(normalize(x.float()), *classes[path]).amax(1))
+        densities.append(log_density(classes[path], x).amax(1))
     if not densities:
         return None, 'no ZZZ head takes part when the model is evaluated'
     return torch.stack(densities).mean(0), ''
@@ -217,7 +199,9 @@ class Pair:
     place: int  # of the second among the neighbours of the first, 1 for the nearest
 
 
-def pairs_of(classes: Gaussians, first: Tensor, second: Tensor, confusions: Dict[Tuple[int, int], int]) -> List[Pair]:
+def pairs_of(
+    classes: ClassGaussians, first: Tensor, second: Tensor, confusions: Dict[Tuple[int, int], int]
+) -> List[Pair]:
     """Pairs of the classes first (P,) and second (P,)."""
     first, second = first.to(classes.mu.device), second.to(classes.mu.device)
     cosine = (classes.mu[first] * classes.mu[second]).sum(1).tolist()
@@ -338,29 +322,6 @@ class Histogram:
 
 
 @dataclass(frozen=True)
-class Bin:
-    """Images whose predictions have a confidence in (low, high]."""
-
-    low: float
-    high: float
-    count: int
-    accuracy: float  # 0 without images
-    confidence: float  # mean
-
-
-def reliability(confidence: Tensor, correct: Tensor, bins: int = BINS) -> Tuple[List[Bin], float]:
-    """Bins of equal width and the expected calibration error, 0 to 1 (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
-    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    count = index.bincount(minlength=bins)
-    divisor = count.clamp(min=1)
-    accuracy = index.bincount(correct.double(), minlength=bins) / divisor
-    mean = index.bincount(confidence.double(), minlength=bins) / divisor
-    error = ((accuracy - mean).abs() * count).sum() / len(confidence)
-    rows = zip(count.tolist(), accuracy.tolist(), mean.tolist(), strict=True)
-    return [Bin(k / bins, (k + 1) / bins, *row) for k, row in enumerate(rows)], error.item()
-
-
-@dataclass(frozen=True)
 class ClassSpectrum:
     index: int
     images: int
@@ -381,7 +342,7 @@ class Spectra:
     largest: float
 
 
-def spectra_of(classes: Gaussians, results: Results) -> Optional[Spectra]:
+def spectra_of(classes: ClassGaussians, results: Results) -> Optional[Spectra]:
     """None at rank 0, where the covariance of every class is sigma2 I."""
     if classes.v is None:
         return None
@@ -527,7 +488,7 @@ def contents(run: Run, results: Results, config: Dict[str, Any], dataset: Any, n
     path, head = next(iter(results.heads.items()), (None, None))
     if head is None:
         raise ValueError('no ZZZ head takes part when the model is evaluated')
-    classes = gaussians_of(head)
+    classes = class_gaussians_of(head)
     confusions = confusions_of(results.target, results.prediction)
     bins, ece = reliability(results.confidence, results.correct)
     context: Dict[str, Any] = dict(
@@ -554,7 +515,9 @@ def contents(run: Run, results: Results, config: Dict[str, Any], dataset: Any, n
     return context
 
 
-def _alike(classes: Gaussians, confusions: Dict[Tuple[int, int], int], results: Results, errors: int) -> Dict[str, Any]:
+def _alike(
+    classes: ClassGaussians, confusions: Dict[Tuple[int, int], int], results: Results, errors: int
+) -> Dict[str, Any]:
     """Confusions and similarities of pairs of classes."""
     count = len(classes.mu)
     if count < 2:

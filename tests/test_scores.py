@@ -1,0 +1,512 @@
+"""Densities and outlier scores against torch.distributions, scikit-learn and dense matrices; calibration by hand."""
+
+import doctest
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from oracles import PARAMETERS, parts
+from torch import nn
+from torch.distributions import Categorical, LowRankMultivariateNormal, MixtureSameFamily, MultivariateNormal
+from torch.nn import functional as F
+
+from timm_zzz import ZZZHead, scores
+from timm_zzz.scores import (
+    METHODS,
+    Background,
+    SharedGaussian,
+    auroc,
+    class_gaussians_of,
+    ece,
+    energy,
+    fpr95,
+    log_density,
+    mahalanobis,
+    max_logit,
+    max_softmax,
+    negative_log_density,
+    outlier_scores,
+    relative_mahalanobis,
+    reliability,
+)
+
+RANKS = [0, 1, 4, 8]
+D = 12
+close = torch.testing.assert_close
+HEAD_SCORES = (negative_log_density, mahalanobis, relative_mahalanobis)
+
+
+def new_head(rank, num_classes=5, feat_dim=D, dtype=torch.float64, sigma2_raw=-1.0):
+    head = ZZZHead(num_classes, feat_dim, rank, dtype=dtype)
+    with torch.no_grad():
+        for name, p in head.named_parameters():
+            p.fill_(sigma2_raw) if name == 'sigma2_raw' else p.normal_()
+    return head.eval()
+
+
+def embeddings(count=7, feat_dim=D, dtype=torch.float64):
+    return (4 * torch.randn(count, feat_dim, dtype=torch.float64)).to(dtype)
+
+
+def by_hand(head, f):
+    """x (N, d), means (C, d), dense covariances (C, d, d) and priors (C,) in float64, from the parameters."""
+    tensors = dict(head.named_parameters(), features=f)
+    args = [tensors[name].detach().double() if name in tensors else None for name in PARAMETERS]
+    x, mu, U, v, s2 = parts(*args)
+    return x, mu, (U * v[:, None]) @ U.mT + s2 * torch.eye(mu.shape[1]).double(), args[2].exp() / args[2].exp().sum()
+
+
+def distances2(x, means, covariances):
+    """Squared Mahalanobis distances (N, C), by inverse matrices."""
+    inverse = np.linalg.inv(covariances.numpy())
+    delta = x.numpy()[:, None] - means.numpy()
+    return torch.as_tensor(np.einsum('nci,cij,ncj->nc', delta, inverse, delta))
+
+
+# Densities of a ZZZ head
+
+
+@pytest.mark.parametrize('rank', RANKS)
+def test_log_density(rank):
+    head, f = new_head(rank), embeddings()
+    x, mu, sigma, _ = by_hand(head, f)
+    actual = log_density(head, f)
+    assert actual.dtype == torch.float64 and not actual.requires_grad
+    close(actual, MultivariateNormal(mu, sigma).log_prob(x[:, None]), rtol=1e-12, atol=1e-11)
+    if rank:
+        U = torch.linalg.qr(head.A.detach())[0] * (F.softplus(head.v_raw.detach()) + head.v_min).sqrt()[:, None]
+        s2 = (F.softplus(head.sigma2_raw.detach()) + head.sigma2_min).expand(5, D)
+        close(actual, LowRankMultivariateNormal(mu, U, s2).log_prob(x[:, None]), rtol=1e-12, atol=1e-11)
+    logits = actual + D / 2 * math.log(2 * math.pi) + head.bias
+    close(head(f), logits, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize('rank', RANKS)
+def test_negative_log_density(rank):
+    head, f = new_head(rank), embeddings()
+    x, mu, sigma, prior = by_hand(head, f)
+    expected = -MixtureSameFamily(Categorical(prior), MultivariateNormal(mu, sigma)).log_prob(x)
+    actual = negative_log_density(head, f)
+    close(actual, expected, rtol=1e-12, atol=1e-11)
+    with torch.no_grad():
+        shift = actual - energy(head(f))
+        close(shift, shift[:1].expand(7), rtol=0, atol=1e-11)  # docs/scores.md: a constant
+        close(shift[0], D / 2 * math.log(2 * math.pi) + head.bias.logsumexp(0), rtol=1e-12, atol=1e-11)
+        head.bias += 3.0
+    close(negative_log_density(head, f), expected, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize('rank', RANKS)
+def test_mahalanobis(rank):
+    head, f = new_head(rank), embeddings()
+    x, mu, sigma, _ = by_hand(head, f)
+    close(mahalanobis(head, f), distances2(x, mu, sigma).amin(1), rtol=1e-11, atol=1e-11)
+    at_means = mahalanobis(head, 3 * head.weight.detach())
+    assert (at_means >= 0).all() and at_means.max() < 1e-12
+
+
+def test_mahalanobis_keeps_its_digits_where_the_log_determinant_is_large():
+    head = new_head(4, 5, 768, torch.float32, sigma2_raw=-6.0)
+    f = head.weight.detach() + 0.01 * torch.randn(5, 768)
+    x, mu, sigma, _ = by_hand(head, f)
+    expected = distances2(x, mu, sigma).amin(1)
+    s2 = sigma[0].diagonal().min()
+    scale = 1 / s2  # of a |x|^2, whose roundings no expansion of the distance avoids
+    assert 768 * -s2.log() > 5 * scale
+    close(mahalanobis(head, f).double(), expected, rtol=0, atol=8 * 2**-24 * scale.item())
+
+
+@pytest.mark.parametrize('rank', RANKS)
+def test_background_of_a_head(rank):
+    head, f = new_head(rank), embeddings()
+    x, mu, sigma, prior = by_hand(head, f)
+    mixture = MixtureSameFamily(Categorical(prior), MultivariateNormal(mu, sigma))
+    background = Background.of(head)
+    covariance = background.factor @ background.factor.T
+    close(background.mean, mixture.mean, rtol=1e-12, atol=1e-12)
+    close(covariance.diagonal(), mixture.variance, rtol=1e-12, atol=1e-12)
+    moment = sum(p * (s + torch.outer(m, m)) for p, m, s in zip(prior, mu, sigma, strict=True))
+    close(covariance, moment - torch.outer(mixture.mean, mixture.mean), rtol=1e-12, atol=1e-12)
+    expected = distances2(x, background.mean[None], covariance[None])[:, 0]
+    close(background.mahalanobis(f), expected, rtol=1e-11, atol=1e-11)
+    relative = distances2(x, mu, sigma).amin(1) - expected
+    close(relative_mahalanobis(head, f), relative, rtol=1e-11, atol=1e-11)
+    close(relative_mahalanobis(class_gaussians_of(head), f, background), relative, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize('shrinkage', [0.0, 0.3, None])
+def test_background_of_data(shrinkage):
+    covariance = pytest.importorskip('sklearn.covariance')
+    train, f, head = embeddings(60) + 1, embeddings(), new_head(4)
+    background = Background.fit(train, *([] if shrinkage is None else [shrinkage]))
+    x_train, x = (t / t.norm(dim=1, keepdim=True) for t in (train, f))
+    sklearns = covariance.ShrunkCovariance(shrinkage=scores.SHRINKAGE if shrinkage is None else shrinkage)
+    expected = torch.as_tensor(sklearns.fit(x_train.numpy()).mahalanobis(x.numpy()))
+    close(background.mahalanobis(f), expected, rtol=1e-9, atol=1e-9)
+    _, mu, sigma, _ = by_hand(head, f)
+    close(relative_mahalanobis(head, f, background), distances2(x, mu, sigma).amin(1) - expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('shrinkage', [0.0, 0.3, None])
+def test_shared_gaussian(shrinkage):
+    covariance = pytest.importorskip('sklearn.covariance')
+    targets = torch.tensor([0, 4, 7])[torch.randint(3, (80,))]
+    train, f = embeddings(80) + torch.randn(8, D).double()[targets], embeddings()
+    gaussian = SharedGaussian.fit(train, targets, *([] if shrinkage is None else [shrinkage]))
+    means = torch.stack([train[targets == c].mean(0) for c in (0, 4, 7)])
+    within = train - means[(targets > 0).long() + (targets > 4).long()]
+    shrunk = covariance.ShrunkCovariance(shrinkage=scores.SHRINKAGE if shrinkage is None else shrinkage)
+    shared = torch.as_tensor(shrunk.fit(within.numpy()).covariance_)
+    near = distances2(f, means, shared.expand(3, D, D)).amin(1)
+    close(gaussian.mahalanobis(f), near, rtol=1e-9, atol=1e-9)
+    background = torch.as_tensor(shrunk.fit(train.numpy()).mahalanobis(f.numpy()))
+    close(gaussian.relative_mahalanobis(f), near - background, rtol=1e-9, atol=1e-9)
+
+
+def test_shared_gaussian_does_not_see_invertible_affine_maps():
+    targets, train, f = torch.arange(80) % 3, embeddings(80), embeddings()
+    gaussian = SharedGaussian.fit(train, targets, shrinkage=0)
+    A, b = torch.randn(D, D).double(), 100 * torch.randn(D).double()
+    mapped = SharedGaussian.fit(train @ A + b, targets, shrinkage=0)
+    close(mapped.mahalanobis(f @ A + b), gaussian.mahalanobis(f), rtol=1e-6, atol=1e-6)
+    close(mapped.relative_mahalanobis(f @ A + b), gaussian.relative_mahalanobis(f), rtol=1e-6, atol=1e-6)
+
+
+def test_a_dead_feature_is_no_obstacle_but_an_outlier_that_has_it_is_one():
+    targets, train = torch.arange(80) % 3, embeddings(80)
+    train[:, 5] = 0
+    f = train[:2].clone()
+    f[1, 5] = 3.0
+    for fit in (lambda s: SharedGaussian.fit(train, targets, s), lambda s: Background.fit(train, s)):
+        near, far = fit(1e-3).mahalanobis(f)
+        assert far > 10 * near > 0
+        with pytest.raises(ValueError, match='80 embeddings of width 12 is singular with shrinkage 0'):
+            fit(0)
+
+
+def test_a_covariance_that_is_singular_but_for_roundings():
+    train = embeddings(80)
+    for c in range(8):  # of some of these the last pivot is rounded to a positive number
+        train[:, 11] = train[:, c] + 0.3 * train[:, c + 1]
+        for fit in (Background.fit, lambda f, s: SharedGaussian.fit(f, torch.arange(80) % 3, s)):
+            with pytest.raises(ValueError, match='is singular with shrinkage 0'):
+                fit(train, 0)
+
+
+# Scores from logits
+
+
+def test_scores_from_logits():
+    logits = 3 * torch.randn(9, 6, dtype=torch.float64)
+    p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
+    close(max_logit(logits), torch.tensor([-max(row) for row in logits.tolist()]).double())
+    close(max_softmax(logits), torch.as_tensor(1 - p.max(1)))
+    close(energy(logits), torch.as_tensor(-np.log(np.exp(logits.numpy()).sum(1))))
+    close(energy(logits, 2.5), torch.as_tensor(-2.5 * np.log(np.exp(logits.numpy() / 2.5).sum(1))))
+    for score in (max_logit, max_softmax, energy):
+        assert score(logits[:0]).shape == (0,)
+        single = score(logits.half())
+        assert single.dtype == torch.float32
+        close(single, score(logits.half().double()).float())
+
+
+def test_max_softmax_tells_confident_images_apart():
+    gaps = torch.tensor([0.0, 1.0, 20.0, 50.0, 80.0])
+    logits = torch.stack([gaps + 700, torch.full_like(gaps, 700)], 1)
+    close(max_softmax(logits).tolist(), [1 / (1 + math.exp(gap)) for gap in gaps], rtol=1e-5, atol=0)
+    assert max_softmax(torch.zeros(1, 10)).item() == pytest.approx(0.9)
+    assert max_softmax(torch.zeros(1, 1)).item() == 0
+
+
+def test_shifted_logits():
+    """What is added to all logits of all images moves max-logit and energy, and no AUROC."""
+    pytest.importorskip('sklearn')
+    inlier, outlier = 3 * torch.randn(50, 6).double(), torch.randn(40, 6).double()
+    for score, moved in ((max_logit, -7.0), (energy, -7.0), (max_softmax, 0.0)):
+        close(score(inlier + 7), score(inlier) + moved)
+        before = auroc(score(inlier), score(outlier))
+        assert 0.5 < before < 1 and auroc(score(inlier + 7), score(outlier + 7)) == before
+
+
+# Any head
+
+
+@pytest.mark.parametrize('rank', RANKS)
+def test_outliers_have_larger_scores_than_the_class_means(rank):
+    head = new_head(rank, 4, 64, sigma2_raw=-3.0)
+    with torch.no_grad():
+        span = head.weight if head.A is None else torch.cat([head.weight, head.A.mT.flatten(0, 1)])
+        # Orthogonal to every mean and every direction of variance
+        outliers = torch.linalg.svd(span)[2][len(span) :]
+        assert len(outliers) >= 28
+        found = outlier_scores(head, torch.cat([head.weight, 5 * outliers]))
+    assert tuple(found) == METHODS
+    for name, score in found.items():
+        assert score[4:].min() > score[:4].max(), name
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_outlier_scores(dtype):
+    head, f = new_head(4, dtype=dtype), embeddings(dtype=dtype)
+    background = Background.fit(embeddings(50, dtype=dtype))
+    with torch.no_grad():
+        logits = head(f)
+    expected = dict(
+        relative_mahalanobis=relative_mahalanobis(head, f, background),
+        max_logit=max_logit(logits),
+        max_softmax=max_softmax(logits),
+        energy=energy(logits),
+        mahalanobis=mahalanobis(head, f),
+        negative_log_density=negative_log_density(head, f),
+    )
+    found = outlier_scores(head, f, list(expected), background)
+    assert list(found) == list(expected) and set(found) == set(METHODS)
+    for name, score in found.items():
+        assert score.shape == (7,) and score.dtype == dtype
+        close(score, expected[name], rtol=1e-4, atol=1e-5)
+    assert list(outlier_scores(head, f)) == list(METHODS)
+    assert list(outlier_scores(head, f, ['mahalanobis'])) == ['mahalanobis']
+    close(outlier_scores(head, f)['relative_mahalanobis'], relative_mahalanobis(head, f))
+
+
+def test_linear_layer():
+    for linear in (nn.Linear(D, 5), nn.Linear(D, 5, bias=False)):
+        f = embeddings(dtype=torch.float32)
+        found = outlier_scores(linear, f)
+        with torch.no_grad():
+            expected = dict(zip(found, [score(linear(f)) for score in (max_logit, max_softmax, energy)], strict=True))
+        assert list(found) == ['max_logit', 'max_softmax', 'energy']
+        close(found, expected)
+        assert list(outlier_scores(linear, f, ['energy'])) == ['energy']
+        with pytest.raises(ValueError, match="max_logit, max_softmax, energy for this head, got 'mahalanobis'"):
+            outlier_scores(linear, f, ['energy', 'mahalanobis'])
+
+
+@pytest.mark.parametrize('score', [log_density, *HEAD_SCORES])
+def test_dtypes_autocast_and_prepared_classes(score):
+    head, f = new_head(4, dtype=torch.float32), embeddings(dtype=torch.float32)
+    single = score(head, f)
+    assert single.dtype == torch.float32 and score(head, f[:0]).shape == single[:0].shape
+    double = score(head.double(), f.double())
+    head.float()
+    assert double.dtype == torch.float64
+    close(single.double(), double, rtol=1e-4, atol=1e-4)
+    close(score(head, f.double()), double, rtol=1e-12, atol=1e-10)  # all of it in float64, not only the result
+    close(score(class_gaussians_of(head), f), single)
+    with torch.autocast('cpu', torch.bfloat16):
+        close(score(head, f), single, rtol=0, atol=0)
+    low = score(head.bfloat16(), f.bfloat16())
+    assert low.dtype == torch.float32
+    close(low, score(head.float(), f.bfloat16().float()))
+
+
+def test_linear_layer_under_autocast():
+    linear, f = nn.Linear(D, 5), embeddings(dtype=torch.float32)
+    expected = outlier_scores(linear, f)
+    with torch.autocast('cpu', torch.bfloat16):
+        close(outlier_scores(linear, f), expected, rtol=0, atol=0)
+
+
+def test_in_parts(monkeypatch):
+    """Thousands of embeddings and classes are gone through a few at a time."""
+    head, linear, f, targets = new_head(4), nn.Linear(D, 5).double(), embeddings(23), torch.arange(23) % 3
+
+    def everything():
+        gaussian, background = SharedGaussian.fit(f, targets), Background.fit(f)
+        own = outlier_scores(head, f)
+        return [
+            *own.values(),
+            log_density(head, f),
+            Background.of(head).factor,
+            background.factor,
+            gaussian.factor,
+            gaussian.mahalanobis(f),
+            gaussian.relative_mahalanobis(f),
+            *outlier_scores(linear, f).values(),
+        ]
+
+    whole, sizes, split = everything(), set(), torch.Tensor.split
+    monkeypatch.setattr(torch.Tensor, 'split', lambda t, size: sizes.add(size) or split(t, size))
+    for values in (1, 100):
+        monkeypatch.setattr(scores, '_VALUES', values)
+        close(everything(), whole, rtol=1e-9, atol=1e-9)
+    assert max(sizes) < 10
+
+
+def test_gradients_flow_to_the_features():
+    head, f = new_head(4), embeddings(3).requires_grad_()
+    for score in HEAD_SCORES:
+        assert torch.autograd.gradcheck(lambda f, score=score: score(head, f), (f,))
+    negative_log_density(head, f).sum().backward()
+    assert f.grad is not None and all(p.grad is None for p in head.parameters())
+
+
+def test_nan_stays_nan():
+    head, f = new_head(4), embeddings(3)
+    f[1, 0] = math.nan
+    for name, score in outlier_scores(head, f).items():
+        assert score.isnan().tolist() == [False, True, False], name
+
+
+# AUROC and FPR95
+
+
+@pytest.mark.parametrize('values', [3, 30, 10**6])
+def test_auroc_counts_pairs(values):
+    pytest.importorskip('sklearn')
+    inlier, outlier = torch.randint(values, (60,)) / 7, torch.randint(values // 3, values * 2, (45,)) / 7
+    wins = [(a > b) + (a == b) / 2 for a in outlier.tolist() for b in inlier.tolist()]
+    assert auroc(inlier, outlier) == pytest.approx(sum(wins) / len(wins), abs=1e-12)
+    assert auroc(outlier, inlier) == pytest.approx(1 - sum(wins) / len(wins), abs=1e-12)
+    for transform in (torch.Tensor.exp, lambda t: 3 * t - 1) if values < 100 else ():
+        assert auroc(transform(inlier.double()), transform(outlier.double())) == pytest.approx(auroc(inlier, outlier))
+
+
+@pytest.mark.parametrize('count', [1, 10, 20, 39, 40, 100, 137])
+@pytest.mark.parametrize('values', [4, 1000])
+def test_fpr95_by_its_definition(count, values):
+    pytest.importorskip('sklearn')
+    inlier, outlier = torch.randint(values, (count,)).double(), torch.randint(values // 2, values * 2, (53,)).double()
+    threshold = next(t for t in sorted(inlier.tolist()) if 100 * (inlier <= t).sum() >= 95 * count)
+    assert fpr95(inlier, outlier) == (outlier <= threshold).sum().item() / 53
+
+
+def test_fpr95_tiny():
+    pytest.importorskip('sklearn')
+    inlier = torch.arange(1.0, 21.0)  # 19 accepts 19 of 20
+    assert fpr95(inlier, torch.tensor([18.5, 19.0, 19.5, 30.0])) == 0.5
+    assert fpr95(inlier[:19], torch.tensor([18.5, 19.0, 19.5, 30.0])) == 0.5  # 18 of 19 are 94.7 %
+    assert (fpr95(inlier, inlier + 30), fpr95(inlier + 30, inlier)) == (0.0, 1.0)
+    # The other convention: of the outliers 1 to 20 those from 2 on are 95 %, and one inlier of four is among them
+    assert fpr95(-torch.arange(1.0, 21.0), -torch.tensor([0.0, 1.0, 1.5, 2.5])) == 0.25
+    assert fpr95(list(range(20)), np.array([18.0, 19.0])) == 0.5
+
+
+def test_scikit_learn_is_imported_where_it_is_needed(run, monkeypatch):
+    run('-c', 'import sys, timm_zzz, timm_zzz.scores; assert "sklearn" not in sys.modules')
+    monkeypatch.setitem(sys.modules, 'sklearn', None)
+    for function in (auroc, fpr95):
+        with pytest.raises(ImportError, match=r'scikit-learn: pip install "timm_zzz\[benchmark\]"'):
+            function(torch.zeros(2), torch.ones(2))
+
+
+# Calibration
+
+
+def test_reliability_at_the_edges():
+    confidence = torch.tensor([1.0, 1.0, 0.2, 1 / 15, 0.21, 0.06])
+    bins, error = reliability(confidence, torch.tensor([True, False, True, True, False, False]))
+    assert [bin.count for bin in bins] == [2, 0, 1, 1] + [0] * 10 + [2]
+    assert (bins[3].low, bins[3].high) == (3 / 15, 4 / 15)
+    assert error == pytest.approx((abs(1 - 1 / 15 - 0.06) + 0.8 + 0.21 + abs(1 - 2.0)) / 6)
+
+
+@pytest.mark.parametrize('bins', [1, 10, 15])
+def test_ece_by_hand(bins):
+    logits, targets = 2 * torch.randn(200, 4).double(), torch.randint(4, (200,))
+    p = np.exp(logits.numpy())
+    p /= p.sum(1, keepdims=True)
+    gap = dict.fromkeys(range(bins), 0.0)
+    for row, target in zip(p, targets.tolist(), strict=True):
+        gap[math.ceil(row.max() * bins) - 1] += (row.argmax() == target) - row.max()
+    expected = sum(map(abs, gap.values())) / 200
+    assert 0.01 < expected and ece(logits, targets, bins) == pytest.approx(expected, abs=1e-12)
+    assert ece(torch.as_tensor(p).log(), targets, bins) == pytest.approx(expected, abs=1e-12)
+    assert ece(logits + 1e3, targets, bins) == pytest.approx(expected, abs=1e-9)
+    if bins == 15:
+        assert ece(logits, targets) == ece(logits, targets, bins)
+
+
+# Wrong input
+
+
+def refuses(what, function, *args, **kwargs):
+    with pytest.raises(ValueError, match=re.escape(what)):
+        function(*args, **kwargs)
+
+
+@pytest.mark.parametrize('function', [log_density, *HEAD_SCORES, outlier_scores])
+def test_wrong_heads_and_features(function):
+    head, f = new_head(2), embeddings()
+    for wrong, name in ((head.fuse(), 'FusedZZZHead'), (nn.Identity(), 'Identity'), (None, 'NoneType')):
+        with pytest.raises(ValueError, match=f'head: expected a ZZZHead.*, got {name}'):
+            function(wrong, f)
+    for wrong in (f[:, :-1], f[0], f[None], f.long()):
+        refuses(f'shape (N, 12), got {wrong.dtype} of shape {list(wrong.shape)}', function, head, wrong)
+    refuses('features: expected a floating-point tensor of shape (N, 12), got list', function, head, f.tolist())
+
+
+def test_wrong_arguments():
+    head, f, targets = new_head(2), embeddings(60), torch.arange(60) % 3
+    logits = f[:, :3]
+    refuses('head: expected a ZZZHead, got Linear', class_gaussians_of, nn.Linear(3, 2))
+    refuses('methods: expected names of max_logit, max_softmax, energy, negative', outlier_scores, head, f, ['x'])
+    refuses('background: expected a Background, got Tensor', relative_mahalanobis, head, f, f)
+    refuses('background: expected one of width 12, got 3', relative_mahalanobis, head, f, Background.fit(logits))
+    for wrong in (0, -1.0, math.inf, math.nan):
+        refuses(f'temperature: expected a finite number > 0, got {wrong}', energy, logits, wrong)
+    for score in (max_logit, max_softmax, energy):
+        refuses('logits: expected a floating-point tensor of shape (N, *), got torch.float64 of shape', score, f[0])
+        refuses('got torch.float64 of shape [60, 0]', score, f[:, :0])
+    for fit in (Background.fit, lambda f, s=0.1: SharedGaussian.fit(f, targets[: len(f)], s)):
+        for wrong in (-0.1, 1.1, math.nan):
+            refuses(f'shrinkage: expected a number from 0 to 1, got {wrong}', fit, f, wrong)
+        refuses('features: expected at least one embedding, got shape [0, 12]', fit, f[:0])
+        refuses('features: NaN or infinite', fit, torch.full_like(f, math.nan))
+        refuses('covariance of 1 embeddings of width 12 is singular', fit, f[:1])
+        refuses('covariance of 9 embeddings of width 12 is singular with shrinkage 0', fit, f[:9], 0)
+    for gaussian in (Background.fit(f), SharedGaussian.fit(f, targets)):
+        refuses('(N, 12), got torch.float64 of shape [60, 3]', gaussian.mahalanobis, logits)
+    refuses('targets: expected class indices >= 0, got -1', SharedGaussian.fit, f, targets - 1)
+    refuses('targets: expected 60 class indices, got torch.int64 of shape [59]', SharedGaussian.fit, f, targets[1:])
+    refuses('targets: expected 60 class indices, got torch.float32 of shape [60]', ece, logits, targets.float())
+    refuses('targets: expected class indices >= 0 and < 3, got 3', ece, logits, targets + 1)
+    refuses('targets: expected a tensor of 60 class indices, got list', ece, logits, targets.tolist())
+    refuses('logits: NaN or infinite in row 0', ece, logits + math.inf, targets)
+    refuses('confidence: expected shape (N,) with N >= 1, got [0]', ece, logits[:0], targets[:0])
+    for wrong in (0, 1.5, True):
+        refuses(f'bins: expected an int >= 1, got {wrong}', ece, logits, targets, wrong)
+    confidence, correct = torch.full((3,), 0.5), torch.ones(3, dtype=torch.bool)
+    refuses('correct: expected shape [3], got [2]', reliability, confidence, correct[:2])
+    refuses('confidence: expected probabilities, 0 to 1, got 1.5', reliability, confidence + 1, correct)
+
+
+@pytest.mark.parametrize('function', [auroc, fpr95])
+def test_wrong_scores(function):
+    good = torch.arange(4.0)
+    for wrong in (math.nan, math.inf, -math.inf):
+        bad = good.clone()
+        bad[2] = wrong
+        refuses(f'inlier_scores: expected finite scores, got {wrong} at index 2', function, bad, good)
+        refuses(f'outlier_scores: expected finite scores, got {wrong} at index 2', function, good, bad)
+    refuses('inlier_scores: expected shape (N,) with N >= 1, got [0]', function, good[:0], good)
+    refuses('outlier_scores: expected shape (N,) with N >= 1, got [1, 4]', function, good, good[None])
+
+
+# What is written down
+
+
+def test_examples_in_docstrings():
+    pytest.importorskip('sklearn')
+    result = doctest.testmod(scores)
+    assert result.failed == 0 and result.attempted > 20
+
+
+def test_page(root):
+    """Its example runs, and takes what the head gets."""
+    pytest.importorskip('sklearn')
+    page = (root / 'docs' / 'scores.md').read_text(encoding='utf-8')
+    snippets = re.findall(r'```python\n(.*?)```', page, re.S)
+    assert len(snippets) == 2
+    train, test, other = (torch.randn(count, 3, 64, 64) for count in (24, 6, 8))
+    names = dict(train_images=train, train_targets=torch.arange(24) % 5, test_images=test, other_images=other)
+    for snippet in snippets:
+        exec(compile(snippet.replace('pretrained=True', 'pretrained=False'), 'docs/scores.md', 'exec'), names)
+    with torch.no_grad():
+        close(names['head'](names['features'](test)), names['model'](test))
+    assert set(names['inlier']) == set(METHODS) == set(names['table'])
+    for method in METHODS:
+        assert f'`{method}`' in page
