@@ -4,7 +4,7 @@ Importing this package registers the names ``ARCHITECTURE[.TAG].zzz_rN`` and the
 does nothing else.
 """
 
-from . import errors, functional, scores
+from . import errors, fit, functional, scores
 from .attach import attach
 from .head import ZZZHead
 from .hub import from_pretrained, push_to_hub, save_pretrained
@@ -16,6 +16,7 @@ __all__ = [
     'ZZZHead',
     'attach',
     'errors',
+    'fit',
     'from_pretrained',
     'functional',
     'push_to_hub',

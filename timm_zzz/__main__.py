@@ -23,6 +23,8 @@ commands:
               python -m timm_zzz check-hparams mine.yaml
   demo      train a ZZZ head and a linear head on images drawn on the spot, and compare them
               python -m timm_zzz demo --output zzz-demo
+  fit       fit the head in closed form to a folder of images, as a start for train.py
+              python -m timm_zzz fit --model resnet50.zzz_r8 --pretrained --data-dir DIR -o start.safetensors
   hparams   list the recipes for timm's train.py, or print the path of one
               python train.py --config "$(python -m timm_zzz hparams quickstart_mobilenetv2_100.zzz_r8)" --data-dir DIR
 
@@ -88,6 +90,12 @@ def _demo(arguments: List[str]) -> None:
     main(arguments)
 
 
+def _fit(arguments: List[str]) -> None:
+    from .fit_command import main
+
+    main(arguments)
+
+
 def _push(arguments: List[str]) -> None:
     from .push import main
 
@@ -103,6 +111,7 @@ def _report(arguments: List[str]) -> None:
 _COMMANDS: Dict[str, Callable[[List[str]], None]] = {
     'check-hparams': _check_hparams,
     'demo': _demo,
+    'fit': _fit,
     'hparams': _hparams,
     'push': _push,
     'report': _report,

@@ -151,7 +151,7 @@ def _per_row(classes: ClassGaussians) -> int:
 
 
 def log_density(head: Head, features: Tensor) -> Tensor:
-    """Log-densities of the classes, log N(x; mu_c, Sigma_c), for x = f / |f|.
+    """Log-densities of the classes, log N(x; mu_c, Sigma_c), for ``x = f / |f|``.
 
     They are densities on R^d, at points of the unit sphere. The head's logits are these plus d/2 log(2 pi) plus bias_c.
 

@@ -1,0 +1,637 @@
+"""The closed-form fit against scikit-learn, dense Gaussians of torch.distributions, and batch computations."""
+
+import logging
+import math
+import re
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+from sklearn.covariance import EmpiricalCovariance
+from sklearn.decomposition import PCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis, QuadraticDiscriminantAnalysis
+from torch import nn
+from torch.distributions import MultivariateNormal
+from torch.nn import functional as F
+
+import timm_zzz
+import timm_zzz.scores
+from timm_zzz import ZZZHead, closed_form, fit
+from timm_zzz.closed_form import Quadratic, best_temperature, on_sphere
+from timm_zzz.fit import ZZZFit, fit_head, fit_model
+from timm_zzz.moments import HeldOut, Moments
+
+close = torch.testing.assert_close
+C, D = 6, 20
+PLAIN = dict(shrinkage=0.3, prior_count=5.0, temperature=1.0)  # nothing to choose
+
+
+def draw(per_class, num_classes=C, dim=D, spread=0.8, own=2.0, rank=2):
+    """Unit vectors around means that are far from the origin, and varied along directions of each class's own."""
+    scales = torch.linspace(1.5, 0.3, dim).double()
+    means = 0.6 + torch.randn(num_classes, dim).double() * 0.7
+    axes = torch.linalg.qr(torch.randn(num_classes, dim, rank).double())[0]
+    y = torch.arange(num_classes).repeat(per_class)
+    x = means[y] + spread * torch.randn(len(y), dim).double() * scales
+    x += own * (axes[y] @ torch.randn(len(y), rank, 1).double())[..., 0]
+    return F.normalize(x), y
+
+
+def relative(logits):
+    """Logits but for what all classes share."""
+    return logits - logits.mean(1, keepdim=True)
+
+
+def double(X, y, rank, **options):
+    return fit_head(X, y, rank, dtype=torch.float64, **options).eval()
+
+
+def scatters(X, y):
+    means = torch.stack([X[y == c].mean(0) for c in range(int(y.max()) + 1)])
+    return means, torch.stack([(X[y == c] - m).T @ (X[y == c] - m) for c, m in enumerate(means)])
+
+
+def dense(X, y, rank, shrinkage, prior_count):
+    """Means and covariances of the discriminant by its definition; the pooled covariance, and the same shrunken."""
+    means, own = scatters(X, y)
+    pooled = own.sum(0) / (len(y) - len(means))
+    shrunk = (1 - shrinkage) * pooled + shrinkage * pooled.trace() / X.shape[1] * torch.eye(X.shape[1]).double()
+    L = torch.linalg.cholesky(shrunk)
+    covariances = []
+    for scatter, n in zip(own, y.bincount().tolist(), strict=True):
+        k = n / (n + prior_count)
+        whitened = torch.linalg.solve(L, torch.linalg.solve(L, scatter / max(n - 1, 1)).T)
+        values, vectors = torch.linalg.eigh((1 - k) * torch.eye(len(L)).double() + k * whitened)
+        values = torch.cat([torch.ones(len(L) - rank).double(), values[len(L) - rank :].clamp(min=1)])
+        covariances.append(L @ (vectors * values) @ vectors.T @ L.T)
+    return means, torch.stack(covariances), pooled, shrunk
+
+
+# The discriminant
+
+
+@pytest.mark.parametrize('shrinkage', [0.0, 0.2, 1.0])
+def test_rank_0_is_lda(shrinkage):
+    X, y = draw(12)
+    Z, _ = draw(5)
+    oracle = LinearDiscriminantAnalysis(solver='lsqr', shrinkage=shrinkage, priors=[1 / C] * C).fit(X.numpy(), y)
+    # scikit-learn divides the scatter by N, not by N - C
+    head = double(X, y, 0, shrinkage=shrinkage, temperature=len(y) / (len(y) - C))
+    expected = torch.as_tensor(oracle.decision_function(Z.numpy()))
+    close(relative(head(3 * Z)), relative(expected), rtol=1e-9, atol=1e-8)
+    assert head.weight.norm(dim=1).allclose(torch.ones(C).double(), rtol=1e-12)
+
+
+def test_shrinkage_1_is_the_nearest_mean():
+    X, y = draw(12)
+    Z, _ = draw(5)
+    head = double(X, y, 0, shrinkage=1.0)
+    means = scatters(X, y)[0]
+    assert torch.equal(head(Z).argmax(1), torch.cdist(Z, means).argmin(1))
+
+
+@pytest.mark.parametrize('rank', [1, 2, 4])
+def test_discriminant_is_the_dense_gaussians(rank):
+    X, y = draw(9)
+    Z, _ = draw(5)
+    means, covariances, *_ = dense(X, y, rank, 0.3, 5.0)
+    expected = relative(MultivariateNormal(means, covariances).log_prob(Z[:, None]))
+    plain = dense(X, y, 0, 0.3, 5.0)
+    assert (expected - relative(MultivariateNormal(*plain[:2]).log_prob(Z[:, None]))).abs().max() > 1
+    close(relative(double(X, y, rank, **PLAIN)(Z)), expected, rtol=1e-7, atol=1e-7)
+    half = double(X, y, rank, shrinkage=0.3, prior_count=5.0, temperature=0.5)
+    close(relative(half(Z)), 0.5 * expected, rtol=1e-7, atol=1e-7)
+    single = fit_head(X.float(), y, rank, **PLAIN).eval()
+    close(relative(single(Z.float())).double(), expected, rtol=1e-4, atol=2e-3)
+
+
+def test_classes_of_few_examples_are_not_favoured_nor_handicapped():
+    X, y = draw(40)
+    keep = torch.cat([(y == c).nonzero()[: 3 if c % 2 else 40, 0] for c in range(C)])
+    X, y = X[keep], y[keep]
+    Z, _ = draw(5)
+    means, covariances, pooled, shrunk = dense(X, y, 0, 0.3, 5.0)
+    expected = MultivariateNormal(means, covariances).log_prob(Z[:, None])
+    # E |x - mean|^2 in the metric of the shrunken covariance is larger by this than with the true mean
+    expected = expected + 0.5 * torch.linalg.solve(shrunk, pooled).trace() / y.bincount()
+    close(relative(double(X, y, 0, **PLAIN)(Z)), relative(expected), rtol=1e-8, atol=1e-7)
+
+
+def test_correction_for_few_examples_is_unbiased():
+    """By simulation: the distance to a mean of n examples, less the correction, is the distance to the true mean."""
+    spread, n = torch.linspace(0.1, 2, 8).double(), 3
+    x = torch.randn(200_000, 8).double() * spread
+    noise = (torch.randn(200_000, n, 8).double() * spread).mean(1)
+    metric = 1 / (0.7 * spread.square() + 0.3)
+    excess = ((x - noise).square() * metric).sum(1).mean() - (x.square() * metric).sum(1).mean()
+    assert excess.item() == pytest.approx((spread.square() * metric).sum().item() / n, rel=0.03)
+
+
+def test_class_prior():
+    X, y = draw(10)
+    X, y = X[15:], y[15:]
+    uniform, empirical = (double(X, y, 2, class_prior=each, **PLAIN) for each in ('uniform', 'empirical'))
+    log_share = (y.bincount().double() / len(y)).log()
+    close(empirical.bias - uniform.bias, log_share - log_share.mean(), rtol=0, atol=1e-9)
+    close(empirical.A, uniform.A)
+
+
+# The form of the head
+
+
+def random_form(num_classes, dim, rank, gain=1.0):
+    args = (num_classes, dim), (num_classes,), (num_classes, dim), (num_classes, rank, dim)
+    tensors = [torch.randn(size).double() for size in args]
+    return Quadratic(*tensors, gain * torch.rand(num_classes, rank).double() / dim)
+
+
+@pytest.mark.parametrize('num_classes, dim, rank', [(5, 12, 0), (5, 12, 3), (13, 12, 0), (1, 4, 2), (30, 64, 8)])
+def test_on_sphere_changes_nothing(num_classes, dim, rank):
+    form = random_form(num_classes, dim, rank)
+    x = F.normalize(torch.randn(9, dim).double())
+    result = on_sphere(form, torch.eye(dim).double()[:rank], temperature=1e-3)  # where v_min is no bound
+    a = result.precision()
+    close(relative(result.logits(x)), relative(form.logits(x)), rtol=0, atol=1e-6 * a)
+    close(result.centre.norm(dim=1), torch.ones(num_classes).double(), rtol=0, atol=1e-12)
+    close(result.rows, a * result.centre, rtol=0, atol=1e-12 * a)
+    identity = torch.eye(rank).double().expand(num_classes, -1, -1)
+    close(result.directions @ result.directions.mT, identity, rtol=0, atol=1e-10)
+    assert not rank or result.gain.max() < a
+
+
+def test_more_classes_than_dimensions_are_fitted_by_least_squares():
+    X, y = draw(20, num_classes=60, dim=16)
+    Z, t = draw(20, num_classes=60, dim=16)
+    form = closed_form.Discriminant(moments(X, y, 60, 0), 0)
+    direct = next(form.candidates(0.3, [1.0])).logits(X @ form.basis)
+    head = double(X, y, 0, shrinkage=0.3)
+    agree = (head(X).argmax(1) == direct.argmax(1)).double().mean()
+    assert agree > 0.93
+    temperature, nll = best_temperature(direct, y)
+    assert F.cross_entropy(head(X), y) < nll + 0.05
+
+
+@pytest.mark.parametrize('num_classes, dim, own, limit', [(40, 48, 0.6, 1.0), (60, 64, 1.2, 0.3), (60, 64, 0.7, 1.0)])
+def test_gains_beyond_the_range_of_the_head_do_no_harm(num_classes, dim, own, limit):
+    """Directions of a variance far above that of the others ask for a sigma2 and v below their minimum."""
+    scales = torch.linspace(1, 0.05, dim)
+    means = 1 + 0.12 * torch.randn(num_classes, dim) * scales
+    axes = torch.randn(num_classes, dim, 4) / dim**0.5
+    y = torch.arange(num_classes).repeat(100)
+    X = means[y] + 0.5 * torch.randn(len(y), dim) * scales + own * (axes[y] @ torch.randn(len(y), 4, 1))[..., 0]
+    train, test = slice(0, 80 * num_classes), slice(80 * num_classes, None)
+    nll = [F.cross_entropy(fit_head(X[train], y[train], rank).eval()(X[test]), y[test]).item() for rank in (0, 4)]
+    assert nll[0] > 2.5 and nll[1] < limit
+
+
+# The density
+
+
+def reflected(X, y):
+    """Every example and its mirror image about its class's mean direction, which is the mean of both."""
+    mu = F.normalize(scatters(X, y)[0])
+    return torch.cat([X, 2 * mu[y] - X]).numpy(), torch.cat([y, y]).numpy()
+
+
+def test_density_of_full_rank_is_qda():
+    X, y = draw(30, dim=6)
+    Z, _ = draw(5, dim=6)
+    oracle = QuadraticDiscriminantAnalysis(
+        solver='eigen', covariance_estimator=EmpiricalCovariance(), priors=[1 / C] * C
+    ).fit(*reflected(X, y))
+    head = double(X, y, 6, objective='density', prior_count=0, temperature=1.0)
+    expected = torch.as_tensor(oracle.decision_function(Z.numpy()))
+    close(relative(head(Z)), relative(expected), rtol=1e-7, atol=1e-6)
+
+
+def test_density_is_pca_of_each_class():
+    rank, (X, y) = 3, draw(11)  # no more than the sketches hold
+    head = double(X, y, rank, objective='density', prior_count=0, temperature=1.0)
+    classes = timm_zzz.scores.class_gaussians_of(head)
+    noise = []
+    for c in range(C):
+        data = reflected(X[y == c], torch.zeros(11, dtype=torch.int64))[0]
+        pca = PCA(rank).fit(data)
+        scale = (len(data) - 1) / len(data)
+        noise.append(scale * pca.noise_variance_)
+        along = np.abs(pca.components_ @ classes.basis[c].numpy()[:, ::-1])
+        np.testing.assert_allclose(along, np.eye(rank), atol=1e-7)
+        total = np.sort((classes.v[c] + classes.sigma2).numpy())[::-1]
+        np.testing.assert_allclose(total, scale * pca.explained_variance_, rtol=1e-8)
+    assert classes.sigma2.item() == pytest.approx(np.mean(noise), rel=1e-9)
+    close(classes.mu, F.normalize(scatters(X, y)[0]), rtol=0, atol=1e-12)
+
+
+def test_density_shrinks_towards_the_pooled_covariance():
+    X, y = draw(5)
+    mu = F.normalize(scatters(X, y)[0])
+    off = X - mu[y]
+    pooled = off.T @ off / len(y)
+    own = torch.stack([off[y == c].T @ off[y == c] / 5 for c in range(C)])
+    values, vectors = torch.linalg.eigh(0.5 * pooled + 0.5 * own)  # k = 5 / (5 + 5)
+    sigma2 = values[:, :-4].mean()
+    head = double(X, y, 4, objective='density', prior_count=5.0, temperature=1.0)
+    classes = timm_zzz.scores.class_gaussians_of(head)
+    # Ritz values of a subspace that is nearly invariant
+    close(classes.v.sort()[0] + classes.sigma2, values[:, -4:], rtol=0.02, atol=0)
+    assert classes.sigma2.item() == pytest.approx(sigma2.item(), rel=0.02)
+
+
+# Moments
+
+
+def moments(X, y, num_classes, rank):
+    result = Moments(num_classes, X.shape[1], rank)
+    result.add(X, y)
+    return result
+
+
+def test_moments_are_those_of_the_batch():
+    X, y = draw(7)
+    many = moments(X, y, C, 7)
+    means, own = scatters(X, y)
+    close(many.mean, means, rtol=0, atol=1e-14)
+    close(many.scatter, own.sum(0), rtol=0, atol=1e-12)
+    assert torch.equal(many.count, torch.full((C,), 7.0).double())
+    sketches = many.sketches()
+    close(sketches.mT @ sketches, own, rtol=0, atol=1e-12)  # exact: not more examples than rows
+    assert moments(X, y, C, 0).sketches() is None
+    assert not moments(X[:C], y[:C], C, 2).scatter.any()
+
+
+def test_sketches_of_many_examples_are_close_to_the_batch():
+    d, k = 30, 12
+    X = torch.randn(900, d).double() * 0.8 ** torch.arange(d)
+    sketch = moments(X, torch.zeros(900, dtype=torch.int64), 1, k).sketches()[0]
+    expected = torch.linalg.svdvals(X - X.mean(0))[:4]
+    actual = torch.linalg.svdvals(sketch)[:4]
+    close(actual, expected, rtol=0.005, atol=0)
+    low = X @ torch.randn(d, 5).double() @ torch.randn(5, d).double()
+    sketch = moments(low, torch.zeros(900, dtype=torch.int64), 1, k).sketches()[0]
+    expected = (low - low.mean(0)).T @ (low - low.mean(0))
+    close(sketch.T @ sketch, expected, rtol=0, atol=1e-11 * expected.abs().max().item())  # exact: of rank 5
+
+
+def test_held_out_are_the_latest_of_each_class():
+    y = torch.tensor([0] * 12 + [1] * 2 + [2] + [0] * 3)
+    x = torch.eye(len(y)).double()
+    for size in (1, 5, 18):
+        held_out = HeldOut(Moments(3, len(y), 0), share=0.2, most=100)
+        for start in range(0, len(y), size):
+            held_out.add(x[start : start + size], y[start : start + size])
+            held_out.examples()
+        kept, labels = held_out.examples()
+        assert kept.argmax(1).tolist() == [13, 15, 16, 17] and labels.tolist() == [1, 0, 0, 0]
+        assert held_out.moments.count.tolist() == [12, 1, 1]
+    held_out = HeldOut(Moments(3, len(y), 0), share=0.2, most=4)
+    held_out.add(x, y)
+    assert held_out.examples()[1].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize('objective', ['discriminant', 'density'])
+@pytest.mark.parametrize('rank', [0, 3])
+def test_batches_do_not_matter(rank, objective):
+    X, y = draw(30)
+    Z, _ = draw(5)
+    estimators = []
+    for size in (1, 7, 64, len(y)):
+        estimator = ZZZFit(C, rank, objective=objective, dtype=torch.float64, max_holdout=24)
+        for start in range(0, len(y), size):
+            estimator.partial_fit(X[start : start + size], y[start : start + size])
+        estimators.append(estimator)
+    heads = [estimator.to_head().eval() for estimator in estimators]
+    for estimator, head in zip(estimators, heads, strict=True):
+        close(head(Z), heads[0](Z), rtol=1e-6, atol=1e-5)
+        for name in ('weight', 'bias', 'sigma2_raw', *(['v_raw'] if rank else [])):
+            close(getattr(head, name), getattr(heads[0], name), rtol=1e-6, atol=1e-5)
+        assert estimator.temperature_ == pytest.approx(estimators[0].temperature_, rel=1e-6)
+        assert estimator.n_samples_ == 30 * C and estimator.class_count_.tolist() == [30] * C
+
+
+def test_partial_fit_goes_on_after_a_head_was_asked_for():
+    X, y = draw(20)
+    estimator = ZZZFit(C, 2, dtype=torch.float64)
+    for start in range(0, len(y), 40):
+        estimator.partial_fit(X[start : start + 40], y[start : start + 40])
+        estimator.to_head()
+    expected = ZZZFit(C, 2, dtype=torch.float64).fit(X, y)
+    close(estimator.to_head()(X), expected.to_head()(X), rtol=1e-6, atol=1e-5)
+    assert torch.equal(expected.fit(X, y).to_head()(X), expected.fit(X, y).to_head()(X))  # fit starts anew
+
+
+# What is chosen
+
+
+def test_shrinkage_is_the_best_of_held_out_examples():
+    X, y = draw(40, spread=1.5)
+    held = torch.arange(len(y)) >= 32 * C
+    best = {}
+    for shrinkage in fit.SHRINKAGES['discriminant']:
+        oracle = LinearDiscriminantAnalysis(solver='lsqr', shrinkage=shrinkage, priors=[1 / C] * C)
+        logits = oracle.fit(X[~held].numpy(), y[~held]).decision_function(X[held].numpy())
+        logits = torch.as_tensor(logits)
+        scores = [F.cross_entropy(t * logits, y[held]).item() for t in np.geomspace(0.05, 5, 400)]
+        best[shrinkage] = min(scores)
+    estimator = ZZZFit(C, 0).fit(X, y)
+    assert estimator.shrinkage_ == min(best, key=best.get)
+    assert len({round(value, 4) for value in best.values()}) == len(best)
+
+
+def test_temperature_is_the_best_of_held_out_examples():
+    X, y = draw(40)
+    estimator = ZZZFit(C, 0, shrinkage=0.3, prior_count=1.0, dtype=torch.float64).fit(X, y)
+    held = torch.arange(len(y)) >= 32 * C
+    head = double(X[~held], y[~held], 0, shrinkage=0.3, prior_count=1.0, temperature=1.0)
+    logits, n = head(X[held]).detach(), int(held.sum())
+
+    def smoothed(t):
+        return F.cross_entropy(t * logits, y[held], label_smoothing=1 / (n + 1)).item()
+
+    best = min(np.geomspace(0.1, 10, 20001), key=smoothed)
+    # What is kept is the temperature relative to the mean within-class variance
+    variance, of_all = (
+        scatters(*each)[1].sum(0).trace() / (len(each[1]) - C) for each in ((X[~held], y[~held]), (X, y))
+    )
+    assert estimator.temperature_ == pytest.approx(best * (of_all / variance).item(), rel=5e-4)
+    assert abs(estimator.temperature_ - 1) > 0.05
+
+
+def test_temperature_is_finite_where_all_is_right():
+    logits = 7 * torch.eye(5).double()
+    temperature, nll = best_temperature(logits, torch.arange(5))
+    p = (temperature * logits).softmax(1).diagonal()
+    close(p, torch.full((5,), 1 - 1 / 6 * 0.8).double())  # (N + 1 / C) / (N + 1): labels are smoothed
+    assert nll == pytest.approx(-math.log(p[0]))
+    wrong, _ = best_temperature(logits, torch.arange(5).roll(1))
+    assert 0 < wrong < 1e-3
+
+
+def test_covariance_matters_and_more_examples_help():
+    torch.manual_seed(1)
+    X, y = draw(120, num_classes=10, spread=1.6)
+    Z, t = X[1000:].float(), y[1000:]
+    score = {}
+    for n in (2, 5, 20, 100):
+        logits = fit_head(X[: 10 * n], y[: 10 * n], 2).eval()(Z)
+        score[n] = F.cross_entropy(logits, t).item()
+    assert score[100] < score[20] < score[5] < score[2] < math.log(10)
+    nearest = fit_head(X[:1000], y[:1000], 0, shrinkage=1.0).eval()(Z)
+    assert score[100] < 0.8 * F.cross_entropy(nearest, t).item()
+
+
+@pytest.mark.parametrize('rank', [0, 4])
+def test_one_example_per_class(rank):
+    X, y = draw(1)
+    with pytest.warns(UserWarning, match='no held-out example'):
+        estimator = ZZZFit(C, rank, dtype=torch.float64).fit(3 * X, y)
+    head = estimator.to_head().eval()
+    assert F.softplus(head.sigma2_raw).item() + head.sigma2_min == pytest.approx(1 / 16)
+    assert (estimator.shrinkage_, estimator.prior_count_) == (0.9, 1000)
+    Z, _ = draw(20)
+    assert (head(Z).argmax(1) == (Z @ X.T).argmax(1)).double().mean() > (0.999 if rank == 0 else 0.97)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        fit_head(X, y, rank, **PLAIN)
+
+
+def test_holdout_0_takes_the_defaults():
+    X, y = draw(10)
+    with pytest.warns(UserWarning, match='no held-out example'):
+        estimator = ZZZFit(C, 2, holdout=0, temperature=0.5).fit(X, y)
+    assert (estimator.shrinkage_, estimator.prior_count_, estimator.temperature_) == (0.9, 1000, pytest.approx(0.5))
+
+
+# Input
+
+
+def test_arrays_tensors_and_dtypes():
+    X, y = draw(10)
+    expected = fit_head(X.float(), y, 2, **PLAIN)
+    for features, labels in (
+        (X.float().numpy(), y.numpy()),
+        (X.float().tolist(), y.tolist()),
+        (X.float(), y.to(torch.uint8)),
+        (5 * X.float(), y.int()),
+    ):
+        head = fit_head(features, labels, 2, **PLAIN)
+        close(head(X.float()), expected(X.float()), rtol=1e-4, atol=1e-4)
+        assert head.weight.dtype == torch.float32 and head.weight.requires_grad
+    close(fit_head(X.bfloat16(), y, 2, **PLAIN)(X.float()), expected(X.float()), rtol=0, atol=1)
+    assert fit_head(X, y, 2, dtype=torch.bfloat16, **PLAIN).weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(num_classes=0), 'num_classes: expected an int >= 1, got 0'),
+        (dict(rank=-1), 'rank: expected an int >= 0, got -1'),
+        (dict(rank=2.0), 'rank: expected an int'),
+        (dict(objective='mle'), "objective: expected one of discriminant, density, got 'mle'"),
+        (dict(class_prior='flat'), 'class_prior: expected one of uniform, empirical'),
+        (dict(shrinkage=1.5), 'shrinkage: expected a finite number from 0 to 1, got 1.5'),
+        (dict(shrinkage='best'), "shrinkage: expected a finite number from 0 to 1, got 'best'"),
+        (dict(prior_count=math.inf), 'prior_count: expected a finite number'),
+        (dict(temperature=0), 'temperature: expected'),
+        (dict(temperature=math.nan), 'temperature: expected'),
+        (dict(holdout=0.7), 'holdout: expected a finite number from 0 to 0.5'),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        ZZZFit(**{'num_classes': 3, **options})
+
+
+def test_wrong_examples_change_nothing():
+    X, y = draw(5)
+    bad = X.clone()
+    bad[[4, 9], 2] = math.nan
+    infinite = X.clone()
+    infinite[7, 0] = -math.inf
+    cases = [
+        (bad, y, 'X: 2 of 30 rows have NaN or infinite values, the first is row 4'),
+        (infinite, y, 'X: 1 of 30 rows .* the first is row 7'),
+        (X[0], y, 'X: expected numbers of shape'),
+        (X[:, :0], y, 'X: expected numbers of shape'),
+        (X, y[:-1], 'y: expected 30 labels, one per row of X, got 29'),
+        (X, y - 1, 'y: expected class indices from 0 to 5, got -1'),
+        (X, y + 1, 'y: expected class indices from 0 to 5, got 6'),
+        (X, y.double(), 'y: expected class indices of shape'),
+        (X, F.one_hot(y), 'y: expected class indices of shape'),
+        (X[:, :9], y, 'X: expected rows of 20 values as before, got 9'),
+    ]
+    estimator = ZZZFit(C, 3, dtype=torch.float64).partial_fit(X, y)
+    expected = estimator.to_head()(X)
+    for features, labels, message in cases:
+        with pytest.raises(ValueError, match=message):
+            estimator.partial_fit(features, labels)
+    assert torch.equal(estimator.to_head()(X), expected) and estimator.n_samples_ == 30
+    with pytest.raises(ValueError, match='rank: expected at most the width 20 of the features, got 21'):
+        fit_head(X, y, 21)
+
+
+def test_classes_without_examples():
+    X, y = draw(5)
+    with pytest.raises(ValueError, match='y: 2 of 8 classes have no example: 6, 7$'):
+        fit_head(X, y, 2, num_classes=8)
+    with pytest.raises(ValueError, match='y: 14 of 20 classes have no example: 6, 7, 8, 9, 10, ...$'):
+        fit_head(X, y, 2, num_classes=20)
+    with pytest.raises(ValueError, match='no examples yet'):
+        ZZZFit(3).to_head()
+    with pytest.raises(ValueError, match='num_classes: expected an int >= 1, got 0'):
+        fit_head(X[:0], y[:0])
+
+
+def test_head_of_another_size_is_refused():
+    X, y = draw(5)
+    estimator = ZZZFit(C, 3, **PLAIN).fit(X, y)
+    for size in ((C + 1, D, 3), (C, D + 1, 3), (C, D, 2)):
+        head = ZZZHead(*size)
+        before = head.weight.detach().clone()
+        with pytest.raises(ValueError, match=r'head: expected classes, features and rank \(6, 20, 3\)'):
+            estimator.fill(head)
+        assert torch.equal(head.weight, before)
+    head = ZZZHead(C, D, 3, v_min=0.01, sigma2_min=0.02)
+    assert estimator.fill(head) is head and head(X.float()).isfinite().all()
+
+
+def degenerate():
+    X, y = draw(6)
+    zero, equal, line = X.clone(), X.clone(), X.clone()
+    zero[y == 1] = 0
+    equal[y == 2] = equal[y == 3]
+    line[:, 2:] = 0
+    yield 'zero features', zero, y
+    yield 'equal classes', equal, y
+    yield 'equal examples', X[:C].repeat(6, 1), y
+    yield 'all equal', X[:1].expand(len(y), -1), y
+    yield 'two dimensions', line[:, :2], y
+    yield 'one dimension', X[:, :1], y
+    yield 'one class', X, torch.zeros_like(y)
+    yield 'rank above examples', X[: 2 * C], y[: 2 * C]
+    yield 'one class of one example', X[5:], y[5:]
+
+
+@pytest.mark.parametrize('objective', ['discriminant', 'density'])
+@pytest.mark.parametrize('name, X, y', [pytest.param(*case, id=case[0]) for case in degenerate()])
+def test_degenerate_examples(name, X, y, objective):
+    for rank in (0, 1, min(4, X.shape[1])):
+        head = fit_head(X, y, rank, objective=objective)
+        logits = head(X.float())
+        assert logits.isfinite().all() and all(p.isfinite().all() for p in head.parameters())
+        logits.logsumexp(1).sum().backward()
+        assert all(p.grad.isfinite().all() for p in head.parameters())
+        assert F.cross_entropy(logits, y) < math.log(len(y.unique())) + 0.5
+
+
+def test_few_examples_are_logged(caplog):
+    caplog.set_level(logging.INFO, 'timm_zzz.fit')
+    X, y = draw(3)
+    fit_head(X, y, 3)
+    assert '6 of 6 classes have at most 3 examples' in caplog.text and 'of 6 held-out examples' in caplog.text
+
+
+# Models
+
+
+def batches(num_classes=4, count=6, size=8):
+    torch.manual_seed(5)
+    colours = torch.rand(num_classes, 3, 1, 1)
+    y = [torch.arange(size) % num_classes for _ in range(count)]
+    return [(colours[t] + 0.3 * torch.randn(size, 3, 64, 64), t) for t in y]
+
+
+def test_fit_model():
+    model = timm.create_model('test_resnet.zzz_r4', num_classes=4)
+    model.layer1.eval()
+    modes = [module.training for module in model.modules()]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    data = batches()
+    assert fit_model(model, data) is model
+    assert [module.training for module in model.modules()] == modes
+    after = model.state_dict()
+    changed = {key for key in after if not torch.equal(before[key], after[key])}
+    assert changed == {key for key in after if key.startswith('fc.')}
+
+    model.eval()
+    with torch.no_grad():
+        features = torch.cat([model.forward_head(model.forward_features(x), pre_logits=True) for x, _ in data])
+        expected = fit_head(features, torch.cat([y for _, y in data]), 4).eval()
+        x, y = data[0]
+        close(model(x), expected(features[:8]), rtol=1e-4, atol=1e-4)
+        assert (model(x).argmax(1) == y).double().mean() > 0.8
+    assert not model.fc._forward_pre_hooks
+
+
+def test_fit_model_fits_each_head_to_its_own_input():
+    name = 'deit_tiny_distilled_patch16_224.zzz_r8'
+    model = timm.create_model(name, num_classes=4, zzz_rank=2, depth=1, img_size=64, drop_rate=0.5).train()
+    data = batches()
+    fit_model(model, data, **PLAIN)
+    model.eval()
+    with torch.no_grad():
+        tokens = torch.cat([model.forward_features(x) for x, _ in data])
+    y = torch.cat([y for _, y in data])
+    for i, head in enumerate((model.head, model.head_dist)):
+        close(head(tokens[:, i]), fit_head(tokens[:, i], y, 2, **PLAIN)(tokens[:, i]), rtol=1e-3, atol=1e-2)
+
+
+def test_fit_model_in_mixed_precision():
+    model = timm.create_model('test_resnet.zzz_r4', num_classes=4).eval()
+    fit_model(model, batches(), amp_dtype=torch.bfloat16, device='cpu')
+    assert model.fc.weight.dtype == torch.float32 and model(batches()[0][0]).isfinite().all()
+
+
+def test_fit_model_refuses_what_it_cannot_fit():
+    with pytest.raises(ValueError, match='model: it has no ZZZ head'):
+        fit_model(timm.create_model('test_resnet', num_classes=4), batches())
+    model = timm.create_model('test_resnet.zzz_r4', num_classes=4)
+    before = model.fc.weight.detach().clone()
+    with pytest.raises(ValueError, match='y: expected class indices from 0 to 3, got 4'):
+        fit_model(model, [(x, y + 1) for x, y in batches()])
+    with pytest.raises(ValueError, match='2 of 4 classes have no example'):
+        fit_model(model, [(x, y % 2) for x, y in batches()])
+    with pytest.raises(ValueError, match='no examples yet'):
+        fit_model(model, [])
+    assert torch.equal(model.fc.weight, before) and model.training and not model.fc._forward_pre_hooks
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.idle = ZZZHead(4, 3, 1), ZZZHead(4, 3, 1)
+
+        def forward(self, x):
+            x = x.flatten(2).mT
+            return self.head(x[:, 0]) if self.idle is not None else self.head(x)
+
+    model = Tokens()
+    with pytest.raises(ValueError, match='head idle takes no part in eval mode'):
+        fit_model(model, batches())
+    model.idle = None
+    with pytest.raises(
+        ValueError, match=r'head head gets an input of shape \[8, 4096, 3\], not one embedding per image'
+    ):
+        fit_model(model, batches())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+def test_cuda():
+    X, y = draw(30)
+    expected = ZZZFit(C, 3, dtype=torch.float64).fit(X, y)
+    actual = ZZZFit(C, 3, dtype=torch.float64).fit(X.cuda(), y)
+    head = actual.to_head().eval()
+    assert head.weight.is_cuda
+    close(head(X.cuda()).cpu(), expected.to_head().eval()(X), rtol=1e-6, atol=1e-6)
+
+
+def test_page(root):
+    """Its examples run."""
+    page = (root / 'docs' / 'fit.md').read_text(encoding='utf-8')
+    snippets = re.findall(r'```python\n(.*?)```', page, re.S)
+    assert len(snippets) == 2
+    X, y = draw(10)
+    names = dict(features=X.float(), targets=y, loader=batches(), batches=[(X[:30], y[:30]), (X[30:], y[30:])])
+    for snippet in snippets:
+        exec(compile(snippet.replace('pretrained=True', 'pretrained=False'), 'docs/fit.md', 'exec'), names)
+    assert names['head'](X.float()).shape == (60, C) and names['model'](names['loader'][0][0]).shape == (8, 4)

@@ -1,0 +1,190 @@
+"""``python -m timm_zzz fit``: what it writes starts a model as timm makes one, and timm's real train.py."""
+
+import csv
+import re
+import shlex
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import to_pil_image
+
+from timm_zzz.fit import fit_model
+from timm_zzz.fit_command import main
+
+NAME = 'test_resnet.zzz_r4'
+
+
+@pytest.fixture(scope='module')
+def backbone(tmp_path_factory):
+    """Weights of a linear model of 1000 classes."""
+    file = tmp_path_factory.mktemp('backbone') / 'test_resnet.safetensors'
+    torch.manual_seed(0)
+    save_file(timm.create_model('test_resnet').state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope='module')
+def colours(tmp_path_factory):
+    """An ImageFolder of noise around a colour for each of 4 classes, 12 images to train and 4 to validate."""
+    folder = tmp_path_factory.mktemp('colours')
+    torch.manual_seed(0)
+    for c, colour in enumerate(torch.rand(4, 3, 1, 1)):
+        for i in range(16):
+            path = folder / ('train' if i < 12 else 'validation') / f'class {c}' / f'{i:02}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            to_pil_image((colour + 0.2 * torch.randn(3, 64, 64)).clamp(0, 1)).save(path)
+    return folder
+
+
+def images_of(model, folder):
+    """All images of a folder as timm prepares them for validation, and their classes."""
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    images, targets = zip(*ImageFolder(folder, transform), strict=True)
+    return torch.stack(images), torch.tensor(targets)
+
+
+@pytest.fixture
+def command(colours, backbone, tmp_path):
+    def _command(*arguments, model=NAME, weights=('--checkpoint', backbone), data_dir=colours):
+        fixed = ['--model', model, '--data-dir', data_dir, '-o', tmp_path / 'start.safetensors', '-j', 0]
+        main(list(map(str, [*fixed, '--device', 'cpu', *weights, *arguments])))
+        return tmp_path / 'start.safetensors'
+
+    return _command
+
+
+def refusal(command, capsys, *arguments, **kwargs):
+    with pytest.raises(SystemExit) as e:
+        command(*arguments, **kwargs)
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and error.startswith('timm_zzz: error: ') and len(error.splitlines()) == 1, error
+    return error
+
+
+def test_fit(command, colours, backbone, capsys):
+    file = command('-b', 50)
+    out = capsys.readouterr().out
+    model = timm.create_model(NAME, num_classes=4, checkpoint_path=str(file)).eval()
+    x, y = images_of(model, colours / 'validation')
+    with torch.no_grad():
+        logits = model(x)
+    top1, nll = 100 * (logits.argmax(1) == y).double().mean(), F.cross_entropy(logits, y)
+    assert f'after:  top-1 {top1:.2f} %, negative log-likelihood {nll:.4f} (16 images of validation)' in out
+    assert 'before: top-1' in out and top1 > 90 and nll < 0.5
+
+    expected = timm.create_model(NAME, num_classes=4)
+    state = {k: v for k, v in load_file(backbone).items() if not k.startswith('fc.')}
+    expected.load_state_dict(state, strict=False)
+    fit_model(expected, [images_of(model, colours / 'train')])
+    with torch.no_grad():
+        torch.testing.assert_close(logits.softmax(1), expected.eval()(x).softmax(1), rtol=0, atol=1e-4)
+    own, given = model.state_dict(), load_file(backbone)
+    assert all(torch.equal(own[key], given[key]) for key in given if not key.startswith('fc.'))
+    with safe_open(file, 'pt') as f:
+        assert {'format': 'pt', 'model': NAME, 'objective': 'discriminant'}.items() <= f.metadata().items()
+
+
+def test_options_arrive(command, monkeypatch):
+    seen = {}
+
+    def spy(model, loader, **options):
+        seen.update(options)
+        return fit_model(model, loader, **options)
+
+    monkeypatch.setattr('timm_zzz.fit_command.fit_model', spy)
+    options = ['--objective', 'density', '--shrinkage', 0.5, '--prior-count', 7, '--temperature', 0.25]
+    file = command(*options, '--amp', '--val-split', '', '--img-size', 64)
+    choices = dict(objective='density', shrinkage=0.5, prior_count=7.0, temperature=0.25)
+    assert seen == dict(choices, device=torch.device('cpu'), amp_dtype=torch.bfloat16)
+    with safe_open(file, 'pt') as f:
+        assert {key: str(value) for key, value in choices.items()}.items() <= f.metadata().items()
+
+
+def test_a_checkpoint_with_the_same_classes_keeps_its_head_until_the_fit(command, backbone, tmp_path, capsys):
+    model = timm.create_model('test_resnet', num_classes=4)
+    state = {**model.state_dict(), **{k: v for k, v in load_file(backbone).items() if not k.startswith('fc.')}}
+    state['fc.weight'].zero_()
+    state['fc.bias'] = torch.arange(4.0)  # says 3 for every image
+    torch.save({'state_dict': state}, tmp_path / 'linear.pth.tar')
+    command(weights=('--checkpoint', tmp_path / 'linear.pth.tar'))
+    assert 'before: top-1 25.00 %' in capsys.readouterr().out
+
+
+def test_pretrained_path_and_model_kwargs(command, backbone, capsys):
+    file = command('--model-kwargs', 'zzz_rank=2', '--num-classes', 4, weights=('--pretrained-path', backbone))
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert '--model-kwargs zzz_rank=2' in line and line.endswith(f'--initial-checkpoint {file}')
+    state = load_file(file)
+    assert state['fc.A'].shape[2] == 2 and torch.equal(state['conv1.0.weight'], load_file(backbone)['conv1.0.weight'])
+
+
+def test_one_folder_of_classes(command, colours, capsys):
+    command(data_dir=colours / 'train')
+    out, err = capsys.readouterr()
+    assert 'after' not in out and 'Not evaluated: ' in err and 'has no folder validation' in err
+
+
+def test_validation_classes_are_numbered_as_in_training(command, colours, tmp_path, capsys):
+    data = tmp_path / 'data'
+    shutil.copytree(colours, data)
+    for path in sorted((data / 'validation').iterdir())[:-1]:
+        shutil.rmtree(path)
+    file = command(data_dir=data)
+    model = timm.create_model(NAME, num_classes=4, checkpoint_path=str(file)).eval()
+    with torch.no_grad():
+        nll = F.cross_entropy(model(images_of(model, data / 'validation')[0]), torch.full((4,), 3))
+    assert nll < 0.5 and f'negative log-likelihood {nll:.4f} (4 images' in capsys.readouterr().out
+
+
+def test_wrong_use(command, backbone, colours, tmp_path, capsys):
+    (tmp_path / 'start.safetensors').write_text('mine')
+    assert 'exists already; give another one or --force' in refusal(command, capsys)
+    assert (tmp_path / 'start.safetensors').read_text() == 'mine'
+    assert 'ends in .safetensors' in refusal(command, capsys, '-o', tmp_path / 'start.pt')
+    force = ('--force',)
+    assert 'test_resnet has no ZZZ head' in refusal(command, capsys, *force, model='test_resnet')
+    assert 'has no folder test' in refusal(command, capsys, *force, '--split', 'test')
+    assert 'no such folder' in refusal(command, capsys, *force, data_dir=tmp_path / 'nowhere')
+    assert 'but train has 4 classes' in refusal(command, capsys, *force, '--num-classes', 10)
+    assert '--device: warp' in refusal(command, capsys, *force, '--device', 'warp')
+    missing = ('--checkpoint', tmp_path / 'nothing.pth.tar')
+    assert '--checkpoint: no such file' in refusal(command, capsys, *force, weights=missing)
+    (tmp_path / 'broken.pth.tar').write_text('x')
+    broken = ('--checkpoint', tmp_path / 'broken.pth.tar')
+    assert "can't be read" in refusal(command, capsys, *force, weights=broken)
+    state = load_file(backbone)
+    del state['conv1.0.weight']
+    save_file(state, tmp_path / 'part.safetensors')
+    part = ('--checkpoint', tmp_path / 'part.safetensors')
+    assert '1 tensors are missing and 0 unexpected, e.g. conv1.0.weight' in refusal(
+        command, capsys, *force, weights=part
+    )
+    assert (tmp_path / 'start.safetensors').read_text() == 'mine'
+    with pytest.raises(SystemExit):
+        command(*force, weights=())
+    assert 'one of the arguments --pretrained --pretrained-path --checkpoint is required' in capsys.readouterr().err
+    command(*force)
+    assert load_file(tmp_path / 'start.safetensors')
+
+
+def test_train_py_starts_from_it(timm_scripts, colours, run, tmp_path):
+    """With a learning rate of next to nothing it logs the accuracy and the likelihood that were printed."""
+    shutil.copy(timm_scripts / 'train.py', tmp_path)
+    save_file(timm.create_model('test_vit').state_dict(), tmp_path / 'vit.safetensors')
+    fit = ['-m', 'timm_zzz', 'fit', '--model', 'test_vit.zzz_r4', '--checkpoint', 'vit.safetensors', '-j', 0]
+    printed = run(*fit, '--data-dir', colours, '-o', 'a start.safetensors', '--device', 'cpu').stdout
+    top1, nll = re.search(r'^after:  top-1 (.*) %, negative log-likelihood (\S+)', printed, re.M).groups()
+    train = shlex.split(printed.splitlines()[-1])
+    assert train[:2] == ['python', 'train.py'] and 'a start.safetensors' in train
+    train += ['--device', 'cpu', '--workers', 1, '-b', 16, '--epochs', 1, '--warmup-epochs', 0, '--opt', 'sgd']
+    train += ['--lr', 1e-12, '--weight-decay', 0, '--output', 'out', '--experiment', 'a']
+    run(*train[1:])
+    (row,) = csv.DictReader((tmp_path / 'out/a/summary.csv').open())
+    assert float(row['eval_top1']) == pytest.approx(float(top1), abs=0.01) and float(top1) > 50
+    assert float(row['eval_loss']) == pytest.approx(float(nll), abs=2e-4)

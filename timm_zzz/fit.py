@@ -1,0 +1,459 @@
+"""Closed-form fit of the ZZZ head from features, in one pass over them: no gradient steps.
+
+docs/fit.md says what is estimated, how the head represents it, and what it costs.
+"""
+
+import contextlib
+import logging
+import math
+import warnings
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from .closed_form import (
+    PRECISIONS,
+    Density,
+    Discriminant,
+    Estimator,
+    Quadratic,
+    best_temperature,
+    negative_log_likelihood,
+)
+from .head import ZZZHead
+from .moments import HeldOut, Moments, as_features, as_labels
+
+__all__ = ['ZZZFit', 'fit_head', 'fit_model']
+
+_logger = logging.getLogger(__name__)
+
+OBJECTIVES: Dict[str, Callable[[Moments, int], Estimator]] = {'discriminant': Discriminant, 'density': Density}
+SHRINKAGES = {'discriminant': (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02), 'density': (0.0,)}
+PRIOR_COUNTS = (1000.0, 100.0, 10.0)  # of equal likelihood the first of each is taken
+UNTUNED_SIGMA2 = 1 / 16  # where there is no held-out example
+OVERSAMPLING = 8  # rows of a class's sketch beyond the rank
+
+
+class _Solution(NamedTuple):
+    form: Quadratic  # as a head has it
+    temperature: float  # of the form, as that of the closed forms
+
+
+class ZZZFit:
+    """Estimates a ZZZ head from features that come in batches, each seen once, in scikit-learn's manner.
+
+    The discriminant is linear discriminant analysis with a shrunken pooled covariance, to which each class adds up to r
+    directions along which its own examples vary more. The density is the head's own model by maximum likelihood.
+
+    Of each class the latest examples are held out of the moments until the end: by their likelihood the options that
+    are ``'auto'`` are chosen; then the moments of all examples are used. The same examples in the same order give the
+    same head, up to rounding, however they are cut into batches. Memory is O(C d r + d^2), for C classes of width d,
+    plus the held-out examples.
+
+    Args:
+        num_classes: Number of classes C, >= 1.
+        rank: Rank r of the class covariances, 0 <= r <= d. A class of fewer than r + 1 examples has fewer directions
+            of its own; the others are the leading ones of the pooled covariance, with a variance of v_min.
+        objective: ``'discriminant'`` or ``'density'``.
+        shrinkage: Weight of the identity, scaled to the same trace, in the pooled covariance, 0 to 1. ``'auto'`` is 0
+            for the density.
+        prior_count: Number of examples that the pooled covariance counts for in that of a class, >= 0.
+        temperature: Factor T > 0 on the logits; 1 leaves them the log-densities of the estimated Gaussians.
+        holdout: Share of each class's examples to hold out, 0 to 0.5, at least one of every class that has two.
+        max_holdout: About how many examples are held out at most; one of each class in any case.
+        class_prior: ``'uniform'``, or ``'empirical'`` for a bias by the classes' shares of the examples.
+        device: Where to compute; by default where the first features are.
+        dtype: Of the head's parameters. All else is in float64.
+
+    Attributes:
+        n_samples_: Number of examples so far.
+        class_count_: Those of each class, int64, shape (C,).
+        shrinkage_: The shrinkage that was chosen, or given; from :meth:`fit` or :meth:`to_head` on.
+        prior_count_: The prior count, likewise.
+        temperature_: The temperature, likewise.
+
+    Raises:
+        ValueError: For an argument out of its range.
+
+    Example:
+        >>> X, y = torch.randn(60, 16), torch.arange(60) % 3
+        >>> estimator = ZZZFit(num_classes=3, rank=2)
+        >>> for batch in range(0, 60, 20):
+        ...     _ = estimator.partial_fit(X[batch : batch + 20], y[batch : batch + 20])
+        >>> estimator.to_head()
+        ZZZHead(num_classes=3, feat_dim=16, rank=2)
+    """
+
+    n_samples_: int
+    class_count_: Tensor
+    shrinkage_: float
+    prior_count_: float
+    temperature_: float
+
+    def __init__(
+        self,
+        num_classes: int,
+        rank: int = 8,
+        *,
+        objective: str = 'discriminant',
+        shrinkage: Union[str, float] = 'auto',
+        prior_count: Union[str, float] = 'auto',
+        temperature: Union[str, float] = 'auto',
+        holdout: float = 0.2,
+        max_holdout: int = 4096,
+        class_prior: str = 'uniform',
+        device: Union[None, str, torch.device] = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        _check_int('num_classes', num_classes, 1)
+        _check_int('rank', rank, 0)
+        _check_int('max_holdout', max_holdout, 0)
+        _check_choice('objective', objective, OBJECTIVES)
+        _check_choice('class_prior', class_prior, ('uniform', 'empirical'))
+        self.num_classes = num_classes
+        self.rank = rank
+        self.objective = objective
+        self.shrinkage = _auto_or_number('shrinkage', shrinkage, 0, 1)
+        self.prior_count = _auto_or_number('prior_count', prior_count, 0, math.inf)
+        self.temperature = _auto_or_number('temperature', temperature, 1e-9, 1e9)
+        self.holdout = _number('holdout', holdout, 0, 0.5)
+        self.max_holdout = max_holdout
+        self.class_prior = class_prior
+        self.device = None if device is None else torch.device(device)
+        self.dtype = dtype
+        self._reset()
+
+    def _reset(self) -> None:
+        self._held_out: Optional[HeldOut] = None
+        self._solution: Optional[_Solution] = None
+        self.n_samples_ = 0
+
+    @torch.no_grad()
+    def fit(self, X: Any, y: Any) -> 'ZZZFit':
+        """Start anew with these examples. Arguments and errors as of :meth:`partial_fit`, and :meth:`to_head`."""
+        self._reset()
+        self.partial_fit(X, y)
+        self._solve()
+        return self
+
+    @torch.no_grad()
+    def partial_fit(self, X: Any, y: Any) -> 'ZZZFit':
+        """Take in more examples.
+
+        Args:
+            X: Features as the head gets them, any tensor or array of shape (N, d). Zero vectors stay zero.
+            y: Their classes, integers from 0 to C - 1, shape (N,).
+
+        Raises:
+            ValueError: For other shapes or labels, NaN or infinite features, or a rank larger than d. Nothing of the
+                batch is taken in then.
+        """
+        X, y = as_features(X), as_labels(y, self.num_classes)
+        self._check(X, y)
+        held_out = self._start(X) if self._held_out is None else self._held_out
+        y = y.to(self.class_count_.device)
+        self._solution = None
+        self.class_count_ += y.bincount(minlength=self.num_classes)
+        self.n_samples_ += len(y)
+        held_out.add(X, y)
+        return self
+
+    def _check(self, X: Tensor, y: Tensor) -> None:
+        if len(X) != len(y):
+            raise ValueError(f'y: expected {len(X)} labels, one per row of X, got {len(y)}')
+        if self.rank > X.shape[1]:
+            raise ValueError(f'rank: expected at most the width {X.shape[1]} of the features, got {self.rank}')
+        if self._held_out is not None and self._held_out.moments.mean.shape[1] != X.shape[1]:
+            width = self._held_out.moments.mean.shape[1]
+            raise ValueError(f'X: expected rows of {width} values as before, got {X.shape[1]}')
+
+    def _start(self, X: Tensor) -> HeldOut:
+        device = X.device if self.device is None else self.device
+        if device.type == 'mps':  # has no float64
+            device = torch.device('cpu')
+        sketch = min(self.rank + OVERSAMPLING, X.shape[1]) if self.rank else 0
+        moments = Moments(self.num_classes, X.shape[1], sketch, device)
+        self.class_count_ = torch.zeros(self.num_classes, dtype=torch.int64, device=device)
+        self._held_out = HeldOut(moments, self.holdout if self._tunes() else 0.0, self.max_holdout)
+        return self._held_out
+
+    def _tunes(self) -> bool:
+        return 'auto' in (self.shrinkage, self.prior_count, self.temperature)
+
+    @torch.no_grad()
+    def to_head(self, **options: Any) -> ZZZHead:
+        """A new head with what was estimated from the examples so far.
+
+        Args:
+            options: Further ones of :class:`~timm_zzz.ZZZHead`. Variances are at least its v_min and sigma2_min.
+
+        Raises:
+            ValueError: If there is a class without examples.
+
+        Warns:
+            UserWarning: If options are ``'auto'`` and there is no held-out example to choose them by. Shrinkage 0.9
+                and a prior count of 1000 are taken then, and the temperature that makes sigma2 1/16.
+        """
+        form = self._solved().form
+        dd: Dict[str, Any] = dict(device=form.rows.device, dtype=self.dtype)
+        return self.fill(ZZZHead(self.num_classes, form.rows.shape[1], self.rank, **dd, **options))
+
+    @torch.no_grad()
+    def fill(self, head: ZZZHead) -> ZZZHead:
+        """Write what was estimated into a head of the same size, in place. Errors as of :meth:`to_head`."""
+        form, temperature = self._solved()
+        size = (self.num_classes, form.rows.shape[1], self.rank)
+        if (head.num_classes, head.feat_dim, head.rank) != size:
+            raise ValueError(f'head: expected classes, features and rank {size}, got {head}')
+        a = form.precision()
+        sigma2 = max(1 / (a * temperature), 1.01 * head.sigma2_min)
+        v = (form.gain / (a - form.gain) * sigma2).clamp(min=1.01 * head.v_min)
+        left = (form.centre.square().sum(1) / sigma2 + (v / sigma2).log1p().sum(1)) / 2  # what the head takes off
+        bias = form.offset / (a * sigma2) + left + self._log_prior()
+        head.weight.copy_(form.centre)
+        head.bias.copy_(bias - bias.mean())
+        head.sigma2_raw.copy_(_inverse_softplus(torch.tensor(sigma2 - head.sigma2_min, dtype=torch.float64)))
+        if head.A is not None and head.v_raw is not None:
+            head.A.copy_(form.directions.mT)
+            head.v_raw.copy_(_inverse_softplus(v - head.v_min))
+        return head
+
+    def _solved(self) -> _Solution:
+        if self._solution is None:
+            self._solve()
+        assert self._solution is not None
+        return self._solution
+
+    def _solve(self) -> None:
+        held_out = self._check_classes()
+        x, y = held_out.examples()
+        everything = held_out.moments.copy()
+        everything.add(x, y)
+        most = PRECISIONS[0]
+        if len(y):
+            temperature, most = self._choose(held_out.moments.copy(), x, y)
+        else:
+            self._take_defaults()
+        estimator = OBJECTIVES[self.objective](everything, self.rank)
+        given = self._given_temperature(estimator.scale)
+        if given is not None:
+            temperature = given
+        elif not len(y):
+            form = estimator.head_form(self.shrinkage_, self.prior_count_, 1.0, math.inf)
+            temperature = 1 / (UNTUNED_SIGMA2 * form.precision())
+        form = estimator.head_form(self.shrinkage_, self.prior_count_, temperature, most)
+        self.temperature_ = temperature * estimator.scale
+        self._solution = _Solution(form, temperature)
+        few = int((self.class_count_ <= self.rank).sum())
+        if few:
+            _logger.info(f'{few} of {self.num_classes} classes have at most {self.rank} examples: fewer directions.')
+
+    def _check_classes(self) -> HeldOut:
+        if self._held_out is None:
+            raise ValueError('no examples yet: call fit or partial_fit')
+        missing = (self.class_count_ == 0).nonzero()[:, 0].tolist()
+        if missing:
+            some = ', '.join(map(str, missing[:5])) + (', ...' if len(missing) > 5 else '')
+            raise ValueError(f'y: {len(missing)} of {self.num_classes} classes have no example: {some}')
+        return self._held_out
+
+    def _grid(self) -> Tuple[List[float], List[float]]:
+        """Shrinkages and prior counts to choose from, the strongest first."""
+        shrinkages = SHRINKAGES[self.objective] if isinstance(self.shrinkage, str) else (self.shrinkage,)
+        prior_counts = PRIOR_COUNTS if isinstance(self.prior_count, str) else (self.prior_count,)
+        return list(shrinkages), list(prior_counts if self.rank else prior_counts[:1])
+
+    def _take_defaults(self) -> None:
+        shrinkages, prior_counts = self._grid()
+        self.shrinkage_, self.prior_count_ = shrinkages[0], prior_counts[0]
+        if self._tunes():
+            message = 'no held-out example to choose shrinkage, prior_count or temperature by: defaults are taken'
+            warnings.warn(message, UserWarning, stacklevel=5)
+
+    def _choose(self, moments: Moments, x: Tensor, y: Tensor) -> Tuple[float, float]:
+        """Set shrinkage and prior count by the likelihood of held-out examples.
+
+        Returns:
+            Temperature and largest precision for the form of the head, by the same.
+        """
+        estimator = OBJECTIVES[self.objective](moments, self.rank)
+        z = x @ estimator.basis
+        shrinkages, prior_counts = self._grid()
+        best, start, self.shrinkage_, self.prior_count_ = math.inf, 1.0, shrinkages[0], prior_counts[0]
+        for shrinkage in shrinkages:
+            forms = estimator.candidates(shrinkage, prior_counts)
+            results = [self._temperature(form.logits(z), y, estimator.scale) for form in forms]
+            i = min(range(len(results)), key=lambda i: results[i][1])
+            temperature, nll = results[i]
+            if nll >= best * (1 - 1e-9):
+                break  # it has one minimum
+            best, start, self.shrinkage_, self.prior_count_ = nll, temperature, shrinkage, prior_counts[i]
+        best, chosen, precision = math.inf, (start, PRECISIONS[0]), math.inf
+        for most in PRECISIONS:
+            if precision * start <= most:
+                continue  # the form would be the same
+            form = estimator.head_form(self.shrinkage_, self.prior_count_, start, most)
+            precision = form.precision()
+            temperature, nll = self._temperature(form.logits(x), y, estimator.scale)
+            if nll < best * (1 - 1e-9):
+                best, chosen = nll, (temperature, most)
+        _logger.info(
+            f'shrinkage {self.shrinkage_:g}, prior count {self.prior_count_:g}, temperature '
+            f'{chosen[0] * estimator.scale:.3g}: negative log-likelihood {best:.4f} of {len(y)} held-out examples.'
+        )
+        return chosen
+
+    def _temperature(self, logits: Tensor, y: Tensor, scale: float) -> Tuple[float, float]:
+        given = self._given_temperature(scale)
+        if given is not None:
+            return given, negative_log_likelihood(given * logits + self._log_prior(), y)
+        return best_temperature(logits, y, self._log_prior())
+
+    def _given_temperature(self, scale: float) -> Optional[float]:
+        return None if isinstance(self.temperature, str) else self.temperature / scale
+
+    def _log_prior(self) -> Union[Tensor, float]:
+        if self.class_prior == 'uniform':
+            return 0.0
+        return (self.class_count_.double() / self.n_samples_).log()
+
+
+def _inverse_softplus(x: Tensor) -> Tensor:
+    return x + (-torch.expm1(-x)).log()
+
+
+# What callers may pass
+
+
+def _check_int(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f'{name}: expected an int >= {least}, got {value!r}')
+
+
+def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f'{name}: expected one of {", ".join(choices)}, got {value!r}')
+
+
+def _number(name: str, value: Any, least: float, most: float) -> float:
+    if isinstance(value, (bool, str)) or not least <= value <= most or math.isinf(value):
+        raise ValueError(f'{name}: expected a finite number from {least} to {most}, got {value!r}')
+    return float(value)
+
+
+def _auto_or_number(name: str, value: Any, least: float, most: float) -> Union[str, float]:
+    return 'auto' if isinstance(value, str) and value == 'auto' else _number(name, value, least, most)
+
+
+def fit_head(X: Any, y: Any, rank: int = 8, num_classes: Optional[int] = None, **options: Any) -> ZZZHead:
+    """A ZZZ head in closed form from features and labels.
+
+    Args:
+        X: Features as the head gets them, any tensor or array of shape (N, d).
+        y: Their classes, integers from 0 to C - 1, shape (N,); every class has to be there.
+        rank: Rank r of the class covariances, 0 <= r <= d.
+        num_classes: C; the largest label plus 1 if None.
+        options: Those of :class:`ZZZFit`.
+
+    Raises:
+        ValueError: As :class:`ZZZFit`, its ``partial_fit`` and ``to_head`` do.
+
+    Example:
+        >>> X = torch.eye(3).repeat(20, 1) + 0.1 * torch.randn(60, 3)
+        >>> head = fit_head(X, torch.arange(60) % 3, rank=1)
+        >>> head(torch.eye(3)).argmax(1)
+        tensor([0, 1, 2])
+    """
+    if num_classes is None:
+        labels = as_labels(y)
+        num_classes = int(labels.max()) + 1 if len(labels) else 0
+    return ZZZFit(num_classes, rank, **options).fit(X, y).to_head()
+
+
+@torch.no_grad()
+def fit_model(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    device: Union[None, str, torch.device] = None,
+    amp_dtype: Optional[torch.dtype] = None,
+    **options: Any,
+) -> nn.Module:
+    """Fit the ZZZ heads of a model in closed form, in place, in one pass over a loader. The backbone stays as it is.
+
+    The model runs in eval mode; each of its modules' own mode is restored. Of several heads, as distilled models have
+    them, each is fitted to its own input.
+
+    Args:
+        model: With ZZZ heads, e.g. from :func:`timm_zzz.attach` or a name that ends in ``.zzz_r8``.
+        loader: Of batches (images, class indices).
+        device: Where images go; by default where the model's parameters are.
+        amp_dtype: Run the backbone in mixed precision of this dtype.
+        options: Those of :class:`ZZZFit`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the model has no ZZZ head, or a head that takes no part in eval mode or gets more than one
+            embedding per image; otherwise as :func:`fit_head`. The heads are left as they were then.
+
+    Example:
+        >>> import timm, timm_zzz
+        >>> model = timm.create_model('test_resnet.zzz_r4', num_classes=3)
+        >>> loader = [(torch.randn(6, 3, 64, 64), torch.arange(6) % 3) for _ in range(3)]
+        >>> model = fit_model(model, loader)
+    """
+    heads = {path: module for path, module in model.named_modules() if isinstance(module, ZZZHead)}
+    if not heads:
+        raise ValueError('model: it has no ZZZ head; use timm_zzz.attach, or a model name that ends in .zzz_r8')
+    estimators = {path: ZZZFit(head.num_classes, head.rank, **options) for path, head in heads.items()}
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    inputs: Dict[str, Tensor] = {}
+    with _eval_mode(model), _caught_inputs(heads, inputs):
+        for images, target in loader:
+            inputs.clear()
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                model(images.to(device))
+            for path, estimator in estimators.items():
+                estimator.partial_fit(_embeddings(path, inputs, len(images)), target)
+    for estimator in estimators.values():
+        estimator._solved()
+    for path, head in heads.items():
+        estimators[path].fill(head)
+    return model
+
+
+def _embeddings(path: str, inputs: Dict[str, Tensor], batch: int) -> Tensor:
+    if path not in inputs:
+        raise ValueError(f'model: its head {path} takes no part in eval mode')
+    x = inputs[path]
+    x = x.flatten(1) if x.ndim == 4 and x.shape[2:].numel() == 1 else x
+    if x.ndim != 2 or len(x) != batch:
+        raise ValueError(f'model: its head {path} gets an input of shape {list(x.shape)}, not one embedding per image')
+    return x
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _caught_inputs(heads: Dict[str, ZZZHead], inputs: Dict[str, Tensor]) -> Iterator[None]:
+    hooks = [
+        head.register_forward_pre_hook(lambda module, args, path=path: inputs.__setitem__(path, args[0]))
+        for path, head in heads.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
