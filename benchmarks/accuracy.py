@@ -1,0 +1,240 @@
+"""Accuracy, calibration and outlier detection of heads on folders of images: trains all with equal budgets.
+
+    python benchmarks/accuracy.py --data DIR [DIR ...] --backbone mobilenetv2_100 --checkpoint FILE \
+        --heads linear cosine zzz_r0 zzz_r8 --seeds 0 1 2 --results FILE.jsonl
+
+Every run is a line of the results file; runs that are in it already are not repeated. The table of all its runs is
+printed at the end (``--table`` only prints). Settings of the heads: head_spec.py; of the training: training.py.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import timm
+import torch
+from accuracy_table import tables
+from head_spec import HeadSpec, parse
+from images import Images, load
+from torch import Tensor, nn
+from torch.nn import functional as F
+from training import Runner, Settings, head_logits, spectrum
+
+from timm_zzz import scores
+from timm_zzz.functional import normalize
+
+JOB = ('data', 'head', 'seed', 'shots', 'hold_out_every', 'epochs', 'backbone')  # what tells runs apart
+PIXELS = 192  # side of the squashed images in memory
+BINS = 15
+
+
+def quality(logits: Tensor, target: Tensor) -> Dict[str, Any]:
+    """Top-1 in percent, NLL in nats, ECE in percent, and the reliability diagram's bins."""
+    probability, prediction = logits.softmax(1).max(1)
+    correct = prediction == target
+    bins, error = scores.reliability(probability.cpu(), correct.cpu(), BINS)
+    return dict(
+        top1=100 * correct.float().mean().item(),
+        nll=F.cross_entropy(logits, target).item(),
+        ece=100 * error,
+        reliability=[(b.count, b.confidence, b.accuracy) for b in bins],
+    )
+
+
+class Outliers:
+    """AUROC of every outlier score that a head has, images of its classes against others."""
+
+    def __init__(self, head: nn.Module, train_features: Tensor, train_target: Tensor, inliers: Tensor):
+        self.head = head
+        self.shared = scores.SharedGaussian.fit(normalize(train_features), train_target, shrinkage=0.1)
+        self.background = scores.Background.fit(train_features, shrinkage=0.1)
+        self.inliers = self._scores(inliers)
+
+    def _scores(self, features: Tensor) -> Dict[str, Tensor]:
+        if isinstance(self.head, scores.ZZZHead):
+            own = scores.outlier_scores(self.head, features, background=self.background)
+        else:
+            logits = head_logits(self.head, features)
+            own = {k: getattr(scores, k)(logits) for k in ('max_logit', 'max_softmax', 'energy')}
+        x = normalize(features)
+        own['shared_mahalanobis'] = self.shared.mahalanobis(x)
+        own['shared_relative_mahalanobis'] = self.shared.relative_mahalanobis(x)
+        return own
+
+    def auroc(self, outliers: Tensor) -> Dict[str, float]:
+        theirs = self._scores(outliers)
+        return {k: 100 * scores.auroc(self.inliers[k], theirs[k]) for k in theirs}
+
+
+def held_out_classes(classes: int, every: int) -> Tuple[List[int], List[int]]:
+    """Classes that are trained on, and every ``every``-th, which is not; all and none for 0."""
+    out = [c for c in range(classes) if every and c % every == every - 1]
+    return [c for c in range(classes) if c not in set(out)], out
+
+
+def run(
+    runner: Runner,
+    data: Dict[str, Images],
+    spec: HeadSpec,
+    seed: int,
+    shots: int,
+    every: int,
+    curve: int,
+    far: Dict[str, Images],
+) -> Dict[str, Any]:
+    """One training and all its figures."""
+    known, unknown = held_out_classes(len(data['train'].classes), every)
+    train_images, test_images = (data[k].of_classes(known) for k in ('train', 'validation'))
+    if shots:
+        train_images = train_images.per_class(shots, seed)
+    points: List[Tuple[int, float]] = []
+
+    def watch(epoch: int, model: nn.Module) -> None:
+        if curve and epoch % curve == 0:
+            logits = head_logits(
+                model.get_submodule(model.pretrained_cfg['classifier']), runner.embed(model, test_images)
+            )
+            points.append((epoch, 100 * (logits.argmax(1) == test_images.target).float().mean().item()))
+
+    start = time.perf_counter()
+    model, head, seconds = runner.train(train_images, spec, seed, watch)
+    total = time.perf_counter() - start
+    features = runner.embed(model, test_images)
+    result = quality(head_logits(head, features), test_images.target)
+    result.update(
+        epochs=runner.settings.epochs,
+        train_images=len(train_images),
+        seconds=total,
+        img_s=points[-1][0] * len(train_images) / seconds if points and seconds else None,
+        curve=points,
+        **spectrum(head),
+    )
+    if unknown or far:
+        outliers = Outliers(head, runner.embed(model, train_images), train_images.target, features)
+        if unknown:
+            result['near'] = outliers.auroc(runner.embed(model, data['validation'].of_classes(unknown)))
+        result['far'] = {name: outliers.auroc(runner.embed(model, images)) for name, images in far.items()}
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--data', type=Path, nargs='+', default=[], metavar='DIR', help='ImageFolder: train, validation'
+    )
+    parser.add_argument('--far', type=Path, nargs='*', default=[], metavar='DIR', help='sets of other images, far OOD')
+    parser.add_argument('--heads', nargs='+', default=['linear', 'cosine', 'zzz_r0', 'zzz_r8'], metavar='HEAD')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--shots', type=int, nargs='+', default=[0], help='training images per class; 0: all')
+    parser.add_argument('--hold-out-every', type=int, default=0, metavar='K', help='K-th classes are near OOD')
+    parser.add_argument('--backbone', default='mobilenetv2_100')
+    parser.add_argument('--checkpoint', metavar='FILE', help="its weights; timm's pretrained ones if not given")
+    parser.add_argument('--epochs', type=int, default=20)
+    parser.add_argument('--min-steps', type=int, default=0, help='more epochs where a small set gives fewer steps')
+    parser.add_argument('--curve', type=int, default=0, metavar='N', help='evaluate every N epochs')
+    parser.add_argument('--results', type=Path, required=True, metavar='FILE.jsonl')
+    parser.add_argument('--cache', type=Path, help='folder for decoded images')
+    parser.add_argument('--shard', default='0/1', metavar='I/N', help='every N-th run only, from the I-th')
+    parser.add_argument('--features', type=Path, metavar='DIR', help="only write the frozen backbone's features there")
+    parser.add_argument('--table', action='store_true', help='only print the table')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    return parser
+
+
+def environment(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'
+    return f'{name}, Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}'
+
+
+def jobs(options: argparse.Namespace) -> Iterator[Dict[str, Any]]:
+    """The runs that are asked for, in the order in which they are made."""
+    for data in options.data:
+        for seed in options.seeds:
+            for shots in options.shots:
+                for head in options.heads:
+                    yield dict(
+                        data=data.name,
+                        head=parse(head).name,
+                        seed=seed,
+                        shots=shots,
+                        hold_out_every=options.hold_out_every,
+                        epochs=options.epochs,
+                        backbone=options.backbone,
+                    )
+
+
+def read(path: Path) -> List[Dict[str, Any]]:
+    """All rows of a results file and of its shards."""
+    rows = []
+    for file in sorted(path.parent.glob(f'{path.stem}*{path.suffix}')):
+        rows += [json.loads(line) for line in file.read_text().splitlines()]
+    return rows
+
+
+def main(arguments: Optional[List[str]] = None) -> None:
+    options = _parser().parse_args(arguments)
+    if options.table:
+        print(tables(read(options.results)))
+        return
+    device = torch.device(options.device)
+    settings = Settings(options.backbone, options.checkpoint, options.epochs, min_steps=options.min_steps)
+    runner = Runner(settings, device)
+    shard, shards = map(int, options.shard.split('/'))
+    file = options.results.with_stem(f'{options.results.stem}-{shard}') if shards > 1 else options.results
+    file.parent.mkdir(parents=True, exist_ok=True)
+    done = [{k: row[k] for k in JOB} for row in read(options.results)]
+
+    def open_set(root: Path, splits: Tuple[str, ...]) -> Dict[str, Images]:
+        return {split: load(root, split, PIXELS, options.cache).to(device) for split in splits}
+
+    far = {root.name: open_set(root, ('validation',))['validation'] for root in options.far}
+    data: Dict[str, Dict[str, Images]] = {}
+    roots = {root.name: root for root in options.data}
+    if options.features:
+        _write_features(
+            runner, {name: open_set(root, ('train', 'validation')) for name, root in roots.items()}, options
+        )
+        return
+    for number, job in enumerate(jobs(options)):
+        if number % shards != shard or job in done:
+            continue
+        if job['data'] not in data:
+            data = {job['data']: open_set(roots[job['data']], ('train', 'validation'))}
+        others = {name: images for name, images in far.items() if name != job['data']}
+        result = run(
+            runner,
+            data[job['data']],
+            parse(job['head']),
+            job['seed'],
+            job['shots'],
+            options.hold_out_every,
+            options.curve,
+            others,
+        )
+        row = dict(job, **result, environment=environment(device))
+        with file.open('a') as f:
+            f.write(json.dumps(row) + '\n')
+        figures = ', '.join(f'{k} {row[k]:.3f}' for k in ('top1', 'nll', 'ece', 'seconds'))
+        print(f'{job["data"]} {job["head"]} seed {job["seed"]} shots {job["shots"]}: {figures}', file=sys.stderr)
+    if shards == 1:
+        print(tables(read(options.results)))
+
+
+def _write_features(runner: Runner, sets: Dict[str, Dict[str, Images]], options: argparse.Namespace) -> None:
+    from training import backbone
+
+    model = backbone(runner.settings).to(runner.device, memory_format=torch.channels_last)
+    options.features.mkdir(parents=True, exist_ok=True)
+    for name, splits in sets.items():
+        embedded = {
+            split: (runner.embed(model, images).half().cpu(), images.target.cpu()) for split, images in splits.items()
+        }
+        torch.save(embedded, options.features / f'{name}.pt')
+
+
+if __name__ == '__main__':
+    main()

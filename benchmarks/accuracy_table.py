@@ -1,0 +1,96 @@
+"""Tables of the rows that accuracy.py writes, in markdown."""
+
+import math
+import statistics
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+Row = Dict[str, Any]
+
+
+def mean_and_error(values: Sequence[float]) -> Tuple[float, Optional[float]]:
+    """Mean and its standard error, None for fewer than two values."""
+    if len(values) < 2:
+        return values[0], None
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def show(values: Sequence[float], digits: int = 2) -> str:
+    if not values:
+        return ''
+    mean, error = mean_and_error(values)
+    return f'{mean:.{digits}f}' + ('' if error is None else f' ± {error:.{digits}f}')
+
+
+def best(scores: Dict[str, Dict[str, float]]) -> str:
+    return max(scores, key=lambda k: scores[k])  # type: ignore[arg-type,return-value]
+
+
+def _groups(rows: List[Row], keys: Sequence[str]) -> Dict[Tuple[Any, ...], List[Row]]:
+    groups: Dict[Tuple[Any, ...], List[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in keys), []).append(row)
+    return groups
+
+
+def differences(rows: List[Row], base: List[Row], value: Callable[[Row], float]) -> List[float]:
+    """Differences to the base head's runs of the same seed."""
+    of_seed = {row['seed']: value(row) for row in base}
+    return [value(row) - of_seed[row['seed']] for row in rows if row['seed'] in of_seed]
+
+
+def _score_columns(rows: List[Row]) -> List[Tuple[str, str]]:
+    columns: List[Tuple[str, str]] = []
+    for row in rows:
+        for name in row.get('near', {}):
+            columns.append(('near', name))
+    return sorted(set(columns))
+
+
+def tables(rows: List[Row]) -> str:
+    """One table for each set, number of examples per class and held-out share; heads in the order of their runs."""
+    parts = []
+    for (data, shots, every), group in _groups(rows, ('data', 'shots', 'hold_out_every')).items():
+        title = f'{data}, ' + (f'{shots} per class' if shots else 'all examples')
+        title += f', each {every}th class held out' if every else ''
+        parts += [f'### {title}', '', _table(group), '']
+        if every:
+            parts += [_outlier_table(group), '']
+    return '\n'.join(parts)
+
+
+def _table(rows: List[Row]) -> str:
+    heads = _groups(rows, ('head',))
+    base = heads.get(('linear',), next(iter(heads.values())))
+    lines = [
+        '| head | runs | top-1 | Δ top-1 | NLL | ECE % | sigma2 | seconds | img/s |',
+        '|---|---|---|---|---|---|---|---|---|',
+    ]
+    for (head,), group in heads.items():
+        delta = differences(group, base, lambda row: row['top1'])
+        cells = [
+            head,
+            str(len(group)),
+            show([r['top1'] for r in group]),
+            '' if group is base else show(delta),
+            show([r['nll'] for r in group], 3),
+            show([r['ece'] for r in group], 1),
+            show([r['sigma2'] for r in group if 'sigma2' in r], 4),
+            f'{statistics.median(r["seconds"] for r in group):.1f}',
+            ' '.join(f'{statistics.median(v):.0f}' for v in [[r['img_s'] for r in group if r.get('img_s')]] if v),
+        ]
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def _outlier_table(rows: List[Row]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row.get('near', {})))
+    lines = ['| head | outliers | ' + ' | '.join(names) + ' |', '|---|---|' + '---|' * len(names)]
+    for (head,), group in _groups(rows, ('head',)).items():
+        kinds: Dict[str, List[Dict[str, float]]] = {'near': [row['near'] for row in group if row.get('near')]}
+        for row in group:
+            for name, scores in row.get('far', {}).items():
+                kinds.setdefault(f'far: {name}', []).append(scores)
+        for kind, found in kinds.items():
+            cells = [show([scores[n] for scores in found if n in scores], 1) for n in names]
+            lines.append(f'| {head} | {kind} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)

@@ -1,0 +1,126 @@
+"""Heads by name: ``linear``, ``cosine``, ``zzz_r8``, ``zzz_r8:fit=1,v_init=0.01``."""
+
+import re
+from dataclasses import dataclass, fields, replace
+from typing import Any, Dict, List, Tuple
+
+import torch
+from heads import CosineHead
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import timm_zzz
+from timm_zzz.attach import SIGMA2_INIT
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """A head and how it starts and learns. The learning-rate factors multiply that of the backbone."""
+
+    name: str
+    kind: str  # linear, cosine or zzz
+    rank: int = 0
+    lr: float = 1e-3  # of the backbone
+    head_lr: float = 1.0  # factor for the class means or rows, bias and A
+    scalar_lr: float = 1.0  # factor for v_raw, sigma2_raw and the cosine head's scale
+    sigma2_init: float = SIGMA2_INIT
+    v_init: float = 0.6932
+    scale_init: float = 16.0  # cosine
+    fit: int = 0  # 1: start from the closed-form fit of the training features
+    rows: str = ''  # 'fit': only the means and the bias of that fit; 'zero', 'probe' (linear): that start of the rows
+    basis: str = (
+        ''  # 'fit': only its subspaces and variances relative to sigma2; 'tangent': random, orthogonal to the means
+    )
+    fit_sigma2: float = 0.0  # if > 0, the fit's variances are scaled so that sigma2 starts here
+    objective: str = 'discriminant'
+    v_shrinkage: float = 0.0
+    mu_decoupling: float = 0.0
+    train: int = 1  # 0: no training after the start
+
+
+def parse(text: str) -> HeadSpec:
+    """Read ``KIND[_rRANK][:OPTION=VALUE,...]``; raises ValueError with the options there are."""
+    kind, _, options = text.partition(':')
+    match = re.fullmatch(r'(linear|cosine|zzz_r(\d+))', kind)
+    if match is None:
+        raise ValueError(f'head {text}: expected linear, cosine or zzz_rN, got {kind}')
+    spec = HeadSpec(name=text, kind=kind.partition('_')[0], rank=int(match[2] or 0))
+    known = {f.name: type(f.default) for f in fields(HeadSpec) if f.name not in ('name', 'kind', 'rank')}
+    changes: Dict[str, Any] = {}
+    for option in filter(None, options.split(',')):
+        key, equals, value = option.partition('=')
+        if key not in known or not equals:
+            raise ValueError(f'head {text}: unknown option {option} (there are: {", ".join(known)})')
+        changes[key] = known[key](value)
+    return replace(spec, **changes)
+
+
+def build(spec: HeadSpec, features: Tensor, target: Tensor, num_classes: int) -> nn.Module:
+    """The head at its start; the fit uses the backbone's features (N, d) of the training images, with their targets."""
+    device, width = features.device, features.shape[1]
+    if spec.kind == 'linear':
+        head: Any = nn.Linear(width, num_classes, device=device)
+        if spec.rows == 'zero':
+            nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        if spec.rows == 'probe':
+            from probe import fit_probe
+
+            fit_probe(head, features, target)
+        return head
+    if spec.kind == 'cosine':
+        head = CosineHead(num_classes, width, device)
+        nn.init.constant_(head.scale, spec.scale_init)
+        return head
+    options = dict(rank=spec.rank, sigma2_init=spec.sigma2_init, v_init=spec.v_init)
+    head = timm_zzz.ZZZHead(num_classes, width, device=device, **options)
+    if spec.fit or spec.rows == 'fit' or spec.basis == 'fit':
+        from timm_zzz.fit import fit_head
+
+        fitted = fit_head(features, target, rank=spec.rank, num_classes=num_classes, objective=spec.objective)
+        _start_from(head, fitted.to(device), spec)
+    if spec.basis == 'tangent' and head.A is not None:
+        with torch.no_grad():
+            mu = F.normalize(head.weight, dim=1)[..., None]
+            head.A -= mu * (mu.mT @ head.A)
+    return head
+
+
+@torch.no_grad()
+def _start_from(head: Any, fitted: Any, spec: HeadSpec) -> None:
+    sigma2 = F.softplus(fitted.sigma2_raw) + fitted.sigma2_min
+    factor = spec.fit_sigma2 / sigma2 if spec.fit_sigma2 else torch.ones_like(sigma2)
+    own = sigma2 * factor if spec.fit else F.softplus(head.sigma2_raw) + head.sigma2_min
+    determinant = torch.zeros_like(head.bias)
+    if head.A is not None:
+        v = F.softplus(fitted.v_raw) + fitted.v_min
+        determinant = 0.5 * (v / sigma2).log1p().sum(1)
+        if spec.fit or spec.basis == 'fit':
+            head.A.copy_(fitted.A)
+            head.v_raw.copy_(_inverse((v / sigma2 * own - head.v_min).clamp(min=1e-6)))
+    if spec.fit or spec.rows == 'fit':
+        head.weight.copy_(F.normalize(fitted.weight, dim=1) * head.weight.norm(dim=1).mean())
+    if spec.fit:
+        head.sigma2_raw.copy_(_inverse(own - head.sigma2_min))
+        # The log-determinant does not follow the temperature, the other terms do
+        head.bias.copy_((fitted.bias - determinant) / factor + determinant)
+
+
+def _inverse(value: Tensor) -> Tensor:
+    return value + torch.log(-torch.expm1(-value))
+
+
+def parameter_groups(model: nn.Module, head: nn.Module, spec: HeadSpec, weight_decay: float) -> List[Dict[str, Any]]:
+    """Parameters in groups with timm's ``lr_scale``; what has fewer than two dimensions, and v_raw, is not decayed."""
+    of_head = {id(p): name for name, p in head.named_parameters()}
+    groups: Dict[Tuple[float, bool], Dict[str, Any]] = {}
+    for p in model.parameters():
+        name = of_head.get(id(p))
+        scale = 1.0 if name is None else spec.scalar_lr if name in ('v_raw', 'sigma2_raw', 'scale') else spec.head_lr
+        decayed = p.ndim > 1 and name != 'v_raw'
+        group = groups.setdefault(
+            (scale, decayed),
+            dict(params=[], lr=spec.lr * scale, lr_scale=scale, weight_decay=weight_decay if decayed else 0.0),
+        )
+        group['params'].append(p)
+    return list(groups.values())
