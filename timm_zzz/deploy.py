@@ -1,6 +1,6 @@
 """The ZZZ head for inference: a linear layer and a sum of squares.
 
-With a = 1 / sigma2, x normalised and s_ci = a (a v_ci) / (1 + a v_ci), the logit of class c is
+With ``a = 1 / sigma2``, x normalised and ``s_ci = a (a v_ci) / (1 + a v_ci)``, the logit of class c is::
 
     a mu_c^T x + sum_i [sqrt(s_ci / 2) (u_ci^T x - u_ci^T mu_c)]^2 + constant_c - a/2 |x|^2,
 
@@ -116,11 +116,11 @@ def _can_repeat(x: Tensor) -> bool:
 
 
 class FusedZZZHead(nn.Module):
-    """A ZZZ head for inference, made by :meth:`ZZZHead.fuse`: no parameters, one matrix product, the same logits.
+    """A ZZZ head for inference: no parameters, one matrix product, the same logits.
 
-    For embeddings of shape (..., d) logits of shape (..., C), float32 or wider. Its tensors stay at least float32
-    through ``.half()`` and ``.to(torch.bfloat16)``: in 16 bits the constants, hundreds of nats, would lose the digits
-    that tell the classes apart.
+    Made by :meth:`timm_zzz.ZZZHead.fuse`. For embeddings of shape (..., d) logits of shape (..., C), float32 or wider.
+    Its tensors stay at least float32 through ``.half()`` and ``.to(torch.bfloat16)``: in 16 bits the constants,
+    hundreds of nats, would lose the digits that tell the classes apart.
 
     Args:
         rows, offsets, precision: What :func:`fuse_gaussians` returns.
@@ -155,7 +155,7 @@ class FusedZZZHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The class means over sigma2, shape (C, d): the rows of a linear layer on normalised embeddings."""
+        """The class means over sigma2, shape (C, d), as the rows of a linear layer on normalised embeddings."""
         return self.rows[: self.num_classes]
 
     @property

@@ -1,11 +1,11 @@
 """The mathematics of the ZZZ head as pure functions.
 
-A class ``c`` is a Gaussian over L2-normalised embeddings with mean ``mu_c`` and covariance
+A class ``c`` is a Gaussian over L2-normalised embeddings with mean ``mu_c`` and covariance::
 
     Sigma_c = U_c diag(v_c) U_c^T + sigma2 I,        U_c^T U_c = I,
 
 of which only ``U_c`` (d x r), ``v_c`` (r) and the scalar ``sigma2`` are stored. No d x d matrix and no tensor of shape
-(batch, classes, d) is ever formed: with ``a = 1 / sigma2``, ``delta = x - mu_c``, ``t = U_c^T delta``,
+(batch, classes, d) is ever formed: with ``a = 1 / sigma2``, ``delta = x - mu_c``, ``t = U_c^T delta``::
 
     delta^T Sigma_c^-1 delta = a |delta|^2 - a sum_i t_i^2 (a v_i) / (1 + a v_i)       (Woodbury identity)
     log |Sigma_c|            = d log sigma2 + sum_i log(1 + a v_i)                      (matrix determinant lemma)
@@ -29,7 +29,7 @@ __all__ = ['normalize', 'orthonormal_basis', 'gaussian_logits', 'class_gaussians
 def normalize(x: Tensor) -> Tensor:
     """Divide vectors by their Euclidean norm; zero vectors stay zero.
 
-    Exact over the whole range of the dtype (|x|^2 may overflow or underflow), and with a finite gradient at zero.
+    Exact over the whole range of the dtype (``|x|^2`` may overflow or underflow), and with a finite gradient at zero.
 
     Args:
         x: Vectors, shape (..., d).
@@ -226,7 +226,7 @@ def orthonormal_basis(A: Tensor, impl: str = 'auto') -> Tensor:
 
     Example:
         >>> A = torch.tensor([[[2., 1.], [0., 1.], [0., 0.]]])
-        >>> orthonormal_basis(A)
+        >>> orthonormal_basis(A).round(decimals=3)
         tensor([[[1., 0.],
                  [0., 1.],
                  [0., 0.]]])
@@ -312,8 +312,8 @@ def class_gaussians(
     Arguments and shapes as in :func:`zzz_logits`.
 
     Returns:
-        Class means mu (C, d), orthonormal bases (C, d, r) and variances v (C, r), both None for rank 0, and sigma2 ():
-        what :func:`gaussian_logits` and :func:`log_density` take.
+        Class means mu (C, d), orthonormal bases (C, d, r) and variances v (C, r), both None for rank 0, and sigma2 (),
+        which :func:`gaussian_logits` and :func:`log_density` take.
     """
     basis: Optional[Tensor] = None
     v: Optional[Tensor] = None
@@ -357,8 +357,9 @@ def zzz_logits(
 ) -> Tensor:
     """Logits of the ZZZ head from its unconstrained parameters.
 
-    With x = f / |f|, mu_c = weight_c / |weight_c|, U_c = orthonormal_basis(A_c), v_c = softplus(v_raw_c) + v_min and
-    sigma2 = softplus(sigma2_raw) + sigma2_min, the logit of class c is :func:`gaussian_logits` plus bias_c.
+    With ``x = f / |f|``, ``mu_c = weight_c / |weight_c|``, ``U_c = orthonormal_basis(A_c)``,
+    ``v_c = softplus(v_raw_c) + v_min`` and ``sigma2 = softplus(sigma2_raw) + sigma2_min``, the logit of class c is
+    :func:`gaussian_logits` plus bias_c.
 
     Computed in float32, or in float64 if the features or the weight are, whatever autocast says: the terms that all
     classes share are in the hundreds once sigma2 is small and must not be rounded to 16 bits. Triton rounds the factors

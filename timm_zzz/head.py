@@ -49,12 +49,12 @@ def _raw_variance(name: str, init: Optional[float], minimum: float) -> float:
 class ZZZHead(nn.Module):
     """Classifier that models each class as a Gaussian with low-rank covariance over L2-normalised embeddings.
 
-    The logit of class c for an embedding f is, with x = f / |f| and mu_c = weight_c / |weight_c|,
+    The logit of class c for an embedding f is, with ``x = f / |f|`` and ``mu_c = weight_c / |weight_c|``::
 
-        -1/2 (x - mu_c)^T Sigma_c^-1 (x - mu_c) - 1/2 log|Sigma_c| + bias_c,
+        -1/2 (x - mu_c)^T Sigma_c^-1 (x - mu_c) - 1/2 log|Sigma_c| + bias_c
 
-    where Sigma_c = U_c diag(v_c) U_c^T + sigma2 I, U_c is the Q factor of A_c, v_c = softplus(v_raw_c) + v_min and
-    sigma2 = softplus(sigma2_raw) + sigma2_min. With rank 0 it is a cosine classifier with temperature sigma2.
+    where ``Sigma_c = U_c diag(v_c) U_c^T + sigma2 I``, U_c is the Q factor of A_c, ``v_c = softplus(v_raw_c) + v_min``
+    and ``sigma2 = softplus(sigma2_raw) + sigma2_min``. With rank 0 it is a cosine classifier with temperature sigma2.
 
     A drop-in replacement for ``nn.Linear(feat_dim, num_classes)``: ``weight`` and ``bias`` have the same shapes and the
     state dict of a linear layer loads, its rows becoming the class means. Logits are float32 (float64 for float64
@@ -75,12 +75,12 @@ class ZZZHead(nn.Module):
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
-    Parameters:
-        weight (C, d): Class means before normalisation, also readable as ``mu``.
-        A (C, d, r): Matrices whose columns span the class subspaces; None at rank 0.
-        v_raw (C, r): Unconstrained variances along the basis; None at rank 0.
-        sigma2_raw (): Unconstrained isotropic variance.
-        bias (C,): Class offsets, log-priors up to a constant.
+    Attributes:
+        weight: Class means before normalisation, shape (C, d); also readable as ``mu``.
+        A: Matrices whose columns span the class subspaces, shape (C, d, r); None at rank 0.
+        v_raw: Unconstrained variances along the basis, shape (C, r); None at rank 0.
+        sigma2_raw: Unconstrained isotropic variance, shape ().
+        bias: Class offsets, log-priors up to a constant, shape (C,).
 
     Raises:
         ValueError: For an argument out of its range, and in ``forward`` for input whose last dimension is not d.
@@ -166,7 +166,7 @@ class ZZZHead(nn.Module):
 
     @property
     def impl(self) -> str:
-        """What computes the logits of float32 features where the parameters are now: ``'torch'`` or ``'triton'``.
+        """What computes the logits of float32 features where the parameters are now, ``'torch'`` or ``'triton'``.
 
         Set it to ``'torch'``, ``'triton'`` or ``'auto'``.
 

@@ -204,7 +204,7 @@ def push_to_hub(
         files: Further files to push, name in the repository to path.
 
     Returns:
-        The commit: ``.commit_url``, ``.oid``, ``.pr_url``, as huggingface_hub's HfApi.upload_folder gives it.
+        The commit, with ``.commit_url``, ``.oid`` and ``.pr_url``, as huggingface_hub's HfApi.upload_folder gives it.
 
     Raises:
         ValueError: As :func:`save_pretrained`, and for a card that the Hub finds invalid.
@@ -275,7 +275,7 @@ def from_pretrained(
             the weights as timm does.
 
     Returns:
-        The model in training mode, like ``create_model``: call ``.eval()`` to predict. Weights come back in
+        The model in training mode, like ``create_model``; call ``.eval()`` to predict. Weights come back in
         float32, whatever they were saved in, unless ``dtype`` is given.
 
     Raises:

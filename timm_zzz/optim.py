@@ -31,7 +31,7 @@ def variance_shrinkage(head: ZZZHead) -> Tensor:
 
 
 def mean_decoupling(head: ZZZHead) -> Tensor:
-    """The mean over classes of |U_c^T mu_c|^2, (), between 0 and 1: how much of the mean lies in its class's subspace.
+    """The mean over classes of ``|U_c^T mu_c|^2``, (), 0 to 1: how much of the mean lies in its class's subspace.
 
     Add a multiple of it to the loss; ``zzzadamw`` takes the multiple as ``mu_decoupling``. 0 at rank 0.
     """
