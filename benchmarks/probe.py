@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PENALTIES: Tuple[float, ...] = tuple(10.0**k for k in (-5, -4.5, -4, -3.5, -3, -2.5, -2, -1.5, -1))
+PENALTIES: Tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def _fit(x: Tensor, target: Tensor, num_classes: int, penalty: float, start: Any = None) -> Tuple[Tensor, Tensor]:
@@ -14,7 +14,7 @@ def _fit(x: Tensor, target: Tensor, num_classes: int, penalty: float, start: Any
     weight = torch.zeros(num_classes, x.shape[1], dtype=x.dtype, device=x.device) if start is None else start[0].clone()
     bias = torch.zeros(num_classes, dtype=x.dtype, device=x.device) if start is None else start[1].clone()
     parameters = [weight.requires_grad_(), bias.requires_grad_()]
-    optimizer = torch.optim.LBFGS(parameters, max_iter=300, history_size=10, line_search_fn='strong_wolfe')
+    optimizer = torch.optim.LBFGS(parameters, max_iter=100, history_size=10, line_search_fn='strong_wolfe')
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -42,7 +42,8 @@ def fit_probe(head: nn.Linear, features: Tensor, target: Tensor) -> float:
     The features are standardised for the optimisation, by which the penalty acts on comparable columns. Without two
     examples in a class there is nothing to choose by: the penalty is 0.01.
     """
-    x = features.double()
+    x = features
+    x = x.float() if x.dtype != torch.float64 else x
     center, spread = x.mean(0), x.std(0).clamp(min=1e-6)
     x = (x - center) / spread
     classes = head.out_features

@@ -81,7 +81,8 @@ def test_rank_0_is_lda(shrinkage):
     head = double(X, y, 0, shrinkage=shrinkage, temperature=len(y) / (len(y) - C))
     expected = torch.as_tensor(oracle.decision_function(Z.numpy()))
     close(relative(head(3 * Z)), relative(expected), rtol=1e-9, atol=1e-8)
-    assert head.weight.norm(dim=1).allclose(torch.ones(C).double(), rtol=1e-12)
+    norms = head.weight.norm(dim=1)
+    assert norms.allclose(norms.new_full((C,), 0.02 * head.feat_dim**0.5), rtol=1e-12)
 
 
 def test_shrinkage_1_is_the_nearest_mean():
@@ -635,3 +636,26 @@ def test_page(root):
     for snippet in snippets:
         exec(compile(snippet.replace('pretrained=True', 'pretrained=False'), 'docs/fit.md', 'exec'), names)
     assert names['head'](X.float()).shape == (60, C) and names['model'](names['loader'][0][0]).shape == (8, 4)
+
+
+def test_a_given_sigma2_is_another_temperature():
+    """The same decisions, log-odds by one common factor, and rows as long as a new head's."""
+    torch.manual_seed(0)
+    y = torch.arange(120) % 4
+    X = torch.randn(120, 16) + 4 * torch.eye(4, 16)[y]
+    fitted, start = (fit_head(X, y, rank=2, sigma2=sigma2).double() for sigma2 in (None, 1 / 16))
+    assert float(F.softplus(start.sigma2_raw).detach() + start.sigma2_min) == pytest.approx(1 / 16, rel=1e-5)
+    with torch.no_grad():
+        odds = [head(X).diff(dim=1) for head in (fitted, start)]
+    factor = (odds[0] * odds[1]).sum() / odds[0].square().sum()
+    assert not 0.9 < factor < 1.1
+    torch.testing.assert_close(odds[1], factor * odds[0], rtol=1e-4, atol=1e-4)
+    new = ZZZHead(1000, 16, rank=0).weight.norm(dim=1).square().mean().sqrt()
+    assert float(start.weight.detach().norm(dim=1).mean()) == pytest.approx(float(new.detach()), rel=0.05)
+
+
+def test_sigma2_and_a_temperature_exclude_each_other():
+    with pytest.raises(ValueError, match='sigma2: it sets the temperature, give only one of them, got temperature=1.0'):
+        ZZZFit(3, sigma2=0.1, temperature=1.0)
+    with pytest.raises(ValueError, match='sigma2: expected a finite number from'):
+        ZZZFit(3, sigma2=-1.0)

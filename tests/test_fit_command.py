@@ -101,9 +101,15 @@ def test_options_arrive(command, monkeypatch):
     options = ['--objective', 'density', '--shrinkage', 0.5, '--prior-count', 7, '--temperature', 0.25]
     file = command(*options, '--amp', '--val-split', '', '--img-size', 64)
     choices = dict(objective='density', shrinkage=0.5, prior_count=7.0, temperature=0.25)
-    assert seen == dict(choices, device=torch.device('cpu'), amp_dtype=torch.bfloat16)
+    assert seen == dict(choices, sigma2=None, device=torch.device('cpu'), amp_dtype=torch.bfloat16)
     with safe_open(file, 'pt') as f:
         assert {key: str(value) for key, value in choices.items()}.items() <= f.metadata().items()
+
+
+def test_sigma2_of_a_start(command):
+    state = load_file(command('--sigma2', 0.0625))
+    sigma2 = torch.nn.functional.softplus(state['fc.sigma2_raw']) + 1e-4
+    assert float(sigma2) == pytest.approx(0.0625, rel=1e-4)
 
 
 def test_a_checkpoint_with_the_same_classes_keeps_its_head_until_the_fit(command, backbone, tmp_path, capsys):

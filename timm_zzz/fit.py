@@ -21,7 +21,7 @@ from .closed_form import (
     best_temperature,
     negative_log_likelihood,
 )
-from .head import ZZZHead
+from .head import INIT_STD, ZZZHead
 from .moments import HeldOut, Moments, as_features, as_labels
 
 __all__ = ['ZZZFit', 'fit_head', 'fit_model']
@@ -60,6 +60,8 @@ class ZZZFit:
             for the density.
         prior_count: Number of examples that the pooled covariance counts for in that of a class, >= 0.
         temperature: Factor T > 0 on the logits; 1 leaves them the log-densities of the estimated Gaussians.
+        sigma2: The head's isotropic variance, in place of the one that the temperature gives: the same decisions, with
+            logits of another temperature. For a start of training, where the fit's own are too sharp: 1/16.
         holdout: Share of each class's examples to hold out, 0 to 0.5, at least one of every class that has two.
         max_holdout: About how many examples are held out at most; one of each class in any case.
         class_prior: ``'uniform'``, or ``'empirical'`` for a bias by the classes' shares of the examples.
@@ -100,6 +102,7 @@ class ZZZFit:
         shrinkage: Union[str, float] = 'auto',
         prior_count: Union[str, float] = 'auto',
         temperature: Union[str, float] = 'auto',
+        sigma2: Optional[float] = None,
         holdout: float = 0.2,
         max_holdout: int = 4096,
         class_prior: str = 'uniform',
@@ -117,6 +120,9 @@ class ZZZFit:
         self.shrinkage = _auto_or_number('shrinkage', shrinkage, 0, 1)
         self.prior_count = _auto_or_number('prior_count', prior_count, 0, math.inf)
         self.temperature = _auto_or_number('temperature', temperature, 1e-9, 1e9)
+        if sigma2 is not None and temperature != 'auto':
+            raise ValueError(f'sigma2: it sets the temperature, give only one of them, got temperature={temperature}')
+        self.sigma2 = None if sigma2 is None else _number('sigma2', sigma2, 1e-6, 1e6)
         self.holdout = _number('holdout', holdout, 0, 0.5)
         self.max_holdout = max_holdout
         self.class_prior = class_prior
@@ -211,7 +217,8 @@ class ZZZFit:
         v = (form.gain / (a - form.gain) * sigma2).clamp(min=1.01 * head.v_min)
         left = (form.centre.square().sum(1) / sigma2 + (v / sigma2).log1p().sum(1)) / 2  # what the head takes off
         bias = form.offset / (a * sigma2) + left + self._log_prior()
-        head.weight.copy_(form.centre)
+        # As long as a new head's rows, so that a learning rate means the same
+        head.weight.copy_(form.centre * (INIT_STD * form.centre.shape[1] ** 0.5))
         head.bias.copy_(bias - bias.mean())
         head.sigma2_raw.copy_(_inverse_softplus(torch.tensor(sigma2 - head.sigma2_min, dtype=torch.float64)))
         if head.A is not None and head.v_raw is not None:
@@ -243,6 +250,8 @@ class ZZZFit:
             form = estimator.head_form(self.shrinkage_, self.prior_count_, 1.0, math.inf)
             temperature = 1 / (UNTUNED_SIGMA2 * form.precision())
         form = estimator.head_form(self.shrinkage_, self.prior_count_, temperature, most)
+        if self.sigma2 is not None:
+            temperature = 1 / (self.sigma2 * form.precision())
         self.temperature_ = temperature * estimator.scale
         self._solution = _Solution(form, temperature)
         few = int((self.class_count_ <= self.rank).sum())

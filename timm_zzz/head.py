@@ -19,6 +19,8 @@ __all__ = ['ZZZHead', 'ZZZConvHead']
 
 _logger = logging.getLogger(__name__)
 
+INIT_STD = 0.02  # of the entries of new class means and of A
+
 _live_heads: 'weakref.WeakSet[ZZZHead]' = weakref.WeakSet()
 
 # In the order in which the linear classifier's come first
@@ -152,9 +154,9 @@ class ZZZHead(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the parameters anew: weight and A from 0.02 N(0, 1), the variances at their initial values, bias 0."""
         with torch.no_grad():
-            self.weight.normal_(std=0.02)
+            self.weight.normal_(std=INIT_STD)
             if self.A is not None and self.v_raw is not None:
-                self.A.normal_(std=0.02)
+                self.A.normal_(std=INIT_STD)
                 self.v_raw.fill_(self._v_raw_init)
             self.sigma2_raw.fill_(self._sigma2_raw_init)
             self.bias.zero_()

@@ -1,0 +1,91 @@
+"""Frozen features and few examples per class: the closed-form fit against a tuned linear probe, without fine-tuning.
+
+    python benchmarks/few_shot.py --data DIR [DIR ...] --backbone mobilenetv2_100 --checkpoint FILE --cache FOLDER
+
+Features are those of timm's evaluation transform, in float32, and lie in the cache afterwards. Prints a table of top-1
+and NLL on the validation images, mean and standard error over draws of the examples.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
+
+import torch
+from accuracy_table import show
+from probe import fit_probe
+from timm.data import create_dataset, create_transform, resolve_data_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+from training import Settings, backbone, head_logits
+
+from timm_zzz.fit import fit_head
+
+Set = Dict[str, Tuple[Tensor, Tensor]]
+
+
+@torch.inference_mode()
+def features_of(root: Path, settings: Settings, cache: Path) -> Set:
+    """Features (N, d) and targets (N,) of the splits train and validation."""
+    file = cache / f'{root.name}.pt'
+    if file.exists():
+        found: Set = torch.load(file)
+        return found
+    model = backbone(settings).eval()
+    transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
+    found = {}
+    for split in ('train', 'validation'):
+        loader = torch.utils.data.DataLoader(create_dataset('', root=str(root), split=split, transform=transform), 64)
+        x, y = zip(*((model(images), target) for images, target in loader), strict=True)
+        found[split] = torch.cat(x), torch.cat(y)
+    cache.mkdir(parents=True, exist_ok=True)
+    torch.save(found, file)
+    return found
+
+
+def draw(target: Tensor, shots: int, seed: int) -> Tensor:
+    """Indices of ``shots`` examples of each class, or of all for 0, in the order of the draw."""
+    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
+    if not shots:
+        return order
+    return torch.cat([order[target[order] == c][:shots] for c in range(int(target.max()) + 1)])
+
+
+def heads(x: Tensor, y: Tensor, num_classes: int) -> Dict[str, nn.Module]:
+    """The classifiers that are compared, from normalised and plain features alike the same data."""
+    probe = nn.Linear(x.shape[1], num_classes)
+    fit_probe(probe, x, y)
+    found: Dict[str, nn.Module] = {'linear probe, tuned': probe}
+    for rank in (0, 8):
+        found[f'fit, rank {rank}'] = fit_head(x, y, rank=rank, num_classes=num_classes)
+    return found
+
+
+def main(arguments: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', type=Path, nargs='+', required=True, metavar='DIR')
+    parser.add_argument('--backbone', default='mobilenetv2_100')
+    parser.add_argument('--checkpoint', metavar='FILE')
+    parser.add_argument('--cache', type=Path, required=True)
+    parser.add_argument('--shots', type=int, nargs='+', default=[1, 2, 5, 10, 0], help='examples per class; 0: all')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    options = parser.parse_args(arguments)
+    settings = Settings(options.backbone, options.checkpoint, epochs=0)
+    print('| set | per class | head | top-1 | NLL |\n|---|---|---|---|---|')
+    for root in options.data:
+        data = features_of(root, settings, options.cache)
+        (x, y), (test_x, test_y) = ((x.float(), y) for x, y in (data['train'], data['validation']))
+        for shots in options.shots:
+            figures: Dict[str, List[Tuple[float, float]]] = {}
+            for seed in options.seeds if shots else options.seeds[:1]:
+                index = draw(y, shots, seed)
+                for name, head in heads(x[index], y[index], int(y.max()) + 1).items():
+                    logits = head_logits(head, test_x)
+                    top1 = 100 * (logits.argmax(1) == test_y).float().mean().item()
+                    figures.setdefault(name, []).append((top1, F.cross_entropy(logits, test_y).item()))
+            for name, values in figures.items():
+                top1s, nlls = zip(*values, strict=True)
+                print(f'| {root.name} | {shots or "all"} | {name} | {show(top1s)} | {show(nlls, 3)} |', flush=True)
+
+
+if __name__ == '__main__':
+    main()
