@@ -73,7 +73,7 @@ def main() -> None:
         panels.append(('top-1 % by epoch', curve))
     if len({row['shots'] for row in rows}) > 1:
         panels.append(('top-1 % by training images', examples))
-    colors = {head: f'C{i}' for i, (head,) in enumerate(_by(rows, 'head'))}
+    colors = {head: matplotlib.color_sequences['tab10'][i % 10] for i, (head,) in enumerate(_by(rows, 'head'))}
     figure, grid = plt.subplots(len(sets), len(panels), figsize=(4 * len(panels), 3.4 * len(sets)), squeeze=False)
     for line, ((name,), of_set) in zip(grid, sets.items(), strict=True):
         for axes, (title, draw) in zip(line, panels, strict=True):
