@@ -51,7 +51,7 @@ def draw(target: Tensor, shots: int, seed: int) -> Tensor:
 
 
 def heads(x: Tensor, y: Tensor, num_classes: int) -> Dict[str, nn.Module]:
-    """The classifiers that are compared, from normalised and plain features alike the same data."""
+    """The classifiers that are compared, each from the same features (N, d); the fit normalises them."""
     probe = nn.Linear(x.shape[1], num_classes)
     fit_probe(probe, x, y)
     found: Dict[str, nn.Module] = {'linear probe, tuned': probe}

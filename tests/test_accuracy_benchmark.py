@@ -279,6 +279,36 @@ def test_table_has_means_and_standard_errors():
     )
 
 
+def test_few_shot_table(folder, checkpoint, tmp_path, capsys):
+    arguments = ('--data', folder, '--backbone', ARCHITECTURE, '--checkpoint', checkpoint, '--cache', tmp_path)
+    few_shot = module('few_shot')
+    for _ in range(2):  # the second time from the cache
+        few_shot.main([str(a) for a in (*arguments, '--shots', 3, 0, '--seeds', 0, 1)])
+    first, second = capsys.readouterr().out.split('| set |')[1:]
+    assert first == second
+    lines = first.splitlines()[2:]
+    names = ['linear probe, tuned', 'fit, rank 0', 'fit, rank 8']
+    assert [line.split(' | ')[1:3] for line in lines] == [[k, name] for k in ('3', 'all') for name in names]
+    assert ' ± ' in lines[0] and ' ± ' not in lines[3]
+
+
+def test_few_shot_draws():
+    target = torch.tensor([0, 1, 1, 0, 1, 0, 1])
+    index = module('few_shot').draw(target, 2, seed=0)
+    assert target[index].tolist() == [0, 0, 1, 1] and len(set(index.tolist())) == 4
+    assert sorted(module('few_shot').draw(target, 0, seed=0).tolist()) == list(range(7))
+
+
+def test_plots(folder, checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip('matplotlib')
+    heads = ('--heads', 'linear', 'zzz_r2', '--seeds', 0, '--shots', 0, 2, '--curve', 1)
+    accuracy(folder, checkpoint, tmp_path / 'runs.jsonl', *heads)
+    monkeypatch.setattr(sys, 'argv', ['plot_accuracy.py', str(tmp_path / 'runs.jsonl'), str(tmp_path / 'plot.png')])
+    module('plot_accuracy').main()
+    with Image.open(tmp_path / 'plot.png') as image:
+        assert image.width > 3.5 * image.height  # four panels of one set
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
 def test_a_graph_trains_as_eager_steps_do(folder, checkpoint):
     training, images = module('training'), module('images')
