@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import timm_zzz
 from timm_zzz.attach import SIGMA2_INIT
+from timm_zzz.fit import fit_head
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class HeadSpec:
     basis: str = (
         ''  # 'fit': only its subspaces and variances relative to sigma2; 'tangent': random, orthogonal to the means
     )
-    fit_sigma2: float = 0.0  # if > 0, the fit's variances are scaled so that sigma2 starts here
+    fit_sigma2: float = 0.0  # if > 0, the fit is asked for this sigma2
     objective: str = 'discriminant'
     v_shrinkage: float = 0.0
     mu_decoupling: float = 0.0
@@ -75,9 +76,10 @@ def build(spec: HeadSpec, features: Tensor, target: Tensor, num_classes: int) ->
     options = dict(rank=spec.rank, sigma2_init=spec.sigma2_init, v_init=spec.v_init)
     head = timm_zzz.ZZZHead(num_classes, width, device=device, **options)
     if spec.fit or spec.rows == 'fit' or spec.basis == 'fit':
-        from timm_zzz.fit import fit_head
-
-        fitted = fit_head(features, target, rank=spec.rank, num_classes=num_classes, objective=spec.objective)
+        sigma2 = spec.fit_sigma2 or None
+        fitted = fit_head(
+            features, target, rank=spec.rank, num_classes=num_classes, objective=spec.objective, sigma2=sigma2
+        )
         _start_from(head, fitted.to(device), spec)
     if spec.basis == 'tangent' and head.A is not None:
         with torch.no_grad():
@@ -88,22 +90,16 @@ def build(spec: HeadSpec, features: Tensor, target: Tensor, num_classes: int) ->
 
 @torch.no_grad()
 def _start_from(head: Any, fitted: Any, spec: HeadSpec) -> None:
-    sigma2 = F.softplus(fitted.sigma2_raw) + fitted.sigma2_min
-    factor = spec.fit_sigma2 / sigma2 if spec.fit_sigma2 else torch.ones_like(sigma2)
-    own = sigma2 * factor if spec.fit else F.softplus(head.sigma2_raw) + head.sigma2_min
-    determinant = torch.zeros_like(head.bias)
-    if head.A is not None:
-        v = F.softplus(fitted.v_raw) + fitted.v_min
-        determinant = 0.5 * (v / sigma2).log1p().sum(1)
-        if spec.fit or spec.basis == 'fit':
-            head.A.copy_(fitted.A)
-            head.v_raw.copy_(_inverse((v / sigma2 * own - head.v_min).clamp(min=1e-6)))
-    if spec.fit or spec.rows == 'fit':
-        head.weight.copy_(F.normalize(fitted.weight, dim=1) * head.weight.norm(dim=1).mean())
     if spec.fit:
-        head.sigma2_raw.copy_(_inverse(own - head.sigma2_min))
-        # The log-determinant does not follow the temperature, the other terms do
-        head.bias.copy_((fitted.bias - determinant) / factor + determinant)
+        head.load_state_dict(fitted.state_dict())
+    if spec.rows == 'fit':
+        head.weight.copy_(fitted.weight)
+        head.bias.copy_(fitted.bias)
+    if spec.basis == 'fit' and head.A is not None:
+        head.A.copy_(fitted.A)
+        theirs, own = (F.softplus(h.sigma2_raw) + h.sigma2_min for h in (fitted, head))
+        v = (F.softplus(fitted.v_raw) + fitted.v_min) / theirs * own
+        head.v_raw.copy_(_inverse((v - head.v_min).clamp(min=1e-6)))
 
 
 def _inverse(value: Tensor) -> Tensor:
