@@ -29,14 +29,13 @@ from timm_zzz.functional import normalize
 
 JOB = ('data', 'head', 'seed', 'shots', 'hold_out_every', 'epochs', 'backbone')  # what tells runs apart
 PIXELS = 192  # side of the squashed images in memory
-BINS = 15
 
 
 def quality(logits: Tensor, target: Tensor) -> Dict[str, Any]:
     """Top-1 in percent, NLL in nats, ECE in percent, and the reliability diagram's bins."""
     probability, prediction = logits.softmax(1).max(1)
     correct = prediction == target
-    bins, error = scores.reliability(probability.cpu(), correct.cpu(), BINS)
+    bins, error = scores.reliability(probability.cpu(), correct.cpu())
     return dict(
         top1=100 * correct.float().mean().item(),
         nll=F.cross_entropy(logits, target).item(),

@@ -21,10 +21,6 @@ def show(values: Sequence[float], digits: int = 2) -> str:
     return f'{mean:.{digits}f}' + ('' if error is None else f' ± {error:.{digits}f}')
 
 
-def best(scores: Dict[str, Dict[str, float]]) -> str:
-    return max(scores, key=lambda k: scores[k])  # type: ignore[arg-type,return-value]
-
-
 def _groups(rows: List[Row], keys: Sequence[str]) -> Dict[Tuple[Any, ...], List[Row]]:
     groups: Dict[Tuple[Any, ...], List[Row]] = {}
     for row in rows:
@@ -36,14 +32,6 @@ def differences(rows: List[Row], base: List[Row], value: Callable[[Row], float])
     """Differences to the base head's runs of the same seed."""
     of_seed = {row['seed']: value(row) for row in base}
     return [value(row) - of_seed[row['seed']] for row in rows if row['seed'] in of_seed]
-
-
-def _score_columns(rows: List[Row]) -> List[Tuple[str, str]]:
-    columns: List[Tuple[str, str]] = []
-    for row in rows:
-        for name in row.get('near', {}):
-            columns.append(('near', name))
-    return sorted(set(columns))
 
 
 def tables(rows: List[Row]) -> str:

@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Tuple
 
 import torch
 from heads import CosineHead
+from numerics import inverse_softplus
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -99,11 +100,7 @@ def _start_from(head: Any, fitted: Any, spec: HeadSpec) -> None:
         head.A.copy_(fitted.A)
         theirs, own = (F.softplus(h.sigma2_raw) + h.sigma2_min for h in (fitted, head))
         v = (F.softplus(fitted.v_raw) + fitted.v_min) / theirs * own
-        head.v_raw.copy_(_inverse((v - head.v_min).clamp(min=1e-6)))
-
-
-def _inverse(value: Tensor) -> Tensor:
-    return value + torch.log(-torch.expm1(-value))
+        head.v_raw.copy_(inverse_softplus((v - head.v_min).clamp(min=1e-6)))
 
 
 def parameter_groups(model: nn.Module, head: nn.Module, spec: HeadSpec, weight_decay: float) -> List[Dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Op
 import torch
 from torch import Tensor, nn
 
+from .attach import SIGMA2_INIT
 from .closed_form import (
     PRECISIONS,
     Density,
@@ -21,6 +22,7 @@ from .closed_form import (
     best_temperature,
     negative_log_likelihood,
 )
+from .features import caught_inputs, heads_of, pooled
 from .head import INIT_STD, ZZZHead
 from .moments import HeldOut, Moments, as_features, as_labels
 
@@ -31,7 +33,6 @@ _logger = logging.getLogger(__name__)
 OBJECTIVES: Dict[str, Callable[[Moments, int], Estimator]] = {'discriminant': Discriminant, 'density': Density}
 SHRINKAGES = {'discriminant': (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02), 'density': (0.0,)}
 PRIOR_COUNTS = (1000.0, 100.0, 10.0)  # of equal likelihood the first of each is taken
-UNTUNED_SIGMA2 = 1 / 16  # where there is no held-out example
 OVERSAMPLING = 8  # rows of a class's sketch beyond the rank
 
 
@@ -248,7 +249,7 @@ class ZZZFit:
             temperature = given
         elif not len(y):
             form = estimator.head_form(self.shrinkage_, self.prior_count_, 1.0, math.inf)
-            temperature = 1 / (UNTUNED_SIGMA2 * form.precision())
+            temperature = 1 / (SIGMA2_INIT * form.precision())
         form = estimator.head_form(self.shrinkage_, self.prior_count_, temperature, most)
         if self.sigma2 is not None:
             temperature = 1 / (self.sigma2 * form.precision())
@@ -414,13 +415,12 @@ def fit_model(
         >>> loader = [(torch.randn(6, 3, 64, 64), torch.arange(6) % 3) for _ in range(3)]
         >>> model = fit_model(model, loader)
     """
-    heads = {path: module for path, module in model.named_modules() if isinstance(module, ZZZHead)}
+    heads = heads_of(model)
     if not heads:
         raise ValueError('model: it has no ZZZ head; use timm_zzz.attach, or a model name that ends in .zzz_r8')
     estimators = {path: ZZZFit(head.num_classes, head.rank, **options) for path, head in heads.items()}
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    inputs: Dict[str, Tensor] = {}
-    with _eval_mode(model), _caught_inputs(heads, inputs):
+    with _eval_mode(model), caught_inputs(heads) as inputs:
         for images, target in loader:
             inputs.clear()
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -437,8 +437,7 @@ def fit_model(
 def _embeddings(path: str, inputs: Dict[str, Tensor], batch: int) -> Tensor:
     if path not in inputs:
         raise ValueError(f'model: its head {path} takes no part in eval mode')
-    x = inputs[path]
-    x = x.flatten(1) if x.ndim == 4 and x.shape[2:].numel() == 1 else x
+    x = pooled(inputs[path])
     if x.ndim != 2 or len(x) != batch:
         raise ValueError(f'model: its head {path} gets an input of shape {list(x.shape)}, not one embedding per image')
     return x
@@ -453,16 +452,3 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextlib.contextmanager
-def _caught_inputs(heads: Dict[str, ZZZHead], inputs: Dict[str, Tensor]) -> Iterator[None]:
-    hooks = [
-        head.register_forward_pre_hook(lambda module, args, path=path: inputs.__setitem__(path, args[0]))
-        for path, head in heads.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

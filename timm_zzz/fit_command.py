@@ -12,7 +12,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from tqdm import tqdm
 from ._timm import SPLIT_FOLDERS
 from .arguments import positive_int
 from .errors import HubError
+from .features import heads_of
 from .fit import OBJECTIVES, fit_model
-from .head import ZZZHead
+from .loading import device_of, evaluation_loader, open_images
 from .version import __version__
 
 __all__ = ['main']
@@ -104,13 +105,14 @@ def _fit(options: argparse.Namespace) -> None:
     channels = options.input_size[0] if options.input_size else options.model_kwargs.get('in_chans', 3)
     train, names = _open(options, options.split, None, channels)
     model = _build(options, _class_count(options, names), channels)
-    device = _device(options.device)
+    device = device_of(options.device)
     model.to(device)
     config = resolve_data_config(vars(options), model=model)
     validation = _open_validation(options, names, channels)
 
     def loader(dataset: Any, name: str) -> Any:
-        return tqdm(_loader(options, dataset, config, device), desc=name, unit='batch', file=sys.stderr)
+        batches = evaluation_loader(dataset, config, options.batch_size, options.workers, device)
+        return tqdm(batches, desc=name, unit='batch', file=sys.stderr)
 
     amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
     if validation is not None:
@@ -133,17 +135,7 @@ def _open(options: argparse.Namespace, split: str, names: Optional[List[str]], c
     root: Path = options.data_dir
     if not options.dataset and not root.is_dir():
         raise ValueError(f'--data-dir: no such folder: {root}')
-    try:
-        dataset: Any = create_dataset(
-            options.dataset,
-            root=str(root),
-            split=split,
-            class_map=class_map,
-            input_img_mode='RGB' if channels == 3 else 'L',
-            batch_size=options.batch_size,
-        )
-    except (RuntimeError, AssertionError, OSError, ImportError, ValueError) as e:
-        raise ValueError(f'--data-dir: {root} has no images of a split {split}: {e}') from e
+    dataset = open_images(options.dataset, root, split, class_map, channels, options.batch_size)
     reader: Any = getattr(dataset, 'reader', None)
     # Where there is no such folder timm takes all images of the root: right only if that is the one set there is
     splits = any((root / name).is_dir() for name in chain(*SPLIT_FOLDERS))
@@ -174,23 +166,6 @@ def _class_count(options: argparse.Namespace, names: List[str]) -> int:
     return count or len(names)
 
 
-def _loader(options: argparse.Namespace, dataset: Any, config: Dict[str, Any], device: torch.device) -> Any:
-    return create_loader(
-        dataset,
-        input_size=config['input_size'],
-        batch_size=options.batch_size,
-        interpolation=config['interpolation'],
-        mean=config['mean'],
-        std=config['std'],
-        num_workers=options.workers,
-        crop_pct=config['crop_pct'],
-        crop_mode=config['crop_mode'],
-        pin_memory=device.type == 'cuda',
-        device=device,
-        persistent_workers=False,
-    )
-
-
 @torch.inference_mode()
 def _score(model: nn.Module, loader: Any, device: torch.device, amp_dtype: Optional[torch.dtype]) -> Score:
     model.eval()
@@ -208,14 +183,6 @@ def _score(model: nn.Module, loader: Any, device: torch.device, amp_dtype: Optio
 # Model
 
 
-def _device(name: str) -> torch.device:
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'--device: {name} is not available: {e}') from e
-
-
 def _build(options: argparse.Namespace, num_classes: int, channels: int) -> nn.Module:
     kwargs = dict(in_chans=channels, **{k: v for k, v in options.model_kwargs.items() if k != 'in_chans'})
     if options.pretrained_path:  # as train.py does
@@ -225,7 +192,7 @@ def _build(options: argparse.Namespace, num_classes: int, channels: int) -> nn.M
         model = timm.create_model(options.model, pretrained=pretrained, num_classes=num_classes, **kwargs)
     except (RuntimeError, TypeError) as e:
         raise ValueError(f'{options.model}: {e}') from e
-    if not any(isinstance(module, ZZZHead) for module in model.modules()):
+    if not heads_of(model):
         raise ValueError(f'--model: {options.model} has no ZZZ head; append .zzz_r8 to its name')
     if options.checkpoint:
         _load(model, options.checkpoint, options.use_ema)
@@ -241,7 +208,7 @@ def _load(model: nn.Module, checkpoint: str, use_ema: bool) -> None:
     except Exception as e:  # whatever a broken archive or pickle raises
         raise ValueError(f"--checkpoint: {checkpoint} can't be read: {e}") from e
     own = model.state_dict()
-    heads = tuple(f'{path}.' for path, module in model.named_modules() if isinstance(module, ZZZHead))
+    heads = tuple(f'{path}.' for path in heads_of(model))
     for head in heads:
         found = [key for key in state if key.startswith(head)]
         if any(key not in own or state[key].shape != own[key].shape for key in found):

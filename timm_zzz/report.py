@@ -19,7 +19,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import timm
 import torch
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
@@ -28,7 +28,9 @@ from tqdm import tqdm
 from ._timm import SPLIT_FOLDERS
 from .arguments import checkpoint_file, positive_int
 from .errors import HubError
+from .features import caught_inputs, heads_of, pooled
 from .head import ZZZHead
+from .loading import device_of, evaluation_loader, open_images
 from .push import Run, class_names, load_run
 from .scores import ClassGaussians, class_gaussians_of, log_density, reliability
 from .version import __version__
@@ -90,18 +92,13 @@ def evaluate(
     Raises:
         ValueError: For labels that are no class indices of the model, output that is no logits, or no images.
     """
-    heads = {path: module for path, module in model.named_modules() if isinstance(module, ZZZHead)}
-    inputs: Dict[str, Tensor] = {}
-    hooks = [
-        head.register_forward_pre_hook(lambda module, args, path=path: inputs.__setitem__(path, args[0]))
-        for path, head in heads.items()
-    ]
+    heads = heads_of(model)
     classes = {path: class_gaussians_of(head) for path, head in heads.items()}
     columns: List[Tuple[Tensor, ...]] = []
     lowest = Lowest(OUTLIERS)
     count, reason = 0, ''
     model.eval()
-    try:
+    with caught_inputs(heads) as inputs:
         for images, target in tqdm(loader, desc='images', unit='batch', file=sys.stderr):
             inputs.clear()
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -113,9 +110,6 @@ def evaluate(
                 columns[-1] += (density.cpu(),)
                 lowest.update(count, density.cpu(), images)
             count += len(target)
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not count:
         raise ValueError('--data-dir: no images')
     joined = [torch.cat(column) for column in zip(*columns, strict=True)]
@@ -157,7 +151,7 @@ def _density(
     """The largest log-density of a class for each image (B,), a mean over the heads; or None, and why."""
     densities = []
     for path, x in inputs.items():
-        x = x.flatten(1) if x.ndim == 4 and x.shape[2:].numel() == 1 else x
+        x = pooled(x)
         if x.shape != (batch, heads[path].feat_dim):
             return None, f'{path} gets an input of shape {list(x.shape)}, not one embedding per image'
         densities.append(log_density(classes[path], x).amax(1))
@@ -444,17 +438,8 @@ def open_dataset(options: argparse.Namespace, run: Run, channels: int) -> Tuple[
 
 
 def _create_dataset(options: argparse.Namespace, name: str, names: Optional[List[str]], channels: int) -> Any:
-    try:
-        return create_dataset(
-            name,
-            root=str(options.data_dir),
-            split=options.split,
-            class_map={each: i for i, each in enumerate(names)} if names else '',  # type: ignore[arg-type]
-            input_img_mode='RGB' if channels == 3 else 'L',
-            batch_size=options.batch_size,
-        )
-    except (RuntimeError, AssertionError, OSError, ImportError, ValueError) as e:
-        raise ValueError(f'--data-dir: {options.data_dir} has no images of a split {options.split}: {e}') from e
+    class_map: Any = {each: i for i, each in enumerate(names)} if names else ''
+    return open_images(name, options.data_dir, options.split, class_map, channels, options.batch_size)
 
 
 def _check_split(data_dir: Path, split: str, dataset: Any) -> None:
@@ -464,23 +449,6 @@ def _check_split(data_dir: Path, split: str, dataset: Any) -> None:
     others = sorted(path.name for path in data_dir.iterdir() if path.is_dir() and path.name in _SPLITS)
     if others:
         raise ValueError(f'--split: {data_dir} has no {split}, only {", ".join(others)}')
-
-
-def _loader(options: argparse.Namespace, dataset: Any, config: Dict[str, Any], device: torch.device) -> Any:
-    return create_loader(
-        dataset,
-        input_size=config['input_size'],
-        batch_size=options.batch_size,
-        interpolation=config['interpolation'],
-        mean=config['mean'],
-        std=config['std'],
-        num_workers=options.workers,
-        crop_pct=config['crop_pct'],
-        crop_mode=config['crop_mode'],
-        pin_memory=device.type == 'cuda',
-        device=device,
-        persistent_workers=False,
-    )
 
 
 def contents(run: Run, results: Results, config: Dict[str, Any], dataset: Any, names: Sequence[str]) -> Dict[str, Any]:
@@ -606,14 +574,6 @@ def main(arguments: Optional[List[str]] = None) -> None:
         parser.exit(2, f'timm_zzz: error: {e}\n')
 
 
-def _device(name: str) -> torch.device:
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'--device: {name} is not available: {e}') from e
-
-
 def _load(options: argparse.Namespace) -> Tuple[Path, Run]:
     checkpoint = checkpoint_file(options.checkpoint)
     try:
@@ -626,13 +586,14 @@ def _report(options: argparse.Namespace) -> Path:
     output: Path = options.output
     if output.is_dir() or output.exists() and not options.force:
         raise ValueError(f'--output: {output} exists already; give another one or --force')
-    device = _device(options.device)
+    device = device_of(options.device)
     checkpoint, run = _load(options)
     config = resolve_data_config(run.data_config, model=run.model)
     dataset, names = open_dataset(options, run, config['input_size'][0])
     model = run.model.to(device)
     amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
-    results = evaluate(model, _loader(options, dataset, config, device), device, amp_dtype)
+    loader = evaluation_loader(dataset, config, options.batch_size, options.workers, device)
+    results = evaluate(model, loader, device, amp_dtype)
     num_classes: int = model.num_classes  # type: ignore[assignment]
     context = contents(run, results, config, dataset, names or [f'class {c}' for c in range(num_classes)])
     data = options.dataset or run.args.get('dataset') or options.data_dir.resolve().name
