@@ -10,6 +10,7 @@ printed at the end (``--table`` only prints). Settings of the heads: head_spec.p
 import argparse
 import json
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from accuracy_table import tables
 from head_spec import HeadSpec, parse
 from images import Images, load
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import Runner, Settings, head_logits, spectrum
@@ -27,7 +29,7 @@ from training import Runner, Settings, head_logits, spectrum
 from timm_zzz import scores
 from timm_zzz.functional import normalize
 
-JOB = ('data', 'head', 'seed', 'shots', 'hold_out_every', 'epochs', 'backbone')  # what tells runs apart
+JOB = ('data', 'head', 'seed', 'shots', 'hold_out_every', 'epochs', 'backbone', 'smoothing')  # what tells runs apart
 PIXELS = 192  # side of the squashed images in memory
 
 
@@ -84,8 +86,9 @@ def run(
     every: int,
     curve: int,
     far: Dict[str, Images],
+    keep: Optional[Path] = None,
 ) -> Dict[str, Any]:
-    """One training and all its figures."""
+    """One training and all its figures; ``keep``: a file for what the scores are computed from."""
     known, unknown = held_out_classes(len(data['train'].classes), every)
     train_images, test_images = (data[k].of_classes(known) for k in ('train', 'validation'))
     if shots:
@@ -112,10 +115,18 @@ def run(
         curve=points,
         **spectrum(head),
     )
-    if unknown or far:
-        outliers = Outliers(head, runner.embed(model, train_images), train_images.target, features)
+    if unknown or far or keep:
+        train_features = runner.embed(model, train_images)
+        near = runner.embed(model, data['validation'].of_classes(unknown)) if unknown else features[:0]
+        if keep:
+            embedded = dict(train=train_features, validation=features, near=near)
+            targets = dict(train_target=train_images.target, validation_target=test_images.target)
+            state = {f'head.{k}': v.float() for k, v in head.state_dict().items()}
+            tensors = {**{k: v.half() for k, v in embedded.items()}, **targets, **state}
+            save_file({k: v.contiguous() for k, v in tensors.items()}, keep)
+        outliers = Outliers(head, train_features, train_images.target, features)
         if unknown:
-            result['near'] = outliers.auroc(runner.embed(model, data['validation'].of_classes(unknown)))
+            result['near'] = outliers.auroc(near)
         result['far'] = {name: outliers.auroc(runner.embed(model, images)) for name, images in far.items()}
     return result
 
@@ -139,6 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--cache', type=Path, help='folder for decoded images')
     parser.add_argument('--shard', default='0/1', metavar='I/N', help='every N-th run only, from the I-th')
     parser.add_argument('--features', type=Path, metavar='DIR', help="only write the frozen backbone's features there")
+    parser.add_argument('--keep', type=Path, metavar='DIR', help="write every trained model's features and head there")
+    parser.add_argument('--smoothing', type=float, default=Settings.smoothing, help='of labels')
     parser.add_argument('--table', action='store_true', help='only print the table')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     return parser
@@ -163,14 +176,20 @@ def jobs(options: argparse.Namespace) -> Iterator[Dict[str, Any]]:
                         hold_out_every=options.hold_out_every,
                         epochs=options.epochs,
                         backbone=options.backbone,
+                        smoothing=options.smoothing,
                     )
+
+
+def _file_name(job: Dict[str, Any]) -> str:
+    name = '-'.join(str(job[k]) for k in ('data', 'head', 'seed', 'shots'))
+    return re.sub(r'[^\w.-]', '_', name) + '.safetensors'
 
 
 def read(path: Path) -> List[Dict[str, Any]]:
     """All rows of a results file and of its shards."""
     rows = []
     for file in sorted(path.parent.glob(f'{path.stem}*{path.suffix}')):
-        rows += [json.loads(line) for line in file.read_text().splitlines()]
+        rows += [{'smoothing': Settings.smoothing, **json.loads(line)} for line in file.read_text().splitlines()]
     return rows
 
 
@@ -180,11 +199,14 @@ def main(arguments: Optional[List[str]] = None) -> None:
         print(tables(read(options.results)))
         return
     device = torch.device(options.device)
-    settings = Settings(options.backbone, options.checkpoint, options.epochs, min_steps=options.min_steps)
+    settings = Settings(
+        options.backbone, options.checkpoint, options.epochs, smoothing=options.smoothing, min_steps=options.min_steps
+    )
     runner = Runner(settings, device)
     shard, shards = map(int, options.shard.split('/'))
     file = options.results.with_stem(f'{options.results.stem}-{shard}') if shards > 1 else options.results
-    file.parent.mkdir(parents=True, exist_ok=True)
+    for folder in filter(None, (file.parent, options.keep)):
+        folder.mkdir(parents=True, exist_ok=True)
     done = [{k: row[k] for k in JOB} for row in read(options.results)]
 
     def open_set(root: Path, splits: Tuple[str, ...]) -> Dict[str, Images]:
@@ -213,6 +235,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
             options.hold_out_every,
             options.curve,
             others,
+            options.keep and options.keep / _file_name(job),
         )
         row = dict(job, **result, environment=environment(device))
         with file.open('a') as f:

@@ -35,11 +35,16 @@ def differences(rows: List[Row], base: List[Row], value: Callable[[Row], float])
 
 
 def tables(rows: List[Row]) -> str:
-    """One table for each set, number of examples per class and held-out share; heads in the order of their runs."""
+    """One table for each set, number of examples per class, held-out share, and label smoothing.
+
+    Heads are in the order of their runs.
+    """
     parts = []
-    for (data, shots, every), group in _groups(rows, ('data', 'shots', 'hold_out_every')).items():
+    keys = ('data', 'shots', 'hold_out_every', 'smoothing')
+    for (data, shots, every, smoothing), group in _groups(rows, keys).items():
         title = f'{data}, ' + (f'{shots} per class' if shots else 'all examples')
         title += f', each {every}th class held out' if every else ''
+        title += f', label smoothing {smoothing:g}'
         parts += [f'### {title}', '', _table(group), '']
         if every:
             parts += [_outlier_table(group), '']

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, fields, replace
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from heads import CosineHead
@@ -14,6 +14,13 @@ import timm_zzz
 from timm_zzz.attach import SIGMA2_INIT
 from timm_zzz.fit import fit_head
 
+BASES = {
+    'fit': 'of the fit only its subspaces, and its variances relative to sigma2',
+    'tangent': 'random, orthogonal to the means',
+    'pooled': 'the leading directions of the covariance within classes of the training features, for all classes',
+    'layer': 'the leading left singular vectors of the last layer before the head, for all classes',
+}
+
 
 @dataclass(frozen=True)
 class HeadSpec:
@@ -23,17 +30,19 @@ class HeadSpec:
     kind: str  # linear, cosine or zzz
     rank: int = 0
     lr: float = 1e-3  # of the backbone
-    head_lr: float = 1.0  # factor for the class means or rows, bias and A
+    head_lr: float = 1.0  # factor for the class means or rows, and bias
+    basis_lr: float = 1.0  # factor for A
     scalar_lr: float = 1.0  # factor for v_raw, sigma2_raw and the cosine head's scale
     sigma2_init: float = SIGMA2_INIT
     v_init: float = 0.6932
     scale_init: float = 16.0  # cosine
     fit: int = 0  # 1: start from the closed-form fit of the training features
     rows: str = ''  # 'fit': only the means and the bias of that fit; 'zero', 'probe' (linear): that start of the rows
-    basis: str = (
-        ''  # 'fit': only its subspaces and variances relative to sigma2; 'tangent': random, orthogonal to the means
-    )
+    row_scale: float = 1.0  # factor on the rows and the bias of that start
+    basis: str = ''  # one of BASES
+    tied: int = 0  # 1: one subspace, with one set of variances, for all classes; that of the first class at the start
     fit_sigma2: float = 0.0  # if > 0, the fit is asked for this sigma2
+    v_scale: float = 1.0  # factor on the variances of the start
     objective: str = 'discriminant'
     v_shrinkage: float = 0.0
     mu_decoupling: float = 0.0
@@ -54,11 +63,27 @@ def parse(text: str) -> HeadSpec:
         if key not in known or not equals:
             raise ValueError(f'head {text}: unknown option {option} (there are: {", ".join(known)})')
         changes[key] = known[key](value)
+    if changes.get('basis', 'fit') not in BASES:
+        raise ValueError(f'head {text}: expected a basis of {", ".join(BASES)}, got {changes["basis"]}')
     return replace(spec, **changes)
 
 
-def build(spec: HeadSpec, features: Tensor, target: Tensor, num_classes: int) -> nn.Module:
-    """The head at its start; the fit uses the backbone's features (N, d) of the training images, with their targets."""
+def needs_features(spec: HeadSpec) -> bool:
+    return bool(spec.fit) or spec.rows in ('fit', 'probe') or spec.basis in ('fit', 'pooled')
+
+
+def build(
+    spec: HeadSpec, features: Tensor, target: Tensor, num_classes: int, layer: Optional[Tensor] = None
+) -> nn.Module:
+    """The head at its start.
+
+    Args:
+        spec: Which, and how it starts.
+        features: The backbone's, of the training images, shape (N, d); of no use if not :func:`needs_features`.
+        target: Their classes, shape (N,).
+        num_classes: C.
+        layer: Weights (d, ...) of the layer that the features come from, for a basis from it.
+    """
     device, width = features.device, features.shape[1]
     if spec.kind == 'linear':
         head: Any = nn.Linear(width, num_classes, device=device)
@@ -69,6 +94,9 @@ def build(spec: HeadSpec, features: Tensor, target: Tensor, num_classes: int) ->
             from probe import fit_probe
 
             fit_probe(head, features, target)
+            with torch.no_grad():
+                for p in head.parameters():
+                    p *= spec.row_scale
         return head
     if spec.kind == 'cosine':
         head = CosineHead(num_classes, width, device)
@@ -82,11 +110,31 @@ def build(spec: HeadSpec, features: Tensor, target: Tensor, num_classes: int) ->
             features, target, rank=spec.rank, num_classes=num_classes, objective=spec.objective, sigma2=sigma2
         )
         _start_from(head, fitted.to(device), spec)
-    if spec.basis == 'tangent' and head.A is not None:
-        with torch.no_grad():
-            mu = F.normalize(head.weight, dim=1)[..., None]
-            head.A -= mu * (mu.mT @ head.A)
+    if head.A is not None:
+        _shape_basis(head, spec, features, target, layer)
     return head
+
+
+@torch.no_grad()
+def _shape_basis(head: Any, spec: HeadSpec, features: Tensor, target: Tensor, layer: Optional[Tensor]) -> None:
+    if spec.basis == 'tangent':
+        mu = F.normalize(head.weight, dim=1)[..., None]
+        head.A -= mu * (mu.mT @ head.A)
+    if spec.basis == 'pooled':
+        x = F.normalize(features.double(), dim=1)
+        means = torch.zeros(head.num_classes, x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, target, x)
+        delta = x - (means / target.bincount(minlength=head.num_classes)[:, None])[target]
+        head.A.copy_(torch.linalg.eigh(delta.T @ delta)[1][:, -spec.rank :])
+    if spec.basis == 'layer':
+        assert layer is not None
+        head.A.copy_(torch.linalg.svd(layer.flatten(1), full_matrices=False)[0][:, : spec.rank])
+    if spec.v_scale != 1:
+        v = (F.softplus(head.v_raw) + head.v_min) * spec.v_scale
+        head.v_raw.copy_(inverse_softplus((v - head.v_min).clamp(min=1e-6)))
+    if spec.tied:
+        for p in (head.A, head.v_raw):
+            p.copy_(p[:1].expand_as(p).clone())
+            p.register_hook(lambda grad: grad.mean(0, keepdim=True).expand_as(grad))
 
 
 @torch.no_grad()
@@ -109,7 +157,8 @@ def parameter_groups(model: nn.Module, head: nn.Module, spec: HeadSpec, weight_d
     groups: Dict[Tuple[float, bool], Dict[str, Any]] = {}
     for p in model.parameters():
         name = of_head.get(id(p))
-        scale = 1.0 if name is None else spec.scalar_lr if name in ('v_raw', 'sigma2_raw', 'scale') else spec.head_lr
+        factors = dict.fromkeys(('v_raw', 'sigma2_raw', 'scale'), spec.scalar_lr)
+        scale = 1.0 if name is None else {**factors, 'A': spec.basis_lr}.get(name, spec.head_lr)
         decayed = p.ndim > 1 and name != 'v_raw'
         group = groups.setdefault(
             (scale, decayed),

@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional, Tuple
 
 import timm
 import torch
-from head_spec import HeadSpec, build, parameter_groups
+from head_spec import HeadSpec, build, needs_features, parameter_groups
 from images import Images, batches, center_boxes, crop, jitter, random_boxes
 from timm.data import resolve_data_config
 from timm.scheduler import create_scheduler_v2
@@ -75,12 +75,13 @@ class Runner:
         num_classes = len(train_images.classes)
         model: Any = backbone(self.settings, num_classes).to(self.device, memory_format=torch.channels_last)
         path = model.pretrained_cfg['classifier']
-        needs_features = spec.fit or 'fit' in (spec.rows, spec.basis) or spec.rows == 'probe'
-        if needs_features:
+        if needs_features(spec):
             features = self.embed(model, train_images)
         else:
             features = torch.zeros(1, model.head_hidden_size, device=self.device)
-        head = build(spec, features, train_images.target, num_classes)
+        layers = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.startswith(f'{path}.')]
+        layer = next((p.detach() for p in reversed(layers) if len(p) == features.shape[1]), None)
+        head = build(spec, features, train_images.target, num_classes, layer)
         model.set_submodule(path, head)
         return model, head
 

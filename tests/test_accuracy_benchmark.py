@@ -263,11 +263,120 @@ def test_same_seed_same_figures(folder, checkpoint, tmp_path):
     assert a['nll'] == pytest.approx(b['nll'], rel=1e-4)
 
 
+def within_class_covariance(x, y):
+    """By scikit-learn's own estimator of each class, of the unit vectors."""
+    from sklearn.covariance import empirical_covariance
+
+    x = F.normalize(x.double(), dim=1)
+    return sum(torch.from_numpy(empirical_covariance(x[y == c].numpy())) * (y == c).sum() for c in y.unique())
+
+
+def test_basis_of_the_pooled_covariance():
+    """It spans the directions of the largest variance within classes, the same for all."""
+    head_spec = module('head_spec')
+    torch.manual_seed(0)
+    y = torch.arange(90) % 3
+    x = torch.randn(90, 12) * torch.linspace(3, 0.5, 12) + 4 * torch.eye(3, 12)[y]
+    head = head_spec.build(head_spec.parse('zzz_r2:basis=pooled'), x, y, 3)
+    largest = torch.linalg.eigvalsh(within_class_covariance(x, y))[-2:].sum()
+    basis = head.A[0].double()
+    explained = (basis.T @ within_class_covariance(x, y) @ basis).trace()
+    assert explained.item() == pytest.approx(largest.item(), rel=1e-5)
+    assert torch.equal(head.A, head.A[:1].expand_as(head.A))
+
+
+def test_basis_of_the_last_layer():
+    """No basis of rank 2 leaves less of the layer's weights."""
+    head_spec = module('head_spec')
+    layer = torch.randn(12, 5, 1, 1, generator=torch.Generator().manual_seed(0))
+    head = head_spec.build(head_spec.parse('zzz_r2:basis=layer'), torch.zeros(1, 12), torch.zeros(1).long(), 3, layer)
+    basis, flat = head.A[1], layer.flatten(1)
+    rest = (flat - basis @ (basis.T @ flat)).norm()
+    assert rest.item() == pytest.approx(torch.linalg.svdvals(flat)[2:].norm().item(), rel=1e-5)
+
+
+def test_the_runner_finds_the_last_layer(folder, checkpoint):
+    training = module('training')
+    runner = training.Runner(training.Settings(ARCHITECTURE, str(checkpoint), epochs=1), torch.device('cpu'))
+    data = module('images').load(folder, 'train', 64)
+    model, head = runner.start(data, module('head_spec').parse('zzz_r2:basis=layer'), seed=0)
+    flat = model.conv_head.weight.detach().flatten(1)
+    basis = head.A[0].detach()
+    kept = (basis.T @ flat).square().sum().item()
+    assert kept == pytest.approx(torch.linalg.svdvals(flat)[:2].square().sum().item(), rel=1e-4)
+
+
+def test_tied_subspaces_stay_tied():
+    head_spec = module('head_spec')
+    torch.manual_seed(0)
+    head = head_spec.build(head_spec.parse('zzz_r2:tied=1'), torch.zeros(1, 12), torch.zeros(1).long(), 3)
+    before = head.A.detach().clone()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(head(torch.randn(6, 12)), torch.arange(6) % 3).backward()
+        optimizer.step()
+    for p in (head.A, head.v_raw):
+        assert torch.equal(p, p[:1].expand_as(p))
+    assert not torch.equal(head.A, before)
+
+
+def test_factors_on_starts():
+    head_spec = module('head_spec')
+    torch.manual_seed(0)
+    y = torch.arange(60) % 3
+    x = torch.randn(60, 12) + 3 * torch.eye(3, 12)[y]
+    none = (torch.zeros(1, 12), torch.zeros(1).long(), 3)
+    v = [
+        F.softplus(head.v_raw) + head.v_min
+        for head in (
+            head_spec.build(head_spec.parse(f'zzz_r2:{o}'), *none) for o in ('v_init=0.2', 'v_init=0.2,v_scale=0.25')
+        )
+    ]
+    torch.testing.assert_close(v[1], v[0] / 4)
+    whole, tenth = (head_spec.build(head_spec.parse(f'linear:rows=probe,row_scale={k}'), x, y, 3)(x) for k in (1, 0.1))
+    torch.testing.assert_close(tenth, whole / 10)
+    with pytest.raises(ValueError, match='expected a basis of fit, tangent, pooled, layer, got pool'):
+        head_spec.parse('zzz_r2:basis=pool')
+
+
+def test_kept_features_give_the_figures(folder, checkpoint, tmp_path):
+    """What --keep writes is enough to get a run's accuracy and energy again, here by hand."""
+    from safetensors.torch import load_file
+    from sklearn.metrics import roc_auc_score
+
+    import timm_zzz
+
+    options = ('--heads', 'zzz_r2', '--seeds', 0, '--hold-out-every', 4, '--keep', tmp_path / 'kept')
+    (row,) = accuracy(folder, checkpoint, tmp_path / 'runs.jsonl', *options)
+    (file,) = (tmp_path / 'kept').iterdir()
+    kept = load_file(file)
+    head = timm_zzz.ZZZHead(3, kept['validation'].shape[1], rank=2).eval()
+    head.load_state_dict({k[5:]: v for k, v in kept.items() if k.startswith('head.')})
+    with torch.no_grad():
+        known, near = (head(kept[k].float()) for k in ('validation', 'near'))
+    assert 100 * (known.argmax(1) == kept['validation_target']).double().mean() == pytest.approx(row['top1'])
+    energies = [-logits.logsumexp(1) for logits in (known, near)]
+    labels = [0] * len(known) + [1] * len(near)
+    assert 100 * roc_auc_score(labels, torch.cat(energies)) == pytest.approx(row['near']['energy'], abs=4)
+    assert len(kept['train']) == len(kept['train_target']) == row['train_images']
+
+
+def test_label_smoothing_tells_runs_apart(folder, checkpoint, tmp_path):
+    for smoothing in (0.1, 0.3):
+        options = ('--heads', 'linear', '--seeds', 0, '--smoothing', smoothing)
+        rows = accuracy(folder, checkpoint, tmp_path / 'runs.jsonl', *options)
+    assert module('accuracy_table').tables(rows).count('| linear | 1 |') == 2
+    assert [row['smoothing'] for row in rows] == [0.1, 0.3]
+    assert rows[0]['nll'] != rows[1]['nll']
+
+
 def test_table_has_means_and_standard_errors():
     table = module('accuracy_table')
+    shared = dict(data='birds', shots=0, hold_out_every=0, smoothing=0.1, nll=1.0, ece=2.0, seconds=3.0)
     top1 = {'linear': [80.0, 82.0, 81.0], 'zzz_r8': [82.0, 82.5, 83.0]}
     rows = [
-        dict(data='birds', head=head, seed=seed, shots=0, hold_out_every=0, top1=value, nll=1.0, ece=2.0, seconds=3.0)
+        dict(shared, head=head, seed=seed, top1=value)
         for head, values in top1.items()
         for seed, value in enumerate(values)
     ]
