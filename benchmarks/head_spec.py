@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import timm_zzz
 from timm_zzz.attach import SIGMA2_INIT
-from timm_zzz.fit import fit_head
+from timm_zzz.fit import ZZZFit
 
 BASES = {
     'fit': 'of the fit only its subspaces, and its variances relative to sigma2',
@@ -36,7 +36,7 @@ class HeadSpec:
     sigma2_init: float = SIGMA2_INIT
     v_init: float = 0.6932
     scale_init: float = 16.0  # cosine
-    fit: int = 0  # 1: start from the closed-form fit of the training features
+    fit: int = 0  # 1: start from the closed-form fit of the training features; 2: from SpreadFit's
     rows: str = ''  # 'fit': only the means and the bias of that fit; 'zero', 'probe' (linear): that start of the rows
     row_scale: float = 1.0  # factor on the rows and the bias of that start
     basis: str = ''  # one of BASES
@@ -66,6 +66,12 @@ def parse(text: str) -> HeadSpec:
     if changes.get('basis', 'fit') not in BASES:
         raise ValueError(f'head {text}: expected a basis of {", ".join(BASES)}, got {changes["basis"]}')
     return replace(spec, **changes)
+
+
+class SpreadFit(ZZZFit):
+    """The fit with its means as far apart as they go, for first logits that are less flat; cuts off large gains."""
+
+    _precisions = (1e-3,)
 
 
 def needs_features(spec: HeadSpec) -> bool:
@@ -106,10 +112,9 @@ def build(
     head = timm_zzz.ZZZHead(num_classes, width, device=device, **options)
     if spec.fit or spec.rows == 'fit' or spec.basis == 'fit':
         sigma2 = spec.fit_sigma2 or None
-        fitted = fit_head(
-            features, target, rank=spec.rank, num_classes=num_classes, objective=spec.objective, sigma2=sigma2
-        )
-        _start_from(head, fitted.to(device), spec)
+        estimator = SpreadFit if spec.fit == 2 else ZZZFit
+        fit = estimator(num_classes, spec.rank, objective=spec.objective, sigma2=sigma2).fit(features, target)
+        _start_from(head, fit.to_head().to(device), spec)
     if head.A is not None:
         _shape_basis(head, spec, features, target, layer)
     return head

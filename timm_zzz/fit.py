@@ -93,6 +93,7 @@ class ZZZFit:
     shrinkage_: float
     prior_count_: float
     temperature_: float
+    _precisions = PRECISIONS  # bounds on the head's to choose from
 
     def __init__(
         self,
@@ -238,7 +239,7 @@ class ZZZFit:
         x, y = held_out.examples()
         everything = held_out.moments.copy()
         everything.add(x, y)
-        most = PRECISIONS[0]
+        most = self._precisions[0]
         if len(y):
             temperature, most = self._choose(held_out.moments.copy(), x, y)
         else:
@@ -299,8 +300,8 @@ class ZZZFit:
             if nll >= best * (1 - 1e-9):
                 break  # it has one minimum
             best, start, self.shrinkage_, self.prior_count_ = nll, temperature, shrinkage, prior_counts[i]
-        best, chosen, precision = math.inf, (start, PRECISIONS[0]), math.inf
-        for most in PRECISIONS:
+        best, chosen, precision = math.inf, (start, self._precisions[0]), math.inf
+        for most in self._precisions:
             if precision * start <= most:
                 continue  # the form would be the same
             form = estimator.head_form(self.shrinkage_, self.prior_count_, start, most)
