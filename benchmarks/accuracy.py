@@ -52,12 +52,11 @@ class Outliers:
     def __init__(self, head: nn.Module, train_features: Tensor, train_target: Tensor, inliers: Tensor):
         self.head = head
         self.shared = scores.SharedGaussian.fit(normalize(train_features), train_target, shrinkage=0.1)
-        self.background = scores.Background.fit(train_features, shrinkage=0.1)
         self.inliers = self._scores(inliers)
 
     def _scores(self, features: Tensor) -> Dict[str, Tensor]:
         if isinstance(self.head, scores.ZZZHead):
-            own = scores.outlier_scores(self.head, features, background=self.background)
+            own = scores.outlier_scores(self.head, features)
         else:
             logits = head_logits(self.head, features)
             own = {k: getattr(scores, k)(logits) for k in ('max_logit', 'max_softmax', 'energy')}
