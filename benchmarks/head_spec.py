@@ -36,12 +36,13 @@ class HeadSpec:
     sigma2_init: float = SIGMA2_INIT
     v_init: float = 0.6932
     scale_init: float = 16.0  # cosine
-    fit: int = 0  # 1: start from the closed-form fit of the training features; 2: from SpreadFit's
+    fit: int = 0  # 1: start from the closed-form fit of the training features
     rows: str = ''  # 'fit': only the means and the bias of that fit; 'zero', 'probe' (linear): that start of the rows
     row_scale: float = 1.0  # factor on the rows and the bias of that start
     basis: str = ''  # one of BASES
     tied: int = 0  # 1: one subspace, with one set of variances, for all classes; that of the first class at the start
     fit_sigma2: float = 0.0  # if > 0, the fit is asked for this sigma2
+    fit_precision: float = -1.0  # if >= 0, the fit's max_precision
     v_scale: float = 1.0  # factor on the variances of the start
     objective: str = 'discriminant'
     v_shrinkage: float = 0.0
@@ -66,12 +67,6 @@ def parse(text: str) -> HeadSpec:
     if changes.get('basis', 'fit') not in BASES:
         raise ValueError(f'head {text}: expected a basis of {", ".join(BASES)}, got {changes["basis"]}')
     return replace(spec, **changes)
-
-
-class SpreadFit(ZZZFit):
-    """The fit with its means as far apart as they go, for first logits that are less flat; cuts off large gains."""
-
-    _precisions = (1e-3,)
 
 
 def needs_features(spec: HeadSpec) -> bool:
@@ -111,10 +106,11 @@ def build(
     options = dict(rank=spec.rank, sigma2_init=spec.sigma2_init, v_init=spec.v_init)
     head = timm_zzz.ZZZHead(num_classes, width, device=device, **options)
     if spec.fit or spec.rows == 'fit' or spec.basis == 'fit':
-        sigma2 = spec.fit_sigma2 or None
-        estimator = SpreadFit if spec.fit == 2 else ZZZFit
-        fit = estimator(num_classes, spec.rank, objective=spec.objective, sigma2=sigma2).fit(features, target)
-        _start_from(head, fit.to_head().to(device), spec)
+        choices: Dict[str, Any] = dict(objective=spec.objective, sigma2=spec.fit_sigma2 or None)
+        if spec.fit_precision >= 0:
+            choices['max_precision'] = spec.fit_precision
+        estimator = ZZZFit(num_classes, spec.rank, **choices)
+        _start_from(head, estimator.fit(features, target).to_head().to(device), spec)
     if head.A is not None:
         _shape_basis(head, spec, features, target, layer)
     return head

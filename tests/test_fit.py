@@ -659,3 +659,71 @@ def test_sigma2_and_a_temperature_exclude_each_other():
         ZZZFit(3, sigma2=0.1, temperature=1.0)
     with pytest.raises(ValueError, match='sigma2: expected a finite number from'):
         ZZZFit(3, sigma2=-1.0)
+
+
+def cone(num_classes=8, dim=48, count=40):
+    """Classes whose closest head has a sigma2 small enough for gains, and so means close together."""
+    y = torch.arange(num_classes * count) % num_classes
+    axes = torch.nn.functional.normalize(torch.randn(num_classes, dim), dim=1)
+    own = 0.6 * axes[y] * torch.randn(len(y), 1)
+    return 1 + 0.3 * torch.eye(num_classes, dim)[y] + own + torch.randn(len(y), dim) * torch.logspace(
+        -1.5, -0.5, dim
+    ), y
+
+
+def mean_cosine(head):
+    mu = F.normalize(head.weight.detach().double(), dim=1)
+    return float(((mu @ mu.T).sum() - len(mu)) / (len(mu) * (len(mu) - 1)))
+
+
+def precision(head):
+    return 1 / float(F.softplus(head.sigma2_raw.detach()) + head.sigma2_min)
+
+
+def largest_variance(head):
+    return precision(head) * float((F.softplus(head.v_raw.detach()) + head.v_min).max())
+
+
+def test_a_bound_on_the_precision_moves_the_means_apart():
+    """Gains that need more precision are cut off at 0.8 of it, which is v = 4 sigma2; the least is that of rank 0."""
+    torch.manual_seed(2)
+    X, y = cone()
+    heads = {bound: fit_head(X, y, rank=2, max_precision=bound) for bound in (9000, 300, 0)}
+    cosines = [mean_cosine(head) for head in heads.values()]
+    assert cosines[0] > 0.9 and 0.3 < cosines[1] < 0.6 and cosines[2] < 0.1
+    assert largest_variance(heads[9000]) == pytest.approx(1.25, rel=1e-3)  # 1.8 times the largest gain
+    assert precision(heads[300]) == pytest.approx(300, rel=1e-3)
+    assert largest_variance(heads[300]) == pytest.approx(4, rel=1e-3)
+    assert precision(heads[0]) == pytest.approx(precision(fit_head(X, y, rank=0)), rel=0.1)
+    for head in heads.values():
+        assert F.cross_entropy(head(X), y) < 0.02
+    # Softened alike, the farther apart the sharper
+    starts = [fit_head(X, y, rank=2, max_precision=bound, sigma2=1 / 16) for bound in heads]
+    nll = [F.cross_entropy(head(X), y).item() for head in starts]
+    assert nll[0] > nll[1] + 0.1 and nll[1] > nll[2] + 0.1
+    assert [mean_cosine(head) for head in starts] == pytest.approx(cosines, abs=1e-5)
+
+
+def test_a_bound_on_the_precision_that_cuts_nothing_changes_no_logit():
+    torch.manual_seed(2)
+    X, y = cone()
+    options = dict(rank=2, shrinkage=0.3, prior_count=10.0, temperature=0.1, dtype=torch.float64)
+    wide = fit_head(X, y, max_precision=1e9, **options)
+    apart = fit_head(X, y, max_precision=0.75 * precision(wide), **options)
+    assert precision(apart) == pytest.approx(0.75 * precision(wide), rel=1e-6)
+    assert mean_cosine(apart) < mean_cosine(wide) - 0.002 and largest_variance(apart) < 3.9
+    close(relative(apart(X)), relative(wide(X)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('options', [dict(rank=0), dict(rank=2, objective='density')])
+def test_a_bound_on_the_precision_is_of_no_use_without_gains_or_for_the_density(options):
+    torch.manual_seed(2)
+    X, y = cone()
+    heads = [fit_head(X, y, max_precision=bound, **options).state_dict() for bound in ('auto', 0)]
+    assert all(torch.equal(heads[0][key], heads[1][key]) for key in heads[0])
+
+
+@pytest.mark.parametrize('bound', [-1, float('nan'), float('inf'), 'most', True])
+def test_a_bound_on_the_precision_is_checked(bound):
+    with pytest.raises(ValueError, match='max_precision: expected a finite number from 0 to'):
+        ZZZFit(3, max_precision=bound)

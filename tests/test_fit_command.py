@@ -99,8 +99,9 @@ def test_options_arrive(command, monkeypatch):
 
     monkeypatch.setattr('timm_zzz.fit_command.fit_model', spy)
     options = ['--objective', 'density', '--shrinkage', 0.5, '--prior-count', 7, '--temperature', 0.25]
+    options += ['--max-precision', 200]
     file = command(*options, '--amp', '--val-split', '', '--img-size', 64)
-    choices = dict(objective='density', shrinkage=0.5, prior_count=7.0, temperature=0.25)
+    choices = dict(objective='density', shrinkage=0.5, prior_count=7.0, temperature=0.25, max_precision=200.0)
     assert seen == dict(choices, sigma2=None, device=torch.device('cpu'), amp_dtype=torch.bfloat16)
     with safe_open(file, 'pt') as f:
         assert {key: str(value) for key, value in choices.items()}.items() <= f.metadata().items()

@@ -63,6 +63,10 @@ class ZZZFit:
         temperature: Factor T > 0 on the logits; 1 leaves them the log-densities of the estimated Gaussians.
         sigma2: The head's isotropic variance, in place of the one that the temperature gives: the same decisions, with
             logits of another temperature. For a start of training, where the fit's own are too sharp: 1/16.
+        max_precision: Largest 1 / sigma2, at the fit's own temperature, that the discriminant takes for the sake of
+            classes with much variance along a direction, >= 0; beyond 0.8 of it such variance is cut off. The smaller,
+            the farther apart are the means on the sphere: for a start of training 200, or 0 for as far as they go.
+            ``'auto'``: one of 9000, 3000 and 1000.
         holdout: Share of each class's examples to hold out, 0 to 0.5, at least one of every class that has two.
         max_holdout: About how many examples are held out at most; one of each class in any case.
         class_prior: ``'uniform'``, or ``'empirical'`` for a bias by the classes' shares of the examples.
@@ -93,7 +97,6 @@ class ZZZFit:
     shrinkage_: float
     prior_count_: float
     temperature_: float
-    _precisions = PRECISIONS  # bounds on the head's to choose from
 
     def __init__(
         self,
@@ -105,6 +108,7 @@ class ZZZFit:
         prior_count: Union[str, float] = 'auto',
         temperature: Union[str, float] = 'auto',
         sigma2: Optional[float] = None,
+        max_precision: Union[str, float] = 'auto',
         holdout: float = 0.2,
         max_holdout: int = 4096,
         class_prior: str = 'uniform',
@@ -125,6 +129,7 @@ class ZZZFit:
         if sigma2 is not None and temperature != 'auto':
             raise ValueError(f'sigma2: it sets the temperature, give only one of them, got temperature={temperature}')
         self.sigma2 = None if sigma2 is None else _number('sigma2', sigma2, 1e-6, 1e6)
+        self.max_precision = _auto_or_number('max_precision', max_precision, 0, 1e9)
         self.holdout = _number('holdout', holdout, 0, 0.5)
         self.max_holdout = max_holdout
         self.class_prior = class_prior
@@ -239,7 +244,7 @@ class ZZZFit:
         x, y = held_out.examples()
         everything = held_out.moments.copy()
         everything.add(x, y)
-        most = self._precisions[0]
+        most = self._bounds()[0]
         if len(y):
             temperature, most = self._choose(held_out.moments.copy(), x, y)
         else:
@@ -275,6 +280,10 @@ class ZZZFit:
         prior_counts = PRIOR_COUNTS if isinstance(self.prior_count, str) else (self.prior_count,)
         return list(shrinkages), list(prior_counts if self.rank else prior_counts[:1])
 
+    def _bounds(self) -> Tuple[float, ...]:
+        """On the precision, to choose from, the largest first."""
+        return PRECISIONS if isinstance(self.max_precision, str) else (self.max_precision,)
+
     def _take_defaults(self) -> None:
         shrinkages, prior_counts = self._grid()
         self.shrinkage_, self.prior_count_ = shrinkages[0], prior_counts[0]
@@ -300,8 +309,8 @@ class ZZZFit:
             if nll >= best * (1 - 1e-9):
                 break  # it has one minimum
             best, start, self.shrinkage_, self.prior_count_ = nll, temperature, shrinkage, prior_counts[i]
-        best, chosen, precision = math.inf, (start, self._precisions[0]), math.inf
-        for most in self._precisions:
+        best, chosen, precision = math.inf, (start, self._bounds()[0]), math.inf
+        for most in self._bounds():
             if precision * start <= most:
                 continue  # the form would be the same
             form = estimator.head_form(self.shrinkage_, self.prior_count_, start, most)

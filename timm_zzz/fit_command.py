@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         ('shrinkage', 'of the pooled covariance, 0 to 1'),
         ('prior-count', 'examples that the pooled covariance counts for'),
         ('temperature', 'factor on the logits'),
+        ('max-precision', 'up to which variances of single classes are represented; for a start of training 200'),
     ):
         add(f'--{name}', type=_auto_or_float, default='auto', metavar='X', help=f'{text}; auto: by held-out images')
     add('--sigma2', type=float, metavar='X', help="the head's isotropic variance, as a start of training: 0.0625")
@@ -117,7 +118,8 @@ def _fit(options: argparse.Namespace) -> None:
     amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
     if validation is not None:
         print(f'before: {_score(model, loader(validation, options.val_split), device, amp_dtype)}')
-    choices = {key: getattr(options, key) for key in ('objective', 'shrinkage', 'prior_count', 'temperature', 'sigma2')}
+    names_of_choices = ('objective', 'shrinkage', 'prior_count', 'temperature', 'sigma2', 'max_precision')
+    choices = {key: getattr(options, key) for key in names_of_choices}
     fit_model(model, loader(train, options.split), device=device, amp_dtype=amp_dtype, **choices)
     if validation is not None:
         score = _score(model, loader(validation, options.val_split), device, amp_dtype)
