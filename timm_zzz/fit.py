@@ -33,6 +33,7 @@ _logger = logging.getLogger(__name__)
 OBJECTIVES: Dict[str, Callable[[Moments, int], Estimator]] = {'discriminant': Discriminant, 'density': Density}
 SHRINKAGES = {'discriminant': (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02), 'density': (0.0,)}
 PRIOR_COUNTS = (1000.0, 100.0, 10.0)  # of equal likelihood the first of each is taken
+PRECISION_OF_A_START = 200.0  # docs/results.md compares it with others
 OVERSAMPLING = 8  # rows of a class's sketch beyond the rank
 
 
@@ -61,12 +62,12 @@ class ZZZFit:
             for the density.
         prior_count: Number of examples that the pooled covariance counts for in that of a class, >= 0.
         temperature: Factor T > 0 on the logits; 1 leaves them the log-densities of the estimated Gaussians.
-        sigma2: The head's isotropic variance, in place of the one that the temperature gives: the same decisions, with
-            logits of another temperature. For a start of training, where the fit's own are too sharp: 1/16.
+        sigma2: The head's isotropic variance, in place of the one that the temperature gives: logits of another
+            temperature. For a start of training, where the fit's own are too sharp: 1/16.
         max_precision: Largest 1 / sigma2, at the fit's own temperature, that the discriminant takes for the sake of
-            classes with much variance along a direction, >= 0; beyond 0.8 of it such variance is cut off. The smaller,
-            the farther apart are the means on the sphere: for a start of training 200, or 0 for as far as they go.
-            ``'auto'``: one of 9000, 3000 and 1000.
+            classes with much variance along a direction, >= 0; more than 0.8 of it is cut off there. The smaller, the
+            farther apart are the means on the sphere; with 0 as far as they go. ``'auto'``: one of 9000, 3000 and 1000
+            by held-out examples, or if sigma2 is given 200, which trained better.
         holdout: Share of each class's examples to hold out, 0 to 0.5, at least one of every class that has two.
         max_holdout: About how many examples are held out at most; one of each class in any case.
         class_prior: ``'uniform'``, or ``'empirical'`` for a bias by the classes' shares of the examples.
@@ -282,7 +283,9 @@ class ZZZFit:
 
     def _bounds(self) -> Tuple[float, ...]:
         """On the precision, to choose from, the largest first."""
-        return PRECISIONS if isinstance(self.max_precision, str) else (self.max_precision,)
+        if not isinstance(self.max_precision, str):
+            return (self.max_precision,)
+        return PRECISIONS if self.sigma2 is None else (PRECISION_OF_A_START,)
 
     def _take_defaults(self) -> None:
         shrinkages, prior_counts = self._grid()
