@@ -118,8 +118,8 @@ def _fit(options: argparse.Namespace) -> None:
     amp_dtype = getattr(torch, options.amp_dtype) if options.amp else None
     if validation is not None:
         print(f'before: {_score(model, loader(validation, options.val_split), device, amp_dtype)}')
-    names_of_choices = ('objective', 'shrinkage', 'prior_count', 'temperature', 'sigma2', 'max_precision')
-    choices = {key: getattr(options, key) for key in names_of_choices}
+    keys = ('objective', 'shrinkage', 'prior_count', 'temperature', 'sigma2', 'max_precision')
+    choices = {key: getattr(options, key) for key in keys}
     fit_model(model, loader(train, options.split), device=device, amp_dtype=amp_dtype, **choices)
     if validation is not None:
         score = _score(model, loader(validation, options.val_split), device, amp_dtype)
