@@ -107,6 +107,12 @@ def test_options_arrive(command, monkeypatch):
         assert {key: str(value) for key, value in choices.items()}.items() <= f.metadata().items()
 
 
+def test_neither_number_nor_auto(command, capsys):
+    with pytest.raises(SystemExit):
+        command('--max-precision', 'most')
+    assert 'argument --max-precision: expected a number or auto, got most' in capsys.readouterr().err
+
+
 def test_sigma2_of_a_start(command):
     state = load_file(command('--sigma2', 0.0625))
     sigma2 = torch.nn.functional.softplus(state['fc.sigma2_raw']) + 1e-4

@@ -42,7 +42,10 @@ class Score(NamedTuple):
 
 
 def _auto_or_float(text: str) -> Union[str, float]:
-    return text if text == 'auto' else float(text)
+    try:
+        return text if text == 'auto' else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'expected a number or auto, got {text}') from None
 
 
 def _parser() -> argparse.ArgumentParser:
