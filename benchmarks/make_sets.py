@@ -51,6 +51,13 @@ def sample(paths: Sequence[T], count: int) -> List[T]:
     return random.Random(0).sample(list(paths), count) if len(paths) > count else list(paths)
 
 
+def find(checkout: Path, name: str) -> Path:
+    found = next(checkout.rglob(name), None)
+    if found is None:
+        raise FileNotFoundError(f'{checkout} has no {name}')
+    return found
+
+
 def folder_name(text: str) -> str:
     return re.sub(r'[^A-Za-z0-9.-]+', '_', text)
 
@@ -96,15 +103,14 @@ def flowers(checkout: Path, lists: Path) -> List[Item]:
     """The official training and validation parts for training; at most 60 images a class."""
     from scipy.io import loadmat
 
-    found = {name: next(lists.rglob(f'{name}.mat')) for name in ('setid', 'imagelabels')}
-    parts, labels = loadmat(found['setid']), loadmat(found['imagelabels'])['labels'][0]
+    parts, labels = loadmat(find(lists, 'setid.mat')), loadmat(find(lists, 'imagelabels.mat'))['labels'][0]
     training = {int(i) for part in ('trnid', 'valid') for i in parts[part][0]}
     items = []
     for key, name in json.loads((checkout / 'cat_to_name.json').read_text()).items():
         paths = sorted(checkout.glob(f'dataset/{key}/*.jpg'))
         numbers = {path: int(path.stem[-5:]) for path in paths}
         if any(labels[number - 1] != int(key) for number in numbers.values()):
-            raise ValueError(f'{checkout}: labels are not those of {found["imagelabels"]}')
+            raise ValueError(f'{checkout}: labels are not those of {lists}')
         train = [path for path in paths if numbers[path] in training]
         rest = sample([path for path in paths if numbers[path] not in training], 60 - len(train))
         label = f'{int(key):03d}_' + re.sub(r'[^a-z0-9-]+', '_', name.lower()).strip('_')
@@ -128,7 +134,7 @@ def food(checkout: Path, lists: Path) -> List[Item]:
     """Of Food-101's official lists 29 and 20 images a class."""
     official = {}
     for split in ('train', 'test'):
-        names = json.loads(next(lists.rglob(f'{split}.json')).read_text()).values()
+        names = json.loads(find(lists, f'{split}.json').read_text()).values()
         official[split] = {name for of_class in names for name in of_class}
     items = []
     for folder in sorted((checkout / 'data/train').iterdir()):
@@ -140,13 +146,13 @@ def food(checkout: Path, lists: Path) -> List[Item]:
     return items
 
 
-SETS: Dict[str, Tuple[Callable[..., List[Item]], int]] = {  # and the number of checkouts
-    'birds': (birds, 1),
-    'cars': (cars, 1),
-    'cars2': (cars2, 1),
-    'flowers': (flowers, 2),
-    'butterflies': (butterflies, 1),
-    'food': (food, 2),
+SETS: Dict[str, Tuple[Callable[..., List[Item]], int, bool]] = {  # number of checkouts; red and blue swapped there
+    'birds': (birds, 1, False),
+    'cars': (cars, 1, True),
+    'cars2': (cars2, 1, True),
+    'flowers': (flowers, 2, False),
+    'butterflies': (butterflies, 1, False),
+    'food': (food, 2, False),
 }
 
 
@@ -163,7 +169,7 @@ def prepared(path: Path, swap: bool) -> Image.Image:
     return image
 
 
-def write(items: List[Item], output: Path, swap: bool = False) -> List[Item]:
+def write(items: List[Item], output: Path, swap: bool) -> List[Item]:
     """Write the images; returns those that were, without the training images whose bytes a validation image has."""
     digests = {item.source: hashlib.sha256(item.source.read_bytes()).digest() for item in items}
     validation = {digests[item.source] for item in items if item.split == 'validation'}
@@ -183,10 +189,10 @@ def main() -> None:
     parser.add_argument('checkouts', type=Path, nargs='+', metavar='CHECKOUT')
     parser.add_argument('--output', type=Path, required=True, metavar='DIR', help='the set is DIR/SET')
     options = parser.parse_args()
-    function, count = SETS[options.set]
+    function, count, swap = SETS[options.set]
     if len(options.checkouts) != count:
         parser.error(f'{options.set} is made of {count} checkout{"s" if count > 1 else ""}')
-    kept = write(function(*options.checkouts), options.output / options.set, swap=options.set.startswith('cars'))
+    kept = write(function(*options.checkouts), options.output / options.set, swap)
     for split in ('train', 'validation'):
         labels = [item.label for item in kept if item.split == split]
         print(f'{split}: {len(labels)} images of {len(set(labels))} classes')

@@ -188,10 +188,12 @@ def head_logits(head: nn.Module, features: Tensor) -> Tensor:
 
 
 def spectrum(head: Any) -> Dict[str, Any]:
-    """sigma2 and the quantiles over classes of the variances, largest first, of a ZZZ head."""
+    """Of a ZZZ head sigma2, the mean cosine between two means, and quantiles over classes of the sorted variances."""
     if getattr(head, 'sigma2_raw', None) is None:
         return {}
     result: Dict[str, Any] = dict(sigma2=(F.softplus(head.sigma2_raw) + head.sigma2_min).item())
+    mu, count = F.normalize(head.weight.detach().double(), dim=1), head.num_classes
+    result['mean_cosine'] = ((mu.sum(0).square().sum() - count) / max(1, count * (count - 1))).item()
     if head.v_raw is not None:
         v = (F.softplus(head.v_raw) + head.v_min).detach().sort(1, descending=True)[0]
         result['v'] = v.quantile(torch.tensor([0.1, 0.5, 0.9], device=v.device), 0).T.tolist()

@@ -19,17 +19,10 @@ from torchvision import transforms
 from timm_zzz.attach import SIGMA2_INIT
 
 pytest.importorskip('sklearn')
+pytestmark = pytest.mark.usefixtures('benchmarks')
 
-BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
 ARCHITECTURE = 'test_efficientnet'
 CLASSES = 4
-
-
-@pytest.fixture(scope='module', autouse=True)
-def path():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
 
 
 def module(name):
@@ -225,6 +218,16 @@ def test_a_bound_on_the_precision_of_the_fit_arrives():
         nlls.append(F.cross_entropy(head(x), y))
         assert (head(x).argmax(1) == y).double().mean() > 0.9
     assert cosines[1] < cosines[0] - 0.3 and nlls[1] < nlls[0] - 0.1
+
+
+def test_the_mean_cosine_is_that_of_all_pairs_of_means():
+    import timm_zzz
+
+    mu = F.normalize(torch.randn(3, 5), dim=1)
+    head = timm_zzz.ZZZHead(3, 5, rank=0)
+    head.weight.data = mu * torch.tensor([[1.0], [2.0], [3.0]])
+    expected = (mu[0] @ mu[1] + mu[0] @ mu[2] + mu[1] @ mu[2]) / 3
+    assert module('training').spectrum(head)['mean_cosine'] == pytest.approx(float(expected), abs=1e-6)
 
 
 def accuracy(folder, checkpoint, results, *arguments):

@@ -677,11 +677,13 @@ def mean_cosine(head):
 
 
 def precision(head):
-    return 1 / float(F.softplus(head.sigma2_raw.detach()) + head.sigma2_min)
+    return 1 / timm_zzz.scores.class_gaussians_of(head).sigma2.item()
 
 
 def largest_variance(head):
-    return precision(head) * float((F.softplus(head.v_raw.detach()) + head.v_min).max())
+    """Of v / sigma2."""
+    classes = timm_zzz.scores.class_gaussians_of(head)
+    return (classes.v.max() / classes.sigma2).item()
 
 
 def test_a_bound_on_the_precision_moves_the_means_apart():

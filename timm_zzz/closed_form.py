@@ -15,7 +15,6 @@ from .functional import normalize
 from .moments import Moments
 
 __all__ = [
-    'PRECISIONS',
     'Density',
     'Discriminant',
     'Estimator',
@@ -26,7 +25,6 @@ __all__ = [
 ]
 
 LEAST_VARIANCE = 1.01e-4  # just above the least of the bare head
-PRECISIONS = (9000.0, 3000.0, 1000.0)  # that 1 / sigma2 is raised to at most for the sake of large gains
 _MARGINS = (1.8, 3.0, 6.0)  # of 1 / sigma2 over the largest gain; the next where the means are not found
 _VALUES = 2**24  # of an intermediate result that are held at a time
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from .attach import SIGMA2_INIT
 from .closed_form import (
-    PRECISIONS,
     Density,
     Discriminant,
     Estimator,
@@ -33,6 +32,7 @@ _logger = logging.getLogger(__name__)
 OBJECTIVES: Dict[str, Callable[[Moments, int], Estimator]] = {'discriminant': Discriminant, 'density': Density}
 SHRINKAGES = {'discriminant': (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02), 'density': (0.0,)}
 PRIOR_COUNTS = (1000.0, 100.0, 10.0)  # of equal likelihood the first of each is taken
+PRECISIONS = (9000.0, 3000.0, 1000.0)  # that 1 / sigma2 is raised to at most for the sake of large gains
 PRECISION_OF_A_START = 200.0  # docs/results.md compares it with others
 OVERSAMPLING = 8  # rows of a class's sketch beyond the rank
 

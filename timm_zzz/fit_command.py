@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         ('shrinkage', 'of the pooled covariance, 0 to 1'),
         ('prior-count', 'examples that the pooled covariance counts for'),
         ('temperature', 'factor on the logits'),
-        ('max-precision', 'largest 1 / sigma2 for the sake of variances of single classes'),
+        ('max-precision', 'largest 1 / sigma2 for the sake of variances of single classes, 200 with --sigma2'),
     ):
         add(f'--{name}', type=_auto_or_float, default='auto', metavar='X', help=f'{text}; auto: by held-out images')
     add('--sigma2', type=float, metavar='X', help="the head's isotropic variance, as a start of training: 0.0625")
