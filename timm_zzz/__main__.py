@@ -79,31 +79,31 @@ def _hparams(arguments: List[str]) -> None:
 
 
 def _check_hparams(arguments: List[str]) -> None:
-    from .check_hparams import main
+    from .cli.check_hparams import main
 
     sys.exit(main(arguments))
 
 
 def _demo(arguments: List[str]) -> None:
-    from .demo import main
+    from .cli.demo import main
 
     main(arguments)
 
 
 def _fit(arguments: List[str]) -> None:
-    from .fit_command import main
+    from .cli.fit import main
 
     main(arguments)
 
 
 def _push(arguments: List[str]) -> None:
-    from .push import main
+    from .cli.push import main
 
     main(arguments)
 
 
 def _report(arguments: List[str]) -> None:
-    from .report import main
+    from .cli.report import main
 
     main(arguments)
 

@@ -5,7 +5,7 @@ from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .tracing import is_plain
+from .ops.tracing import is_plain
 
 __all__ = ['TensorCache', 'can_cache']
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import backends
+from .ops import dispatch as backends
 from .functional import normalize
-from .tracing import is_plain
+from .ops.tracing import is_plain
 
 __all__ = ['Affine', 'FusedZZZHead', 'FusedZZZConvHead', 'fuse_gaussians', 'fused_logits']
 

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from .ops import dispatch as backends
 from .cache import TensorCache, can_cache
 from .deploy import FusedZZZConvHead, FusedZZZHead, fuse_gaussians, fused_logits
 from .functional import class_gaussians, zzz_logits

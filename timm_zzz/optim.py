@@ -10,7 +10,7 @@ import torch
 from timm.optim import OptimInfo
 from torch import Tensor, nn
 
-from . import _timm
+from .models import _timm
 from .functional import orthonormal_basis
 from .head import ZZZHead, live_heads
 

@@ -14,9 +14,9 @@ import timm
 import torch
 from timm.models import PretrainedCfg
 
-from .attach import HEAD_OPTIONS, OPTION_PREFIX, find_classifiers
-from .errors import CheckpointError, ConfigError
-from .registry import SOURCE_KEYS, TAG
+from ..models.attach import HEAD_OPTIONS, OPTION_PREFIX, find_classifiers
+from ..errors import CheckpointError, ConfigError
+from ..models.registry import SOURCE_KEYS, TAG
 
 __all__ = ['check_weights', 'read_config', 'sha256', 'some', 'Corrupt', 'CONFIG', 'WEIGHTS', 'SECTION']
 

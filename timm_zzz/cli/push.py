@@ -19,10 +19,10 @@ from timm.models import clean_state_dict
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
-from .arguments import checkpoint_file
-from .cards import model_card, top1
-from .errors import HubError
-from .hub import push_to_hub, save_pretrained
+from ..arguments import checkpoint_file
+from ..hub.cards import model_card, top1
+from ..errors import HubError
+from ..hub import push_to_hub, save_pretrained
 
 __all__ = ['main', 'load_run', 'Run']
 

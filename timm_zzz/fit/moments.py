@@ -11,7 +11,7 @@ from typing import Any, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .functional import normalize
+from ..functional import normalize
 
 __all__ = ['HeldOut', 'Moments', 'as_features', 'as_labels']
 

@@ -139,7 +139,7 @@ def half_products(features: Tensor) -> bool:
 
 def orthonormalize(A: Tensor) -> Tuple[Tensor, Tensor]:
     """q and R^-1 of A = q^T R by the kernels, shapes (n, d, r) to (n, r, d) and (n, r, r), float32."""
-    from .kernels import head as kernels
+    from . import triton_ops as kernels
 
     q, factor = kernels.orthonormalize(A)
     return q, factor.mT
@@ -161,7 +161,7 @@ def zzz_logits(
         flat = features.reshape(-1, features.shape[-1])
         out = _operator(flat, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min, split)[0]
         return out.reshape(features.shape[:-1] + out.shape[1:])
-    from .kernels import head as kernels
+    from . import triton_ops as kernels
 
     assert A is not None and v_raw is not None
     return kernels.zzz_logits(features, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min, split)
@@ -178,14 +178,14 @@ def prepare(
     A: Tensor,
 ) -> Tuple[Tensor, Tensor]:
     """What :func:`prepared_logits` needs of the classes."""
-    from .kernels import head as kernels
+    from . import triton_ops as kernels
 
     return kernels.prepare(weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min, split)[:2]
 
 
 def fold(rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, split: bool) -> Tuple[Tensor, ...]:
     """What :func:`prepared_logits` needs of the classes, and sigma2_raw for a sigma2_min of 0, of a fused head."""
-    from .kernels import head as kernels
+    from . import triton_ops as kernels
 
     return kernels.fold(rows, offsets, precision, num_classes, split)
 
@@ -201,7 +201,7 @@ def prepared_logits(
     sigma2_min: float,
 ) -> Tensor:
     """Logits (..., C) of embeddings (..., d) from classes that :func:`prepare` or :func:`fold` made; no gradient."""
-    from .kernels import head as kernels
+    from . import triton_ops as kernels
 
     return kernels.logits(features, kernels.classes(operand, coef, num_classes, rank, split), sigma2_raw, sigma2_min)
 
@@ -217,7 +217,7 @@ def repeated_logits(
     sigma2_min: float,
 ) -> Callable[[Tensor], Tensor]:
     """:func:`prepared_logits` as a function of features alike; see timm_zzz.kernels.head.RepeatedLogits."""
-    from .kernels import head as kernels
+    from . import triton_ops as kernels
 
     classes = kernels.classes(operand, coef, num_classes, rank, split)
     return kernels.RepeatedLogits(features, classes, sigma2_raw, sigma2_min)
@@ -238,7 +238,7 @@ def _operator(
     sigma2_min: float,
     split: bool,
 ) -> List[Tensor]:
-    from .kernels import head as kernels
+    from . import triton_ops as kernels
 
     return kernels.forward(features, (weight, bias, A, v_raw, sigma2_raw), v_min, sigma2_min, split)
 
@@ -253,14 +253,14 @@ def _grad_operator(
     sigma2_min: float,
     split: bool,
 ) -> List[Tensor]:
-    from .kernels import head as kernels
+    from . import triton_ops as kernels
 
     return kernels.backward(grad, features, parameters, kept, v_min, sigma2_min, split)
 
 
 @_operator.register_fake
 def _(features, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min, split):
-    from .kernels import head as kernels
+    from . import triton_ops as kernels
 
     return kernels.forward(features, (weight, bias, A, v_raw, sigma2_raw), v_min, sigma2_min, split, launch=False)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .functional import normalize
+from ..functional import normalize
 from .moments import Moments
 
 __all__ = [

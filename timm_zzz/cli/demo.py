@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import timm_zzz  # noqa: F401  # registers the .zzz_rN names
 
-from .arguments import positive_int
+from ..arguments import positive_int
 
 ARCHITECTURE = 'test_resnet'
 IMAGE_SIZE = 64

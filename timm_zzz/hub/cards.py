@@ -16,9 +16,9 @@ from huggingface_hub.utils import validate_repo_id
 from timm.data import resolve_input_data_config
 from torch import nn
 
-from .attach import find_classifiers
-from .head import ZZZHead
-from .resources import data_files
+from ..models.attach import find_classifiers
+from ..head import ZZZHead
+from ..resources import data_files
 
 __all__ = ['model_card', 'top1']
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from ._timm import default_cfgs
 from .attach import HEAD_OPTIONS, OPTION_PREFIX, attach, find_classifiers
-from .pretrained import on_load
+from .loading import on_load
 
 __all__ = ['register', 'RANKS', 'SOURCE_KEYS', 'TAG']
 

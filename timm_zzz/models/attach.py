@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from . import _timm
-from .deploy import Affine
-from .head import ZZZConvHead, ZZZHead
+from ..deploy import Affine
+from ..head import ZZZConvHead, ZZZHead
 
 __all__ = ['attach', 'find_classifiers', 'HEAD_OPTIONS', 'OPTION_PREFIX', 'SIGMA2_INIT']
 

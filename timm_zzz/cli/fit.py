@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ._timm import SPLIT_FOLDERS
-from .arguments import positive_int
-from .errors import HubError
-from .features import heads_of
-from .fit import OBJECTIVES, fit_model
-from .loading import device_of, evaluation_loader, open_images
-from .version import __version__
+from ..models._timm import SPLIT_FOLDERS
+from ..arguments import positive_int
+from ..errors import HubError
+from ..features import heads_of
+from ..fit import OBJECTIVES, fit_model
+from ..data import device_of, evaluation_loader, open_images
+from ..version import __version__
 
 __all__ = ['main']
 

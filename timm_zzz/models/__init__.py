@@ -1,0 +1,1 @@
+"""A ZZZ head on any timm model: the swap, the names in the registry, and weights."""

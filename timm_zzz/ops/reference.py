@@ -1,0 +1,400 @@
+"""The mathematics of the ZZZ head as pure functions.
+
+A class ``c`` is a Gaussian over L2-normalised embeddings with mean ``mu_c`` and covariance::
+
+    Sigma_c = U_c diag(v_c) U_c^T + sigma2 I,        U_c^T U_c = I,
+
+of which only ``U_c`` (d x r), ``v_c`` (r) and the scalar ``sigma2`` are stored. No d x d matrix and no tensor of shape
+(batch, classes, d) is ever formed: with ``a = 1 / sigma2``, ``delta = x - mu_c``, ``t = U_c^T delta``::
+
+    delta^T Sigma_c^-1 delta = a |delta|^2 - a sum_i t_i^2 (a v_i) / (1 + a v_i)       (Woodbury identity)
+    log |Sigma_c|            = d log sigma2 + sum_i log(1 + a v_i)                      (matrix determinant lemma)
+
+The functions work in the dtype of their arguments (:func:`zzz_logits` chooses it) and differentiate in all of them.
+"""
+
+import math
+from typing import List, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import dispatch as backends
+from .tracing import is_plain
+
+__all__ = ['normalize', 'orthonormal_basis', 'gaussian_logits', 'class_gaussians', 'log_density', 'zzz_logits']
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Divide vectors by their Euclidean norm; zero vectors stay zero.
+
+    Exact over the whole range of the dtype (``|x|^2`` may overflow or underflow), and with a finite gradient at zero.
+
+    Args:
+        x: Vectors, shape (..., d).
+
+    Returns:
+        Unit (or zero) vectors, shape (..., d).
+
+    Example:
+        >>> normalize(torch.tensor([[3e30, 4e30], [0., 0.]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    # The result does not depend on the scale, so its gradient needs no term for it.
+    x = x / _scale(x)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+def _gram_schmidt(rows: Tensor) -> Tuple[Tensor, Tensor]:
+    """Gram-Schmidt with one re-orthogonalisation, which is enough (Giraud et al. 2005, doi:10.1007/s00211-005-0615-4).
+
+    Element-wise products and sums instead of matrix products: neither autocast nor TF32 can lower their precision, and
+    there is no factorisation that raises or synchronises with the device.
+
+    Args:
+        rows: Vectors to orthonormalise in order, shape (..., r, d), r <= d.
+
+    Returns:
+        Orthonormal rows q of shape (..., r, d) and upper-triangular R of shape (..., r, r) with rows = R^T q. A row
+        that depends on those before it is replaced by a unit vector orthogonal to them and gets a huge diagonal entry
+        in R, so that no gradient flows back to it.
+    """
+    r, d = rows.shape[-2], rows.shape[-1]
+    eps = 2.3e-16 if rows.dtype == torch.float64 else 1.2e-7
+    coordinate = torch.arange(d, device=rows.device)
+    leverage = torch.zeros_like(rows[..., 0, :])
+    q: List[Tensor] = []
+    columns: List[Tensor] = []
+    for j in range(r):
+        a = rows[..., j, :]
+        size = torch.linalg.vector_norm(a, dim=-1, keepdim=True)
+        coef = a[..., :0]
+        basis = leverage.unsqueeze(-2)
+        if j > 0:
+            basis = torch.stack(q, -2)
+            coef = (basis * a.unsqueeze(-2)).sum(-1)
+            a = a - (basis * coef.unsqueeze(-1)).sum(-2)
+        dependent = torch.linalg.vector_norm(a, dim=-1, keepdim=True) <= 4 * eps * size
+        # The coordinate axis that the rows so far cover least keeps a distance of at least sqrt(1 / d) from their span.
+        axis = (coordinate == leverage.argmin(-1, keepdim=True)).to(a.dtype)
+        a = torch.where(dependent, axis, a)
+        if j > 0:
+            correction = (basis * a.unsqueeze(-2)).sum(-1)
+            a = a - (basis * correction.unsqueeze(-1)).sum(-2)
+            coef = coef + torch.where(dependent, torch.zeros_like(correction), correction)
+        norm = torch.linalg.vector_norm(a, dim=-1, keepdim=True)
+        a = a / norm
+        leverage = leverage + a.detach() * a.detach()
+        q.append(a)
+        diagonal = torch.where(dependent, torch.full_like(norm, 1e30), norm)
+        below = torch.zeros_like(rows[..., j + 1 :, 0])
+        columns.append(torch.cat([coef, diagonal, below], -1))
+    return torch.stack(q, -2), torch.stack(columns, -1)
+
+
+def _inverse_cholesky(gram: Tensor) -> Tuple[Tensor, Tensor]:
+    """The inverse of the Cholesky factor, and its squared Frobenius norm, infinite where there is no factor."""
+    factor, info = torch.linalg.cholesky_ex(gram)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return inverse, inverse.square().sum((-2, -1)).masked_fill(info != 0, math.inf)
+
+
+def _cholesky_qr(rows: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """Cholesky QR, done twice where once is not enough (Yamamoto et al. 2015, ETNA 44, 306-326).
+
+    The error of q is that of the unit-diagonal Gram matrix, a few eps, times the squared norm of its inverse factor.
+
+    Args:
+        rows: Vectors to orthonormalise in order, shape (n, r, d), r <= d.
+
+    Returns:
+        Orthonormal rows q of shape (n, r, d), the upper-triangular X = R^-1 of shape (n, r, r), with rows = R^T q, and
+        a mask of shape (n,) of the matrices that are conditioned well enough; q and X of the others are meaningless.
+    """
+    limits = torch.finfo(rows.dtype)
+    gram = rows @ rows.mT
+    square = gram.diagonal(dim1=-2, dim2=-1)
+    in_range = ((square > limits.tiny**0.5) & (square < limits.max**0.5)).all(-1)
+    scale = square.rsqrt()
+    inverse, growth = _inverse_cholesky(gram * scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    inverse = inverse * scale.unsqueeze(-2)
+    well = in_range & (growth < 0.01 / limits.eps)
+    q = inverse @ rows
+    if (growth[well] > 2 * rows.shape[-2]).any():
+        again = _inverse_cholesky(q @ q.mT)[0]
+        q, inverse = again @ q, again @ inverse
+    return q, inverse.mT, well
+
+
+def _scale(x: Tensor) -> Tensor:
+    """The largest magnitude of each vector, 1 for zero vectors, as a constant."""
+    scale = x.detach().abs().amax(-1, keepdim=True)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _scaled_gram_schmidt(rows: Tensor) -> Tuple[Tensor, Tensor]:
+    """q and the inverse of R by Gram-Schmidt, for rows of any magnitude."""
+    scale = _scale(rows)
+    q, R = _gram_schmidt(rows / scale)
+    R = R.to(torch.promote_types(R.dtype, torch.float32))
+    X = torch.linalg.solve_triangular(R, torch.eye(R.shape[-1], dtype=R.dtype, device=R.device), upper=True)
+    # An entry beyond the dtype's range would turn a zero gradient into NaN.
+    limit = torch.finfo(rows.dtype).max
+    return q, (X / scale).clamp(-limit, limit).to(rows.dtype)
+
+
+def _may_branch(x: Tensor) -> bool:
+    """Whether Python may look at the values: not on an accelerator, and not while something records or batches."""
+    return x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64) and is_plain([x])
+
+
+def _orthonormalize_backward(q: Tensor, X: Tensor, grad_q: Optional[Tensor], grad_X: Optional[Tensor]) -> Tensor:
+    if grad_q is None:
+        grad_q = torch.zeros_like(q)
+    m = (grad_q @ q.mT).neg()
+    if grad_X is not None:
+        m = m - grad_X.mT @ X
+    symmetric = m.tril() + m.tril(-1).mT
+    return torch.baddbmm(X @ grad_q, X @ symmetric, q).mT
+
+
+class _Orthonormalize(torch.autograd.Function):
+    """q and X = R^-1 of A = q^T R, shapes (n, d, r) to (n, r, d) and (n, r, r).
+
+    The backward is in closed form, from q and X alone (Walter et al., arXiv:1009.6112).
+    """
+
+    @staticmethod
+    def forward(A: Tensor, impl: str) -> Tuple[Tensor, Tensor]:
+        if impl == 'triton':
+            return backends.orthonormalize(A)
+        rows = A.mT
+        if not _may_branch(A):
+            return _scaled_gram_schmidt(rows)
+        with torch.autocast('cpu', enabled=False):
+            q, X, well = _cholesky_qr(rows)
+            if not well.all():
+                q[~well], X[~well] = _scaled_gram_schmidt(rows[~well])
+        return q, X
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_q, grad_X):
+        q, X = ctx.saved_tensors
+        device_type = q.device.type
+        if device_type != 'meta' and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return _orthonormalize_backward(q, X, grad_q, grad_X), None
+        return _orthonormalize_backward(q, X, grad_q, grad_X), None
+
+    @staticmethod
+    def vmap(info, in_dims, A, impl):
+        # By hand, so that forward never sees a batched tensor, whose values Python can't look at.
+        A = A.movedim(in_dims[0], 0)
+        q, X = _Orthonormalize.apply(A.flatten(0, 1), impl)
+        return (q.unflatten(0, A.shape[:2]), X.unflatten(0, A.shape[:2])), (0, 0)
+
+
+def orthonormal_basis(A: Tensor, impl: str = 'auto') -> Tensor:
+    """Orthonormal basis of the column spaces, the Q factor of A = Q R with a positive diagonal in R.
+
+    Differentiable once and twice, and batched. By Cholesky QR for well-conditioned matrices, on the CPU in eager mode
+    and on NVIDIA GPUs with Triton; otherwise by Gram-Schmidt. Precise under autocast too, and without synchronising
+    with the device.
+
+    Scaling a column by a positive factor, or multiplying A from the right by an upper-triangular matrix with a positive
+    diagonal, changes nothing. Columns that depend on the earlier ones (zero columns among them) are completed to an
+    orthonormal basis and receive a zero gradient.
+
+    Args:
+        A: Matrices of shape (..., d, r), r <= d.
+        impl: ``'torch'``, ``'triton'`` or ``'auto'``, which takes Triton where it can run.
+
+    Returns:
+        Matrices of shape (..., d, r) with orthonormal columns.
+
+    Raises:
+        ValueError: If ``impl`` is unknown, or ``'triton'`` where that can't run.
+
+    Example:
+        >>> A = torch.tensor([[[2., 1.], [0., 1.], [0., 0.]]])
+        >>> orthonormal_basis(A).round(decimals=3)
+        tensor([[[1., 0.],
+                 [0., 1.],
+                 [0., 0.]]])
+    """
+    if A.shape[-1] == 0:
+        return A
+    if torch.jit.is_scripting():  # TorchScript knows no autograd.Function
+        rows = A.transpose(-1, -2)
+        q = _gram_schmidt(rows / _scale(rows))[0]
+    elif torch.onnx.is_in_onnx_export():  # ONNX knows no triangular solver
+        rows = A.transpose(-1, -2)
+        q = _gram_schmidt(rows / _scale(rows))[0]
+    else:
+        flat = A.reshape((-1,) + A.shape[-2:])
+        if impl != 'torch':
+            refusal = None if A.dtype == torch.float32 else 'it gives float32 only'
+            impl = backends.choose(impl, [flat], A.shape[-2], A.shape[-1], refusal)
+        q = _Orthonormalize.apply(flat, impl)[0].reshape(A.transpose(-1, -2).shape)
+    return q.transpose(-1, -2)
+
+
+def gaussian_logits(
+    x: Tensor,
+    mu: Tensor,
+    basis: Optional[Tensor],
+    v: Optional[Tensor],
+    sigma2: Tensor,
+) -> Tensor:
+    """Log-densities of Gaussians with low-rank covariance, up to the constant d/2 log(2 pi).
+
+    Args:
+        x: Embeddings, shape (..., d).
+        mu: Class means, shape (C, d).
+        basis: Orthonormal bases of the class subspaces, shape (C, d, r); None for rank 0.
+        v: Variances along the basis directions, shape (C, r), > 0; None for rank 0.
+        sigma2: Isotropic variance, shape (), > 0.
+
+    Returns:
+        -1/2 (x - mu_c)^T Sigma_c^-1 (x - mu_c) - 1/2 log|Sigma_c|, shape (..., C).
+
+    Example:
+        >>> x, sigma2 = torch.tensor([[1., 0.]]), torch.tensor(0.5)
+        >>> gaussian_logits(x, torch.eye(2), None, None, sigma2)  # the squared distances are 0 and 2
+        tensor([[ 0.6931, -1.3069]])
+    """
+    precision = 1 / sigma2
+    distance2 = (x * x).sum(-1, keepdim=True) + (mu * mu).sum(-1) - 2 * F.linear(x, mu)
+    logits = -0.5 * (precision * distance2 + mu.shape[-1] * torch.log(sigma2))
+    if basis is not None and v is not None:
+        rows = basis.transpose(-1, -2)
+        # t = U^T x - U^T mu, for all classes and directions in one matrix product
+        offset = (rows * mu.unsqueeze(-2)).sum(-1)
+        t = F.linear(x, rows.reshape(-1, rows.shape[-1]), -offset.reshape(-1))
+        t = t.reshape(x.shape[:-1] + v.shape)
+        ratio = v * precision
+        shrink = precision * (ratio / (1 + ratio))
+        logits = logits + 0.5 * ((t * t * shrink).sum(-1) - torch.log1p(ratio).sum(-1))
+    return logits
+
+
+def log_density(
+    x: Tensor,
+    mu: Tensor,
+    basis: Optional[Tensor],
+    v: Optional[Tensor],
+    sigma2: Tensor,
+) -> Tensor:
+    """Log-densities log N(x; mu_c, Sigma_c) in nats. Arguments and shapes as in :func:`gaussian_logits`."""
+    return gaussian_logits(x, mu, basis, v, sigma2) - 0.5 * mu.shape[-1] * math.log(2 * math.pi)
+
+
+def class_gaussians(
+    weight: Tensor,
+    A: Optional[Tensor],
+    v_raw: Optional[Tensor],
+    sigma2_raw: Tensor,
+    v_min: float = 1e-4,
+    sigma2_min: float = 1e-4,
+    impl: str = 'auto',
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor], Tensor]:
+    """The Gaussians of the classes, from the unconstrained parameters of the ZZZ head, in the parameters' dtype.
+
+    Arguments and shapes as in :func:`zzz_logits`.
+
+    Returns:
+        Class means mu (C, d), orthonormal bases (C, d, r) and variances v (C, r), both None for rank 0, and sigma2 (),
+        which :func:`gaussian_logits` and :func:`log_density` take.
+    """
+    basis: Optional[Tensor] = None
+    v: Optional[Tensor] = None
+    if A is not None and v_raw is not None:
+        basis = orthonormal_basis(A, impl)
+        v = F.softplus(v_raw) + v_min
+    return normalize(weight), basis, v, F.softplus(sigma2_raw) + sigma2_min
+
+
+def _zzz_logits(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    A: Optional[Tensor],
+    v_raw: Optional[Tensor],
+    sigma2_raw: Tensor,
+    v_min: float,
+    sigma2_min: float,
+) -> Tensor:
+    dtype = torch.float32
+    if features.dtype == torch.float64 or weight.dtype == torch.float64:
+        dtype = torch.float64
+    if A is not None and v_raw is not None:
+        A, v_raw = A.to(dtype), v_raw.to(dtype)
+    mu, basis, v, sigma2 = class_gaussians(
+        weight.to(dtype), A, v_raw, sigma2_raw.to(dtype), v_min=v_min, sigma2_min=sigma2_min, impl='torch'
+    )
+    return gaussian_logits(normalize(features.to(dtype)), mu, basis, v, sigma2) + bias.to(dtype)
+
+
+def zzz_logits(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    A: Optional[Tensor],
+    v_raw: Optional[Tensor],
+    sigma2_raw: Tensor,
+    v_min: float = 1e-4,
+    sigma2_min: float = 1e-4,
+    impl: str = 'auto',
+) -> Tensor:
+    """Logits of the ZZZ head from its unconstrained parameters.
+
+    With ``x = f / |f|``, ``mu_c = weight_c / |weight_c|``, ``U_c = orthonormal_basis(A_c)``,
+    ``v_c = softplus(v_raw_c) + v_min`` and ``sigma2 = softplus(sigma2_raw) + sigma2_min``, the logit of class c is
+    :func:`gaussian_logits` plus bias_c.
+
+    Computed in float32, or in float64 if the features or the weight are, whatever autocast says: the terms that all
+    classes share are in the hundreds once sigma2 is small and must not be rounded to 16 bits. Triton rounds the factors
+    of the largest matrix products, which are unit vectors, to float16 if autocast is on or the features have 16 bits,
+    and adds in float32. It gives first derivatives only; higher ones, and torch.func, take ``impl='torch'``.
+
+    Args:
+        features: Pooled embeddings, shape (..., d).
+        weight: Class means before normalisation, shape (C, d).
+        bias: Shape (C,).
+        A: Matrices whose columns span the class subspaces, shape (C, d, r); None for rank 0.
+        v_raw: Unconstrained variances, shape (C, r); None for rank 0.
+        sigma2_raw: Unconstrained isotropic variance, shape ().
+        v_min: Lower bound of the variances along the basis.
+        sigma2_min: Lower bound of the isotropic variance.
+        impl: ``'torch'``, ``'triton'`` or ``'auto'``, which takes Triton where it can run: on an NVIDIA GPU of compute
+            capability 8.0 or higher, for ranks 1 to 32, and no float64. Traced, scripted and exported code is torch's.
+
+    Returns:
+        Logits, shape (..., C), float32 or float64.
+
+    Raises:
+        ValueError: If the last dimension of the features is not d, if ``impl`` is unknown, or ``'triton'`` where that
+            can't run.
+    """
+    if features.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f'features: expected a last dimension of {weight.shape[-1]} (feat_dim), got shape {list(features.shape)}'
+        )
+    if not torch.jit.is_scripting():
+        if backends.choose_for_head(impl, features, weight, bias, A, v_raw, sigma2_raw) == 'triton':
+            return backends.zzz_logits(features, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min)
+        device_type = features.device.type
+        # Asking autocast whether it knows the meta device would break the graph of torch.compile in torch 2.11.
+        if device_type != 'meta' and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return _zzz_logits(features, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min)
+    return _zzz_logits(features, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min)
