@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import timm_zzz
-from timm_zzz.attach import SIGMA2_INIT
 from timm_zzz.fit import ZZZFit
+from timm_zzz.models.attach import SIGMA2_INIT
 
 BASES = {
     'fit': 'of the fit only its subspaces, and its variances relative to sigma2',

@@ -76,7 +76,7 @@ def root():
 @pytest.fixture(scope='session')
 def beetles(tmp_path_factory):
     """An ImageFolder tree of a dozen tiny images per class for training, four for validation; 12 classes."""
-    from timm_zzz.demo import draw_dataset
+    from timm_zzz.cli.demo import draw_dataset
 
     folder = tmp_path_factory.mktemp('beetles')
     draw_dataset(folder, {'train': 12, 'validation': 4}, seed=0)

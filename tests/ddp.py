@@ -76,7 +76,7 @@ def train(rank, name, file):
     """What a process of test_families.test_distributed does."""
     from test_families import build, flat, image
 
-    from timm_zzz.attach import find_classifiers
+    from timm_zzz.models.attach import find_classifiers
 
     torch.distributed.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
     torch.set_num_threads(1)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import timm_zzz
-from timm_zzz.attach import find_classifiers
+from timm_zzz.models.attach import find_classifiers
 
 CLASSES, RANK = 10, 8
 RESETS: Tuple[Tuple[Any, ...], ...] = ((7,), (0,), (7, 'avg'))

@@ -11,9 +11,9 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_zzz import ZZZHead, attach
-from timm_zzz.attach import find_classifiers
 from timm_zzz.deploy import FusedZZZConvHead, FusedZZZHead
 from timm_zzz.head import ZZZConvHead
+from timm_zzz.models.attach import find_classifiers
 
 
 def random_head(num_classes=20, feat_dim=33, rank=3, kind=ZZZHead, **kwargs):

@@ -15,7 +15,7 @@ from timm_zzz.resources import data_files
 
 
 def test_library_parts(beetles, tmp_path):
-    from timm_zzz.demo import _loader, evaluate, train
+    from timm_zzz.cli.demo import _loader, evaluate, train
 
     device = torch.device('cpu')
     model, result = train('test_resnet.zzz_r8', beetles, 2, 0, device, 1)

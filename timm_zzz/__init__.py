@@ -5,11 +5,11 @@ does nothing else.
 """
 
 from . import errors, fit, functional, scores
-from .models.attach import attach
 from .head import ZZZHead
 from .hub import from_pretrained, push_to_hub, save_pretrained
-from .optim import register_optimizer
+from .models.attach import attach
 from .models.registry import register
+from .optim import register_optimizer
 from .version import __version__
 
 __all__ = [

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ops import dispatch as backends
 from .functional import normalize
+from .ops import dispatch as backends
 from .ops.tracing import is_plain
 
 __all__ = ['Affine', 'FusedZZZHead', 'FusedZZZConvHead', 'fuse_gaussians', 'fused_logits']

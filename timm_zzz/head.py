@@ -10,10 +10,10 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from .ops import dispatch as backends
 from .cache import TensorCache, can_cache
 from .deploy import FusedZZZConvHead, FusedZZZHead, fuse_gaussians, fused_logits
 from .functional import class_gaussians, zzz_logits
+from .ops import dispatch as backends
 
 __all__ = ['ZZZHead', 'ZZZConvHead']
 

@@ -10,9 +10,9 @@ import torch
 from timm.optim import OptimInfo
 from torch import Tensor, nn
 
-from .models import _timm
 from .functional import orthonormal_basis
 from .head import ZZZHead, live_heads
+from .models import _timm
 
 __all__ = ['ZZZAdamW', 'mean_decoupling', 'variance_shrinkage']
 

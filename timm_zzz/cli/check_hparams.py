@@ -35,12 +35,12 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
+from ..head import ZZZHead
 from ..models._timm import SPLIT_FOLDERS
 from ..models.attach import HEAD_OPTIONS, OPTION_PREFIX
-from ..head import ZZZHead
+from ..models.registry import TAG
 from ..optim import ZZZAdamW
 from .recipe import Finding, Recipe, nearest, reason
-from ..models.registry import TAG
 from .train_options import TrainScript, newest, read_script
 
 __all__ = ['Finding', 'check', 'main']

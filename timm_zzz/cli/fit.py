@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..models._timm import SPLIT_FOLDERS
 from ..arguments import positive_int
+from ..data import device_of, evaluation_loader, open_images
 from ..errors import HubError
 from ..features import heads_of
 from ..fit import OBJECTIVES, fit_model
-from ..data import device_of, evaluation_loader, open_images
+from ..models._timm import SPLIT_FOLDERS
 from ..version import __version__
 
 __all__ = ['main']

@@ -20,9 +20,9 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
 from ..arguments import checkpoint_file
-from ..hub.cards import model_card, top1
 from ..errors import HubError
 from ..hub import push_to_hub, save_pretrained
+from ..hub.cards import model_card, top1
 
 __all__ = ['main', 'load_run', 'Run']
 

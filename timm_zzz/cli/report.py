@@ -25,15 +25,15 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from ..models._timm import SPLIT_FOLDERS
 from ..arguments import checkpoint_file, positive_int
+from ..data import device_of, evaluation_loader, open_images
 from ..errors import HubError
 from ..features import caught_inputs, heads_of, pooled
 from ..head import ZZZHead
-from ..data import device_of, evaluation_loader, open_images
-from .push import Run, class_names, load_run
+from ..models._timm import SPLIT_FOLDERS
 from ..scores import ClassGaussians, class_gaussians_of, log_density, reliability
 from ..version import __version__
+from .push import Run, class_names, load_run
 
 __all__ = ['main']
 

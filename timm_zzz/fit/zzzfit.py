@@ -12,6 +12,8 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Op
 import torch
 from torch import Tensor, nn
 
+from ..features import caught_inputs, heads_of, pooled
+from ..head import INIT_STD, ZZZHead
 from ..models.attach import SIGMA2_INIT
 from .estimators import (
     Density,
@@ -21,8 +23,6 @@ from .estimators import (
     best_temperature,
     negative_log_likelihood,
 )
-from ..features import caught_inputs, heads_of, pooled
-from ..head import INIT_STD, ZZZHead
 from .moments import HeldOut, Moments, as_features, as_labels
 
 __all__ = ['ZZZFit', 'fit_head', 'fit_model']

@@ -16,8 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 from timm.data import resolve_input_data_config
 from torch import nn
 
-from ..models.attach import find_classifiers
 from ..head import ZZZHead
+from ..models.attach import find_classifiers
 from ..resources import data_files
 
 __all__ = ['model_card', 'top1']

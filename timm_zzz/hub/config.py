@@ -14,8 +14,8 @@ import timm
 import torch
 from timm.models import PretrainedCfg
 
-from ..models.attach import HEAD_OPTIONS, OPTION_PREFIX, find_classifiers
 from ..errors import CheckpointError, ConfigError
+from ..models.attach import HEAD_OPTIONS, OPTION_PREFIX, find_classifiers
 from ..models.registry import SOURCE_KEYS, TAG
 
 __all__ = ['check_weights', 'read_config', 'sha256', 'some', 'Corrupt', 'CONFIG', 'WEIGHTS', 'SECTION']

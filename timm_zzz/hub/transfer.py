@@ -23,12 +23,12 @@ from huggingface_hub import errors as hub_errors
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ..models._timm import recorded_args
-from ..models.attach import find_classifiers
-from .config import CONFIG, SECTION, WEIGHTS, Corrupt, check_weights, read_config, sha256, some
 from ..errors import AccessError, CheckpointError, HubError, NotFoundError, UnavailableError
 from ..head import ZZZHead
+from ..models._timm import recorded_args
+from ..models.attach import find_classifiers
 from ..version import __version__
+from .config import CONFIG, SECTION, WEIGHTS, Corrupt, check_weights, read_config, sha256, some
 
 __all__ = ['save_pretrained', 'push_to_hub', 'from_pretrained']
 

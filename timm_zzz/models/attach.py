@@ -7,9 +7,9 @@ from typing import Any, Callable, Dict, List, Set, Tuple, TypeVar, Union, cast
 import torch
 from torch import nn
 
-from . import _timm
 from ..deploy import Affine
 from ..head import ZZZConvHead, ZZZHead
+from . import _timm
 
 __all__ = ['attach', 'find_classifiers', 'HEAD_OPTIONS', 'OPTION_PREFIX', 'SIGMA2_INIT']
 

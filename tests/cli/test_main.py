@@ -85,7 +85,7 @@ def test_demo(run, tmp_path):
 
 
 def test_interrupted_demo_leaves_nothing(monkeypatch, tmp_path, capsys):
-    from timm_zzz import demo
+    from timm_zzz.cli import demo
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_pil_image
 
+from timm_zzz.cli.fit import main
 from timm_zzz.fit import fit_model
-from timm_zzz.fit_command import main
 
 NAME = 'test_resnet.zzz_r4'
 

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from timm_zzz import __main__, report
+from timm_zzz import __main__
+from timm_zzz.cli import report
+from timm_zzz.cli.report import Axis, Lowest, Map, contents, evaluate, main, order_of, render
 from timm_zzz.head import ZZZHead
-from timm_zzz.report import Axis, Lowest, Map, contents, evaluate, main, order_of, render
 
 SIZE = 32
 # In timm's order of folders

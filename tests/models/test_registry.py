@@ -14,8 +14,8 @@ from timm.models import get_arch_pretrained_cfgs, model_entrypoint, split_model_
 
 import timm_zzz
 from timm_zzz import ZZZHead
-from timm_zzz.attach import SIGMA2_INIT
-from timm_zzz.registry import RANKS
+from timm_zzz.models.attach import SIGMA2_INIT
+from timm_zzz.models.registry import RANKS
 
 # What timm's registry tells of its own names, as JSON; with an argument, once timm_zzz has been imported
 _SNAPSHOT = """

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from timm_zzz import push_to_hub
-from timm_zzz.cards import model_card, top1, write_card
+from timm_zzz.hub.cards import model_card, top1, write_card
 
 REPO = 'owner/birds-zzz'
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision import transforms
 
-from timm_zzz.attach import SIGMA2_INIT
+from timm_zzz.models.attach import SIGMA2_INIT
 
 pytest.importorskip('sklearn')
 pytestmark = pytest.mark.usefixtures('benchmarks')

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 import timm_zzz
 import timm_zzz.scores
-from timm_zzz import ZZZHead, closed_form, fit
-from timm_zzz.closed_form import Quadratic, best_temperature, on_sphere
+from timm_zzz import ZZZHead, fit
 from timm_zzz.fit import ZZZFit, fit_head, fit_model
-from timm_zzz.moments import HeldOut, Moments
+from timm_zzz.fit import estimators as closed_form
+from timm_zzz.fit.estimators import Quadratic, best_temperature, on_sphere
+from timm_zzz.fit.moments import HeldOut, Moments
 
 close = torch.testing.assert_close
 C, D = 6, 20

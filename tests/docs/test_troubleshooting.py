@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Set, Tuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'troubleshooting.md'
 # Caught where it is raised, or a protocol of Python
 INTERNAL = {'not arithmetic', 'fuse'}

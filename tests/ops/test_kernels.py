@@ -10,8 +10,9 @@ from oracles import PARAMETERS, low_rank_logits, make, qr_basis, reference_logit
 from torch import nn
 from torch.nn import functional as F
 
-from timm_zzz import ZZZHead, backends
+from timm_zzz import ZZZHead
 from timm_zzz.functional import orthonormal_basis, zzz_logits
+from timm_zzz.ops import dispatch as backends
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
@@ -122,7 +123,8 @@ def test_basis(condition, r):
 @pytest.mark.parametrize('r', [1, 2, 3, 4, 5, 8, 13, 16, 32])
 def test_prepared_classes(r, half):
     """Well-conditioned bases come from the first kernel, not from the one that repairs them, at every padded rank."""
-    from timm_zzz.kernels import head, triton_kernels
+    from timm_zzz.ops import triton_kernels
+    from timm_zzz.ops import triton_ops as head
 
     _, weight, bias, A, v_raw, s2_raw = inputs(1, 20, 70, r)
     classes = head.prepare(weight, bias, A, v_raw, s2_raw, 1e-4, 1e-4, not half)
@@ -226,7 +228,7 @@ def test_overflowed_gradients_are_seen(value):
 
 @pytest.mark.parametrize('half', [False, True])
 def test_chunks_of_classes_change_nothing(half, monkeypatch):
-    from timm_zzz.kernels import head
+    from timm_zzz.ops import triton_ops as head
 
     args = inputs(4, 70, 33, 3)
     losses = [torch.randn(4, 70)]

@@ -17,9 +17,9 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_zzz import ZZZHead, attach
-from timm_zzz.attach import find_classifiers
 from timm_zzz.deploy import FusedZZZHead
 from timm_zzz.head import ZZZConvHead
+from timm_zzz.models.attach import find_classifiers
 
 # A small architecture for each, and a size of its images
 FAMILIES = {

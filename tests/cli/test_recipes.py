@@ -22,7 +22,7 @@ from timm.utils import ParseKwargs
 
 from timm_zzz import ZZZHead
 
-FOLDER = Path(__file__).resolve().parent.parent / 'hparams'
+FOLDER = Path(__file__).resolve().parents[2] / 'hparams'
 ALL = sorted(path.stem for path in FOLDER.glob('*.yaml'))
 QUICKSTART = 'quickstart_mobilenetv2_100.zzz_r8'  # of which the README's command makes the twin
 RECIPES = [name for name in ALL if name != QUICKSTART]

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from timm_zzz import from_pretrained
-from timm_zzz.push import load_run, main, public_args
+from timm_zzz.cli.push import load_run, main, public_args
 
 REPO = 'owner/beetles-zzz'
 

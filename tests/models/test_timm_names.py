@@ -14,7 +14,7 @@ from timm.models import DefaultCfg, PretrainedCfg, model_entrypoint
 from torch import nn
 
 import timm_zzz
-from timm_zzz import _timm
+from timm_zzz.models import _timm
 
 PACKAGE = Path(timm_zzz.__file__).parent
 TIMM = Path(timm.__file__).parent

@@ -18,7 +18,7 @@ import timm.optim  # noqa: F401  (an example's line after `import timm`)
 import timm_zzz
 from timm_zzz.__main__ import _COMMANDS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in ('*.md', 'docs/*.md', 'benchmarks/*.md', 'hub_cards/README.md')

@@ -14,8 +14,8 @@ from typing import Any, Iterator, List
 
 import timm_zzz
 from timm_zzz.__main__ import _COMMANDS
-from timm_zzz.attach import HEAD_OPTIONS, OPTION_PREFIX
-from timm_zzz.registry import RANKS
+from timm_zzz.models.attach import HEAD_OPTIONS, OPTION_PREFIX
+from timm_zzz.models.registry import RANKS
 
 SNAPSHOT = Path(__file__).with_name('public_api.txt')
 # Of the package itself first: what is named there is documented there

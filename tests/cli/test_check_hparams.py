@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from timm_zzz import check_hparams
-from timm_zzz.check_hparams import check, main
-from timm_zzz.recipe import Recipe
-from timm_zzz.train_options import newest, read_script
+from timm_zzz.cli import check_hparams
+from timm_zzz.cli.check_hparams import check, main
+from timm_zzz.cli.recipe import Recipe
+from timm_zzz.cli.train_options import newest, read_script
 
-RECIPES = sorted((Path(__file__).resolve().parent.parent / 'hparams').glob('*.yaml'))
+RECIPES = sorted((Path(__file__).resolve().parents[2] / 'hparams').glob('*.yaml'))
 GOOD = """\
 device_modules: [timm_zzz]
 model: test_vit.zzz_r4
