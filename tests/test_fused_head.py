@@ -11,8 +11,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_zzz import ZZZHead, attach
-from timm_zzz.deploy import FusedZZZConvHead, FusedZZZHead
-from timm_zzz.head import ZZZConvHead
+from timm_zzz.head import FusedZZZConvHead, FusedZZZHead, ZZZConvHead
 from timm_zzz.models.attach import find_classifiers
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from timm_zzz import ZZZHead
+from timm_zzz.head import HeadTag
 from timm_zzz.optim import ZZZAdamW, mean_decoupling, variance_shrinkage
 
 LR, DECAY, SCALE, HEAD_DECAY = 1e-3, 0.05, 20.0, 0.01
@@ -238,7 +239,7 @@ def test_refusals():
     with pytest.raises(ValueError, match='v_shrinkage: .* 0.1 with maximize'):
         make(build(), v_shrinkage=0.1, maximize=True)
     p = nn.Parameter(torch.zeros(3, 8, 2))
-    p.zzz_role = 'A'  # of a head that is gone
+    p.zzz_tag = HeadTag('A')  # of a head that is gone
     assert len(ZZZAdamW([p]).param_groups) == 1
     with pytest.raises(ValueError, match='the regularisers need the ZZZ head as a module'):
         ZZZAdamW([p], v_shrinkage=0.1)

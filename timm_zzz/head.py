@@ -1,42 +1,63 @@
-"""The ZZZ classifier head as a module."""
+"""The ZZZ classifier head as a module: for linear and 1x1-convolution classifiers, and fused for inference."""
 
+import contextlib
 import copy
-import functools
 import logging
 import math
 import weakref
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .cache import TensorCache, can_cache
-from .deploy import FusedZZZConvHead, FusedZZZHead, fuse_gaussians, fused_logits
-from .functional import class_gaussians, zzz_logits
-from .ops import dispatch as backends
+from .ops import reference
+from .ops.dispatch import check_impl, choose_for_head, class_gaussians, fused_logits, fused_plan, zzz_logits
+from .ops.reference import Parameters
+from .ops.tracing import is_plain
 
-__all__ = ['ZZZHead', 'ZZZConvHead']
+__all__ = ['FusedZZZConvHead', 'FusedZZZHead', 'ZZZConvHead', 'ZZZHead', 'heads_of', 'record_inputs']
 
 _logger = logging.getLogger(__name__)
 
 INIT_STD = 0.02  # of the entries of new class means and of A
-
-_live_heads: 'weakref.WeakSet[ZZZHead]' = weakref.WeakSet()
+SIGMA2_INIT = 1 / 16  # of the heads of named models
 
 # In the order in which the linear classifier's come first
-_PARAMETERS = ('weight', 'bias', 'A', 'v_raw', 'sigma2_raw')
+_PARAMETERS = Parameters._fields
 
-# A leaf for symbolic tracing: its argument checks look at shapes, which a traced value has not got.
+# Leaves for symbolic tracing: their argument checks look at shapes, which a traced value has not got.
 torch.fx.wrap('zzz_logits')
+torch.fx.wrap('fused_logits')
+
+# Steps of all optimisers so far: some write to a parameter's data, which its version counter does not see.
+_optimizer_steps = [0]
 
 
-def live_heads() -> List['ZZZHead']:
-    """The ZZZ heads that exist now, of all models; an optimiser tells by them whose its parameters are."""
-    return list(_live_heads)
+def _count_step(*args: Any) -> None:
+    _optimizer_steps[0] += 1
 
 
-def _inverse_softplus(value: float) -> float:
-    return value + math.log(-math.expm1(-value))
+register_optimizer_step_post_hook(_count_step)
+
+
+class HeadTag:
+    """On a parameter: its name in a ZZZ head and, weakly, the head.
+
+    A head tags its parameters whenever it gets new ones, so optimisers find heads by the parameters alone. Copies and
+    pickles of a tag keep the name only.
+    """
+
+    def __init__(self, name: str, head: Optional['ZZZHead'] = None):
+        self.name = name
+        self._head = (lambda: None) if head is None else weakref.ref(head)
+
+    @property
+    def head(self) -> Optional['ZZZHead']:
+        return self._head()
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return (HeadTag, (self.name,))
 
 
 def _raw_variance(name: str, init: Optional[float], minimum: float) -> float:
@@ -45,7 +66,110 @@ def _raw_variance(name: str, init: Optional[float], minimum: float) -> float:
         return 0.0
     if not minimum < init < math.inf:
         raise ValueError(f'{name}: expected a finite value above the minimum {minimum}, got {init}')
-    return _inverse_softplus(init - minimum)
+    return reference.inverse_softplus(torch.tensor(init - minimum, dtype=torch.float64, device='cpu')).item()
+
+
+class FusedZZZHead(nn.Module):
+    """A ZZZ head for inference: no parameters, one matrix product, the same logits.
+
+    Made by :meth:`timm_zzz.ZZZHead.fuse`. For embeddings of shape (..., d) logits of shape (..., C), float32 or wider.
+    Its tensors stay at least float32 through ``.half()`` and ``.to(torch.bfloat16)``: in 16 bits the constants,
+    hundreds of nats, would lose the digits that tell the classes apart.
+
+    Args:
+        rows, offsets, precision: A linear layer and 1 / sigma2, see :func:`timm_zzz.ops.reference.fuse`.
+        num_classes: Number of classes C.
+        impl: What computes it, as in :class:`~timm_zzz.ZZZHead`.
+
+    Raises:
+        ValueError: In ``forward`` for input whose last dimension is not d.
+
+    Example:
+        >>> from timm_zzz import ZZZHead
+        >>> head, x = ZZZHead(num_classes=5, feat_dim=12, rank=3), torch.randn(2, 12)
+        >>> torch.allclose(head.fuse()(x), head(x), rtol=1e-5, atol=1e-5)
+        True
+    """
+
+    rows: Tensor
+    offsets: Tensor
+    precision: Tensor
+
+    def __init__(self, rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, impl: str = 'auto'):
+        super().__init__()
+        # in_features and out_features as on nn.Linear, for code that reads them off a classifier
+        self.num_classes = self.out_features = num_classes
+        self.feat_dim = self.in_features = rows.shape[1]
+        self.rank = rows.shape[0] // num_classes - 1
+        self.register_buffer('rows', rows)
+        self.register_buffer('offsets', offsets)
+        self.register_buffer('precision', precision)
+        self._impl = check_impl(impl)
+        # How the kernels compute it, and for which buffers and features
+        self._plan = cast(Optional[Tuple[Any, Any]], None)
+
+    @property
+    def weight(self) -> Tensor:
+        """The class means over sigma2, shape (C, d), as the rows of a linear layer on normalised embeddings."""
+        return self.rows[: self.num_classes]
+
+    @property
+    def bias(self) -> Tensor:
+        """What is added to the logits class by class, shape (C,)."""
+        return self.offsets[: self.num_classes]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of shape (..., C) for embeddings of shape (..., d)."""
+        return self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of shape (..., C) for embeddings of shape (..., d), whatever kind of classifier this replaces."""
+        if not torch.jit.is_scripting():
+            logits = self._kernel_logits(x)
+            if logits is not None:
+                return logits
+        return fused_logits(x, self.rows, self.offsets, self.precision, self.num_classes, self.rank)
+
+    @torch.jit.unused
+    def _kernel_logits(self, x: Tensor) -> Optional[Tensor]:
+        """None where the kernels can't run, or would lose a gradient."""
+        buffers = [b for b in self._buffers.values() if b is not None]  # faster than by attributes
+        if not is_plain([x, *buffers]) or not (x.is_cuda or self._impl == 'triton'):
+            return None
+        if x.requires_grad and torch.is_grad_enabled():
+            return None
+        # Unlike parameters these are not written to but as a whole, so it is enough to know them by their addresses.
+        state = [(b.data_ptr(), 0 if b.is_inference() else b._version) for b in buffers]
+        key = (x.device, x.dtype, torch.is_autocast_enabled(x.device.type), state)
+        if self._plan is not None and self._plan[0] == key:
+            plan = self._plan[1]
+        else:
+            plan = fused_plan(x, self.rows, self.offsets, self.precision, self.num_classes, self._impl)
+            if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self._plan = key, plan
+        return None if plan is None else plan(x)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, '_plan': None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'FusedZZZHead':
+        before: Dict[str, Any] = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = before[name].to(buffer.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f'num_classes={self.num_classes}, feat_dim={self.feat_dim}, rank={self.rank}'
+
+
+class FusedZZZConvHead(FusedZZZHead):
+    """The fused head in place of a 1x1 convolution: embeddings (B, d, H, W) to logits (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of shape (B, C, H, W) for embeddings of shape (B, d, H, W)."""
+        return self.logits(x.movedim(1, -1)).movedim(3, 1)
 
 
 class ZZZHead(nn.Module):
@@ -62,8 +186,9 @@ class ZZZHead(nn.Module):
     state dict of a linear layer loads, its rows becoming the class means. Logits are float32 (float64 for float64
     input), also under autocast and for a float16 or bfloat16 module.
 
-    In eval mode without gradients the bases are derived once and kept, with a copy of the parameters to tell when they
-    change: twice the parameters' memory, freed by ``train()``. :meth:`fuse` gives a module that needs neither.
+    In eval mode without gradients the head keeps its fused form, which :meth:`fuse` returns, until a parameter changes
+    through a module, an optimiser, or an operation in place. Writes by hand through ``.data`` or shared memory are
+    invisible to PyTorch's version counters: call ``train()`` or ``eval()`` after them, which drop what is kept.
 
     Args:
         num_classes: Number of classes C, >= 1.
@@ -130,7 +255,7 @@ class ZZZHead(nn.Module):
         self.rank = rank
         self.v_min = float(v_min)
         self.sigma2_min = float(sigma2_min)
-        self._impl = backends.check(impl)
+        self._impl = check_impl(impl)
         self._v_raw_init = _raw_variance('v_init', v_init, v_min)
         self._sigma2_raw_init = _raw_variance('sigma2_init', sigma2_init, sigma2_min)
 
@@ -144,10 +269,7 @@ class ZZZHead(nn.Module):
             self.register_parameter('v_raw', None)
         self.sigma2_raw = nn.Parameter(torch.empty((), **dd))
         self.bias = nn.Parameter(torch.empty(num_classes, **dd))
-        for name, parameter in self.named_parameters(recurse=False):
-            parameter.zzz_role = name  # type: ignore[attr-defined]
-        _live_heads.add(self)
-        self._cache = TensorCache()
+        self._kept = cast(Optional['_Kept'], None)
         self.register_load_state_dict_pre_hook(_adapt_state_dict)
         self.reset_parameters()
 
@@ -175,13 +297,11 @@ class ZZZHead(nn.Module):
         Raises:
             ValueError: For another value; on reading, if ``'triton'`` was asked for and can't run.
         """
-        return backends.choose_for_head(
-            self._impl, self.weight[:0], self.weight, self.bias, self.A, self.v_raw, self.sigma2_raw
-        )
+        return choose_for_head(self._impl, self.weight[:0], self._parameter_tuple())
 
     @impl.setter
     def impl(self, value: str) -> None:
-        self._impl = backends.check(value)
+        self._impl = check_impl(value)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> List[str]:
@@ -194,34 +314,41 @@ class ZZZHead(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if self._uses_cache(x):
-                return self._cached_logits(x)
+            if not self.training and not torch.is_grad_enabled():
+                kept = self._kept_fused(x)
+                if kept is not None:
+                    return kept.logits(x)
         return zzz_logits(
             x, self.weight, self.bias, self.A, self.v_raw, self.sigma2_raw, self.v_min, self.sigma2_min, self._impl
         )
 
-    def _uses_cache(self, x: Tensor) -> bool:
-        return not self.training and not torch.is_grad_enabled() and can_cache([x, *self._tensors()])
+    def _kept_fused(self, x: Tensor) -> Optional[FusedZZZHead]:
+        """The fused form for these features, derived anew if a parameter has changed; None where nothing may be kept.
 
-    def _cached_logits(self, x: Tensor) -> Tensor:
-        if self.A is not None and x.shape[-1:] == self.weight.shape[1:]:
-            impl = backends.choose_for_head(self._impl, x, self.weight, self.bias, self.A, self.v_raw, self.sigma2_raw)
-            if impl == 'triton':
-                split = not backends.half_products(x)
-                key = (split, self.v_min, self.sigma2_min)
-                operand, coef = self._cache.get(key, self._tensors(), functools.partial(backends.prepare, *key))
-                return backends.prepared_logits(
-                    x, operand, coef, self.num_classes, self.rank, split, self.sigma2_raw, self.sigma2_min
-                )
+        Not where tensors are traced, transformed or captured, since a kept result would be wrong there, nor of
+        parameters made in inference mode, which have no version counter.
+        """
+        p = self._parameter_tuple()
+        tensors = [t for t in p if t is not None]
+        if not is_plain([x, *tensors]) or any(t.is_inference() for t in tensors):
+            return None
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        # Another stream might read a result before it is there.
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
         dtype = torch.float64 if torch.float64 in (x.dtype, self.weight.dtype) else torch.float32
-        options = (dtype, self.v_min, self.sigma2_min)
-        rows, offsets, precision = self._cache.get(options, self._tensors(), functools.partial(_fuse, *options))
-        return fused_logits(x, rows, offsets, precision, self.num_classes, self.rank)
+        versions = [t._version for t in tensors]
+        key = (dtype, stream, self._impl, self.v_min, self.sigma2_min, _optimizer_steps[0], versions)
+        kept = self._kept
+        if kept is None or kept.key != key or not _same_memory(tensors, kept.tensors):
+            with torch.inference_mode(False):
+                fused = self._fuse(dtype)
+            # The aliases keep the memory, so that no other tensor can come to lie at its address.
+            kept = self._kept = _Kept(key, [t.detach() for t in tensors], fused)
+        return kept.fused
 
-    def _tensors(self) -> List[Tensor]:
-        # The arguments of _fuse, small ones first: the cache compares them in this order
-        tensors = [self.sigma2_raw, self.bias, self.weight, self.v_raw, self.A]
-        return [t for t in tensors if t is not None]
+    def _parameter_tuple(self) -> Parameters:
+        return Parameters(self.weight, self.bias, self.A, self.v_raw, self.sigma2_raw)
 
     @torch.no_grad()
     def fuse(self) -> FusedZZZHead:
@@ -230,22 +357,48 @@ class ZZZHead(nn.Module):
         Returns:
             A new module without parameters that gives the same logits, on the same device.
         """
-        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        tensors = _fuse(dtype, self.v_min, self.sigma2_min, *self._tensors())
-        return self._fused_type(*tensors, self.num_classes).train(self.training)
+        return self._fuse()
+
+    @torch.no_grad()
+    def gaussians(self, dtype: Optional[torch.dtype] = None) -> Tuple[Any, ...]:
+        """Derive means (C, d), bases (C, d, r), variances (C, r), sigma2 () and bias (C,) in at least float32."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32) if dtype is None else dtype
+        tensors: Any = (t if t is None else t.detach().to(dtype) for t in self._parameter_tuple())
+        p = Parameters(*tensors)
+        with torch.autocast('cpu' if p.weight.is_meta else p.weight.device.type, enabled=False):
+            return (*class_gaussians(p.weight, p.A, p.v_raw, p.sigma2_raw, self.v_min, self.sigma2_min), p.bias)
+
+    @torch.no_grad()
+    def _fuse(self, dtype: Optional[torch.dtype] = None) -> FusedZZZHead:
+        tensors = reference.fuse(*self.gaussians(dtype))
+        return self._fused_type(*tensors, self.num_classes, impl=self._impl).train(self.training)
+
+    def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
+        super().register_parameter(name, param)
+        if param is not None:
+            param.zzz_tag = HeadTag(name, self)  # type: ignore[attr-defined]
+
+    def _tag_parameters(self) -> None:
+        for name, parameter in self.named_parameters(recurse=False):
+            if getattr(parameter, 'zzz_tag', HeadTag(name)).head is None:  # else another module holds it too
+                parameter.zzz_tag = HeadTag(name, self)  # type: ignore[attr-defined]
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        _live_heads.add(self)
+        self._tag_parameters()
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, '_kept': None}
 
     def train(self, mode: bool = True) -> 'ZZZHead':
-        if mode:
-            self._cache.clear()
+        self._kept = None
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'ZZZHead':
-        self._cache.clear()
-        return super()._apply(fn, recurse)
+        self._kept = None
+        super()._apply(fn, recurse)
+        self._tag_parameters()
+        return self
 
     def extra_repr(self) -> str:
         return f'num_classes={self.num_classes}, feat_dim={self.feat_dim}, rank={self.rank}'
@@ -261,21 +414,23 @@ class ZZZConvHead(ZZZHead):
         return self._logits(x.movedim(1, -1)).movedim(3, 1)
 
 
-def _fuse(
-    dtype: torch.dtype,
-    v_min: float,
-    sigma2_min: float,
-    sigma2_raw: Tensor,
-    bias: Tensor,
-    weight: Tensor,
-    v_raw: Optional[Tensor] = None,
-    A: Optional[Tensor] = None,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    if A is not None and v_raw is not None:
-        A, v_raw = A.to(dtype), v_raw.to(dtype)
-    with torch.autocast('cpu' if weight.is_meta else weight.device.type, enabled=False):
-        mu, basis, v, sigma2 = class_gaussians(weight.to(dtype), A, v_raw, sigma2_raw.to(dtype), v_min, sigma2_min)
-        return fuse_gaussians(mu, basis, v, sigma2, bias.to(dtype))
+class _Kept(NamedTuple):
+    """What an evaluated head keeps: the fused form, and of which parameters it is."""
+
+    key: Any
+    tensors: List[Tensor]
+    fused: FusedZZZHead
+
+
+def _same_memory(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether tensors lie where others do, with the same strides and dtype."""
+    return all(
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+        for a, b in zip(tensors, others, strict=True)
+    )
+
+
+# What a state dict may hold
 
 
 def _adapt_state_dict(
@@ -296,7 +451,7 @@ def _adapt_state_dict(
       remains are dropped too. A strict load still fails, on the missing weight and bias.
     - Another number of classes, width or rank is an error that gives both sides' figures.
     """
-    head._cache.clear()
+    head._kept = None
     name = prefix.rstrip('.') or 'head'
     if f'{prefix}mu' in state_dict and f'{prefix}weight' not in state_dict:
         state_dict[f'{prefix}weight'] = state_dict.pop(f'{prefix}mu')
@@ -341,3 +496,33 @@ def _keep_own(head: ZZZHead, state_dict: Dict[str, Any], prefix: str, names: Seq
         state_dict.pop(f'{prefix}{name}', None)
         if name in own:
             state_dict[f'{prefix}{name}'] = own[name].detach()
+
+
+# The heads of a model
+
+
+def heads_of(model: nn.Module) -> Dict[str, ZZZHead]:
+    """Find the ZZZ heads of a model, keyed by module path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, ZZZHead)}
+
+
+@contextlib.contextmanager
+def record_inputs(heads: Dict[str, ZZZHead]) -> Iterator[Dict[str, Tensor]]:
+    """Record each head's most recent input, keyed by module path. Clear the dict before each forward pass.
+
+    The (B, d, 1, 1) that a head in place of a 1x1 convolution gets after pooling is recorded as (B, d).
+    """
+    inputs: Dict[str, Tensor] = {}
+
+    def record(path: str, x: Tensor) -> None:
+        inputs[path] = x.flatten(1) if x.ndim == 4 and x.shape[2:].numel() == 1 else x
+
+    hooks = [
+        head.register_forward_pre_hook(lambda module, args, path=path: record(path, args[0]))
+        for path, head in heads.items()
+    ]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -11,8 +11,7 @@ from timm.optim import OptimInfo
 from torch import Tensor, nn
 
 from .functional import orthonormal_basis
-from .head import ZZZHead, live_heads
-from .models import _timm
+from .head import HeadTag, ZZZHead
 
 __all__ = ['ZZZAdamW', 'mean_decoupling', 'variance_shrinkage']
 
@@ -44,6 +43,10 @@ def mean_decoupling(head: ZZZHead) -> Tensor:
 
 def _full(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _tag_of(p: Any) -> Optional[HeadTag]:
+    return getattr(p, 'zzz_tag', None)
 
 
 def _check_number(name: str, value: Any, positive: bool = False) -> None:
@@ -130,14 +133,10 @@ class ZZZAdamW(torch.optim.AdamW):
         if isinstance(params, set):
             return super().add_param_group(param_group)  # refuses it
         params = [params] if isinstance(params, Tensor) else list(params)
-        # A mark stays where the module is gone, as after torch.jit.script; the module is there where the mark is lost,
-        # as after load_state_dict(assign=True).
-        roles = {id(p): name for head in live_heads() for name, p in head.named_parameters(recurse=False)}
         parts: Dict[str, List[Any]] = {'rest': [], 'decayed': [], 'kept': []}
         for p in params:
-            tensor = p[1] if isinstance(p, tuple) else p
-            role = getattr(tensor, 'zzz_role', None) or roles.get(id(tensor))
-            parts['rest' if role is None else 'decayed' if role in _DECAYED else 'kept'].append(p)
+            tag = _tag_of(p[1] if isinstance(p, tuple) else p)
+            parts['rest' if tag is None else 'decayed' if tag.name in _DECAYED else 'kept'].append(p)
         for part, members in parts.items():
             if members or (part == 'rest' and not params):
                 group = dict(param_group, params=members)
@@ -158,12 +157,15 @@ class ZZZAdamW(torch.optim.AdamW):
 
     def _heads(self) -> List[Tuple[ZZZHead, List[nn.Parameter]]]:
         """The heads with those of their parameters that are here."""
-        here = {id(p) for group in self.param_groups for p in group['params']}
-        heads = [(head, [p for p in head.parameters() if id(p) in here]) for head in live_heads()]
-        heads = [(head, parameters) for head, parameters in heads if parameters]
+        heads: Dict[int, Tuple[ZZZHead, List[nn.Parameter]]] = {}
+        for p in [p for group in self.param_groups for p in group['params']]:
+            tag = _tag_of(p)
+            head = None if tag is None else tag.head
+            if head is not None:
+                heads.setdefault(id(head), (head, []))[1].append(p)
         if not heads:
             raise ValueError('zzzadamw: the regularisers need the ZZZ head as a module, not a scripted or copied one')
-        return heads
+        return list(heads.values())
 
     @torch.no_grad()
     def _add_penalties(self) -> None:
@@ -237,4 +239,11 @@ def register_optimizer() -> None:
         description='AdamW with its own learning rate, weight decay and regularisers for ZZZ heads',
         has_betas=True,
     )
-    _timm.optimizer_registry().register(info)
+    optimizer_registry().register(info)
+
+
+def optimizer_registry() -> Any:
+    """Return the registry of optimisers by name that timm's ``create_optimizer_v2`` reads; timm has it in private."""
+    from timm.optim._optim_factory import default_registry
+
+    return default_registry

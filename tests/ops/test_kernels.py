@@ -1,5 +1,6 @@
 """The Triton kernels: on a GPU, or on the CPU by Triton's interpreter (TRITON_INTERPRET=1, see test_interpreter.py)."""
 
+import itertools
 import logging
 import math
 import os
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from timm_zzz import ZZZHead
 from timm_zzz.functional import orthonormal_basis, zzz_logits
-from timm_zzz.ops import dispatch as backends
+from timm_zzz.ops import dispatch
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
@@ -21,6 +22,12 @@ pytestmark = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA device or Triton's interpreter"
 )
 gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason='needs a CUDA device')
+
+
+def further(values, quick=()):
+    """Leave values to the slow tests of the interpreter, a thousand times slower than a GPU, but for the quick ones."""
+    return [pytest.param(*v, marks=[] if v in quick else pytest.mark.slow) for v in values] if INTERPRETED else values
+
 
 # (batch, classes, width, rank)
 SHAPES = [(3, 7, 123, 3), (3, 7, 123, 5), (5, 20, 40, 8), (20, 7, 50, 13), (4, 4, 67, 16), (3, 7, 123, 32)]
@@ -90,8 +97,7 @@ def relative_errors(shape, dtype, sigma2, v, draws=1):
     return errors
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('regime', REGIMES)
+@pytest.mark.parametrize('regime, dtype', further(list(itertools.product(REGIMES, DTYPES))))
 def test_error_of_few_numbers_is_bounded_by_the_references_own(regime, dtype):
     """Few numbers, which the reference may hit by chance, are compared over many draws."""
     errors = relative_errors((1, 1, 23, 1), dtype, *regime, draws=12)
@@ -100,8 +106,10 @@ def test_error_of_few_numbers_is_bounded_by_the_references_own(regime, dtype):
         assert error <= 1.5 * bound + 1e-6, f'{name}: {error:.1e}, {bound:.1e}'
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize(
+    'shape, dtype',
+    further(list(itertools.product(SHAPES, DTYPES)), quick=[(SHAPES[0], None), (SHAPES[0], torch.bfloat16)]),
+)
 def test_error_is_bounded_by_the_references_own(shape, dtype):
     for regime in REGIMES:
         for name, (error, bound) in relative_errors(shape, dtype, *regime).items():
@@ -109,8 +117,9 @@ def test_error_is_bounded_by_the_references_own(shape, dtype):
                 assert error <= 1.5 * bound + 1e-6, f'{name}, (sigma2, v) = {regime}: {error:.1e}, {bound:.1e}'
 
 
-@pytest.mark.parametrize('condition', [1, 1e3, 1e6])
-@pytest.mark.parametrize('r', [3, 16])
+@pytest.mark.parametrize(
+    'condition, r', further(list(itertools.product([1, 1e3, 1e6], [3, 16])), quick=[(1, 3), (1e6, 3), (1e3, 16)])
+)
 def test_basis(condition, r):
     U, _, V = torch.linalg.svd(torch.randn(5, 67, r, dtype=torch.float64), full_matrices=False)
     A = (U * torch.logspace(0, -math.log10(condition), r, dtype=torch.float64)) @ V
@@ -120,14 +129,16 @@ def test_basis(condition, r):
 
 
 @pytest.mark.parametrize('half', [False, True])
-@pytest.mark.parametrize('r', [1, 2, 3, 4, 5, 8, 13, 16, 32])
-def test_prepared_classes(r, half):
+@pytest.mark.parametrize('r', further([(r,) for r in (1, 2, 3, 4, 5, 8, 13, 16, 32)], quick=[(3,), (4,), (8,)]))
+def test_bases_of_the_first_kernel(r, half):
     """Well-conditioned bases come from the first kernel, not from the one that repairs them, at every padded rank."""
-    from timm_zzz.ops import triton_kernels
-    from timm_zzz.ops import triton_ops as head
+    from timm_zzz.ops import triton_kernels, triton_ops
 
     _, weight, bias, A, v_raw, s2_raw = inputs(1, 20, 70, r)
-    classes = head.prepare(weight, bias, A, v_raw, s2_raw, 1e-4, 1e-4, not half)
+    parameters = triton_ops.Parameters(weight, bias, A, v_raw, s2_raw)
+    classes = triton_ops._new_classes(parameters, not half)
+    triton_ops._fill_coef(classes.coef, parameters, 1e-4, 1e-4, not half)
+    triton_ops._fill_operand(classes, parameters)
     cp, R = classes.padded, classes.R
     assert (classes.coef[(2 * R + 2) * cp :][:20] == 0).all()  # flags
     rows = classes.operand.double() / triton_kernels.SCALE
@@ -201,7 +212,9 @@ def test_non_finite_input_gives_non_finite_logits_where_it_is(value, half):
 
 
 @pytest.mark.parametrize('half', [False, True])
-@pytest.mark.parametrize('scale', [0.0, 1e-30, 1e-8, 65536.0, 1e30])
+@pytest.mark.parametrize(
+    'scale', further([(s,) for s in (0.0, 1e-30, 1e-8, 65536.0, 1e30)], quick=[(0.0,), (65536.0,)])
+)
 def test_gradients_of_any_size(scale, half):
     """Gradients of the logits far outside float16's range, as a GradScaler or a mean over many samples makes them."""
     args = inputs(4, 5, 33, 3)
@@ -226,17 +239,17 @@ def test_overflowed_gradients_are_seen(value):
     assert not any(t.grad.isfinite().all() for t in args)
 
 
-@pytest.mark.parametrize('half', [False, True])
+@pytest.mark.parametrize('half', further([(False,), (True,)], quick=[(True,)]))
 def test_chunks_of_classes_change_nothing(half, monkeypatch):
-    from timm_zzz.ops import triton_ops as head
+    from timm_zzz.ops import triton_ops
 
     args = inputs(4, 70, 33, 3)
     losses = [torch.randn(4, 70)]
     autocast = torch.bfloat16 if half else None
     whole = derivatives(triton_logits, args, torch.float32, losses, autocast)
-    monkeypatch.setattr(head, 'KEEP_BYTES', 1000)
-    monkeypatch.setattr(head, 'CHUNK_BYTES', 2 * 33 * 4 * 30)
-    assert len(head._chunks(args[3])) == 3
+    monkeypatch.setattr(triton_ops, 'KEEP_BYTES', 1000)
+    monkeypatch.setattr(triton_ops, 'CHUNK_BYTES', 2 * 33 * 4 * 30)
+    assert len(triton_ops._chunks(args[3])) == 3
     chunked = derivatives(triton_logits, args, torch.float32, losses, autocast)
     for name in whole:
         torch.testing.assert_close(chunked[name], whole[name], rtol=1e-5, atol=1e-5 * whole[name].abs().max().item())
@@ -300,19 +313,23 @@ def test_compiled():
 
 
 def test_operator_for_the_compiler():
-    args = [t.requires_grad_() for t in inputs(4, 20, 33, 3)]
-    torch.library.opcheck(
-        torch.ops.timm_zzz.logits, (*args, 1e-4, 1e-4, True), test_utils=['test_schema', 'test_faketensor']
-    )
+    from timm_zzz.ops import triton_ops
+
+    features, *parameters = inputs(4, 20, 33, 3)
+    tests = dict(test_utils=['test_schema', 'test_faketensor'])
+    torch.library.opcheck(torch.ops.timm_zzz.logits, (features, parameters, 1e-4, 1e-4, True), **tests)
+    kept = triton_ops.forward(features, parameters, 1e-4, 1e-4, True)[1:]
+    args = (torch.randn(4, 20), features, parameters, kept, 1e-4, 1e-4, True)
+    torch.library.opcheck(torch.ops.timm_zzz.logits_grad, args, **tests)
 
 
-def test_eval_uses_prepared_classes_and_sees_changes():
+def test_eval_sees_changes():
     head, x = ZZZHead(20, 33, 3, impl='triton').eval(), torch.randn(4, 33)
     expected = head(x)
     with torch.no_grad():
         torch.testing.assert_close(head(x), expected)
         assert torch.equal(head(x), head(x))
-        head.A.data.mul_(torch.rand_like(head.A))
+        head.A.mul_(torch.rand_like(head.A))
         torch.testing.assert_close(head(x), zzz_logits(x, *_parameters(head), impl='torch'), rtol=1e-5, atol=1e-5)
 
 
@@ -320,13 +337,18 @@ def _parameters(head):
     return head.weight, head.bias, head.A, head.v_raw, head.sigma2_raw
 
 
-@pytest.mark.parametrize('r', [1, 3, 8])
+def plan_of(fused, split):
+    from timm_zzz.ops.triton_ops import FusedLogits
+
+    return FusedLogits(fused.rows, fused.offsets, fused.precision, fused.num_classes, split)
+
+
+@pytest.mark.parametrize('r', further([(1,), (3,), (8,)], quick=[(3,)]))
 @pytest.mark.parametrize('half', [False, True])
 def test_fused(r, half):
     head, x = ZZZHead(20, 33, r, sigma2_init=0.05), torch.randn(4, 33)
     fused = head.fuse()
-    operand, coef, sigma2_raw = backends.fold(fused.rows, fused.offsets, fused.precision, 20, not half)
-    logits = backends.prepared_logits(x, operand, coef, 20, r, not half, sigma2_raw, 0.0)
+    logits = plan_of(fused, not half)(x)
     expected = zzz_logits(x.double(), *(p.detach().double() for p in _parameters(head)))
     tolerance = 1e-3 if half else 1e-5
     torch.testing.assert_close(logits.double(), expected, rtol=tolerance, atol=tolerance)
@@ -338,9 +360,8 @@ def test_repeated(dtype):
     head = ZZZHead(20, 33, 3, sigma2_init=0.05).to(DEVICE)
     fused = head.fuse()
     x = torch.randn(3, 2, 33, device=DEVICE, dtype=dtype)
-    operand, coef, sigma2_raw = backends.fold(fused.rows, fused.offsets, fused.precision, 20, False)
-    args = operand, coef, 20, 3, False, sigma2_raw, 0.0
-    repeat = backends.repeated_logits(x, *args)
+    repeat = plan_of(fused, False)
+    repeat(x)
     for size in (1, 1e-4, 1e4):
         other = (size * torch.randn(3, 2, 33, device=DEVICE)).to(dtype)
         other[0, 0] = 0
@@ -349,7 +370,7 @@ def test_repeated(dtype):
         expected = zzz_logits(other.double(), *(p.detach().double() for p in _parameters(head)))
         # What remains is float16's rounding of the bases and, for float32, of x in t = U (x - mu)
         torch.testing.assert_close(logits.double(), expected, rtol=1e-3, atol=1e-3)
-        assert torch.equal(logits, backends.prepared_logits(other, *args))
+        assert torch.equal(logits, plan_of(fused, False)(other))  # a first call
     other[1, 1, 5] = float('nan')
     other[2, 0, 5] = float('inf')
     assert repeat(other).isfinite().all(-1).tolist() == [[True, True], [True, False], [False, True]]
@@ -394,7 +415,7 @@ def test_fused_launches_see_changes():
 
 
 def test_choice(caplog):
-    backends._log_once.cache_clear()
+    dispatch._log_once.cache_clear()
     head = ZZZHead(5, 12, 5)
     with caplog.at_level(logging.DEBUG, 'timm_zzz'):
         assert head.impl == ('torch' if INTERPRETED else 'triton')  # the interpreter only where it is asked for

@@ -1,9 +1,7 @@
-"""What this package uses of timm beyond its public interface: in no other file, says tests/test_timm_names.py.
+"""What the models use of timm beyond its public interface; tests/models/test_timm_names.py says what else there is.
 
 ``_model_args`` of a model: the keyword arguments that ``create_model`` built it with; timm writes them to config.json.
 ``default_cfgs`` of a module of models: what its weights need, by architecture and tag; ``register_model`` reads it.
-``timm.optim._optim_factory.default_registry``: where timm's ``create_optimizer_v2`` looks names up.
-The names of splits that ``create_dataset`` takes for each other, written down here as SPLIT_FOLDERS.
 """
 
 import sys
@@ -11,9 +9,7 @@ from typing import Any, Callable, Dict, Optional
 
 from torch import nn
 
-__all__ = ['SPLIT_FOLDERS', 'default_cfgs', 'optimizer_registry', 'record_args', 'recorded_args']
-
-SPLIT_FOLDERS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
+__all__ = ['default_cfgs', 'record_args', 'recorded_args']
 
 
 def recorded_args(model: nn.Module) -> Optional[Dict[str, Any]]:
@@ -31,10 +27,3 @@ def record_args(model: nn.Module, args: Dict[str, Any]) -> None:
 def default_cfgs(entrypoint: Callable[..., Any]) -> Dict[str, Any]:
     """The configurations in the module of an entrypoint, by architecture; the dict itself, to be added to."""
     return getattr(sys.modules[entrypoint.__module__], 'default_cfgs', {})
-
-
-def optimizer_registry() -> Any:
-    """The registry of optimisers by name that timm's ``create_optimizer_v2`` and scripts read."""
-    from timm.optim._optim_factory import default_registry
-
-    return default_registry

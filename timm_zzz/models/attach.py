@@ -5,19 +5,17 @@ import inspect
 from typing import Any, Callable, Dict, List, Set, Tuple, TypeVar, Union, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..deploy import Affine
-from ..head import ZZZConvHead, ZZZHead
+from ..head import SIGMA2_INIT, ZZZConvHead, ZZZHead
 from . import _timm
 
-__all__ = ['attach', 'find_classifiers', 'HEAD_OPTIONS', 'OPTION_PREFIX', 'SIGMA2_INIT']
+__all__ = ['attach', 'find_classifiers', 'HEAD_OPTIONS', 'OPTION_PREFIX']
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 Classifier = Union[nn.Linear, nn.Conv2d, ZZZHead]
 _CLASSIFIERS = (nn.Linear, nn.Conv2d, ZZZHead)
 
-SIGMA2_INIT = 1 / 16
 OPTION_PREFIX = 'zzz_'  # of a head's options among a model's
 
 # What a model's creator chooses of a head; the rest follows from the classifier that it replaces and from the machine
@@ -170,6 +168,29 @@ class _Mixin(nn.Module):
         return (_new_module, type(self).__mro__[1:4:2], *state)
 
 
+class _Affine(nn.Module):
+    """A batch norm for inference on (B, d): ``x * scale + shift``."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor):
+        super().__init__()
+        self.register_buffer('scale', scale)
+        self.register_buffer('shift', shift)
+
+    @classmethod
+    def from_batch_norm(cls, norm: Any) -> '_Affine':
+        scale = torch.rsqrt(norm.running_var + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight.detach()
+        shift = -norm.running_mean * scale
+        return cls(scale, shift if norm.bias is None else shift + norm.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
 class _NormedHead(_Mixin):
     """Of a batch norm with a ZZZ head behind it: what timm fuses into one layer remains two."""
 
@@ -177,7 +198,7 @@ class _NormedHead(_Mixin):
     def fuse(self) -> nn.Module:
         for name, child in list(self.named_children()):
             if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                setattr(self, name, Affine.from_batch_norm(child))
+                setattr(self, name, _Affine.from_batch_norm(child))
             elif isinstance(child, ZZZHead):
                 setattr(self, name, child.fuse())
         return self

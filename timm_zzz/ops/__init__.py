@@ -1,1 +1,1 @@
-"""The functions of :mod:`timm_zzz.functional` for the GPU, imported only where they can run."""
+"""The arithmetic of the ZZZ head: plain PyTorch, Triton kernels, and the choice between them."""

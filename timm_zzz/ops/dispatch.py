@@ -1,4 +1,4 @@
-"""Which implementation runs: PyTorch's operations, or the Triton kernels of :mod:`timm_zzz.kernels`.
+"""The functions that choose an implementation: PyTorch's operations, or the Triton kernels where they can run.
 
 The kernels are imported where they can run, and not before they do.
 """
@@ -6,23 +6,22 @@ The kernels are imported where they can run, and not before they do.
 import functools
 import importlib.util
 import logging
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
+from . import reference
+from .reference import Parameters
 from .tracing import is_plain
 
 __all__ = [
-    'IMPLS',
-    'check',
+    'check_impl',
     'choose',
-    'choose_for_head',
-    'fold',
-    'half_products',
-    'orthonormalize',
-    'prepare',
-    'prepared_logits',
+    'class_gaussians',
+    'fused_logits',
+    'fused_plan',
+    'orthonormal_basis',
     'zzz_logits',
 ]
 
@@ -34,7 +33,7 @@ MAX_RANK, MAX_WIDTH = 32, 16384
 _logger = logging.getLogger(__name__)
 
 
-def check(impl: str) -> str:
+def check_impl(impl: str) -> str:
     """Return the name of an implementation, or raise a ValueError."""
     if impl not in IMPLS:
         raise ValueError(f'impl: expected one of {", ".join(IMPLS)}, got {impl!r}')
@@ -42,7 +41,7 @@ def check(impl: str) -> str:
 
 
 def choose(impl: str, tensors: Sequence[Tensor], width: int, rank: int, refusal: Optional[str] = None) -> str:
-    """'torch' or 'triton': what an ``impl`` argument means for these tensors.
+    """Resolve an ``impl`` argument to 'torch' or 'triton' for these tensors.
 
     Args:
         impl: 'auto', 'torch' or 'triton'.
@@ -54,7 +53,7 @@ def choose(impl: str, tensors: Sequence[Tensor], width: int, rank: int, refusal:
     Raises:
         ValueError: If ``impl`` is unknown, or 'triton' where the kernels can't run, with the reason.
     """
-    if check(impl) == 'torch':
+    if check_impl(impl) == 'torch':
         return 'torch'
     device = tensors[0].device
     if refusal is None:
@@ -69,23 +68,15 @@ def choose(impl: str, tensors: Sequence[Tensor], width: int, rank: int, refusal:
     return 'torch'
 
 
-def choose_for_head(
-    impl: str,
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    A: Optional[Tensor],
-    v_raw: Optional[Tensor],
-    sigma2_raw: Tensor,
-) -> str:
-    """:func:`choose` for the arguments of timm_zzz.functional.zzz_logits."""
-    C, d = weight.shape
-    if A is None or v_raw is None:
+def choose_for_head(impl: str, features: Tensor, p: Parameters) -> str:
+    """:func:`choose` for the logits of a head."""
+    C, d = p.weight.shape
+    if p.A is None or p.v_raw is None:
         return choose(impl, [features], d, 0)
-    r = A.shape[2]
-    if A.shape[:2] != (C, d) or bias.shape != (C,) or v_raw.shape != (C, r) or sigma2_raw.shape != ():
+    r = p.A.shape[2]
+    if p.A.shape[:2] != (C, d) or p.bias.shape != (C,) or p.v_raw.shape != (C, r) or p.sigma2_raw.shape != ():
         return choose(impl, [features], d, r, 'the shapes of the parameters disagree')
-    return choose(impl, [features, weight, bias, A, v_raw, sigma2_raw], d, r)
+    return choose(impl, [features, p.weight, p.bias, p.A, p.v_raw, p.sigma2_raw], d, r)
 
 
 def _log(impl: str, reason: str) -> None:
@@ -132,17 +123,69 @@ def _cached_device_refusal(device_type: str, index: Optional[int]) -> Optional[s
     return None if capability >= (8, 0) else f'compute capability {capability[0]}.{capability[1]} is below 8.0'
 
 
-def half_products(features: Tensor) -> bool:
+def _half_products(features: Tensor) -> bool:
     """Whether large matrix products may round their factors to 16 bits: autocast is on, or the features have 16."""
     return features.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(features.device.type)
 
 
-def orthonormalize(A: Tensor) -> Tuple[Tensor, Tensor]:
-    """q and R^-1 of A = q^T R by the kernels, shapes (n, d, r) to (n, r, d) and (n, r, r), float32."""
-    from . import triton_ops as kernels
+def orthonormal_basis(A: Tensor, impl: str = 'auto') -> Tensor:
+    """Compute an orthonormal basis of the column spaces: the Q factor of A = Q R with a positive diagonal in R.
 
-    q, factor = kernels.orthonormalize(A)
-    return q, factor.mT
+    Differentiable once and twice, and batched. By Cholesky QR for well-conditioned matrices, on the CPU in eager mode
+    and on NVIDIA GPUs with Triton; otherwise by Gram-Schmidt. Precise under autocast too, and without synchronising
+    with the device.
+
+    Scaling a column by a positive factor, or multiplying A from the right by an upper-triangular matrix with a positive
+    diagonal, changes nothing. Columns that depend on the earlier ones (zero columns among them) are completed to an
+    orthonormal basis and receive a zero gradient.
+
+    Args:
+        A: Matrices of shape (..., d, r), r <= d.
+        impl: ``'torch'``, ``'triton'`` or ``'auto'``, which takes Triton where it can run.
+
+    Returns:
+        Matrices of shape (..., d, r) with orthonormal columns.
+
+    Raises:
+        ValueError: If ``impl`` is unknown, or ``'triton'`` where that can't run.
+
+    Example:
+        >>> A = torch.tensor([[[2., 1.], [0., 1.], [0., 0.]]])
+        >>> orthonormal_basis(A).round(decimals=3)
+        tensor([[[1., 0.],
+                 [0., 1.],
+                 [0., 0.]]])
+    """
+    if A.shape[-1] == 0:
+        return A
+    if impl != 'torch':
+        refusal = None if A.dtype == torch.float32 else 'it gives float32 only'
+        if choose(impl, [A], A.shape[-2], A.shape[-1], refusal) == 'triton':
+            from .triton_ops import orthonormalize
+
+            return reference.factorized_rows(A, orthonormalize).transpose(-1, -2)
+    return reference.orthonormal_rows(A).transpose(-1, -2)
+
+
+def class_gaussians(
+    weight: Tensor,
+    A: Optional[Tensor],
+    v_raw: Optional[Tensor],
+    sigma2_raw: Tensor,
+    v_min: float = 1e-4,
+    sigma2_min: float = 1e-4,
+    impl: str = 'auto',
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor], Tensor]:
+    """Compute the Gaussians of the classes from the unconstrained parameters of a head, in the parameters' dtype.
+
+    Arguments and shapes as in :func:`zzz_logits`.
+
+    Returns:
+        Class means mu (C, d), orthonormal bases (C, d, r) and variances v (C, r), both None for rank 0, and sigma2 (),
+        which :func:`gaussian_logits` and :func:`log_density` take.
+    """
+    basis = None if A is None else orthonormal_basis(A, impl)
+    return reference.class_gaussians(weight, basis, v_raw, sigma2_raw, v_min, sigma2_min)
 
 
 def zzz_logits(
@@ -152,134 +195,96 @@ def zzz_logits(
     A: Optional[Tensor],
     v_raw: Optional[Tensor],
     sigma2_raw: Tensor,
-    v_min: float,
-    sigma2_min: float,
+    v_min: float = 1e-4,
+    sigma2_min: float = 1e-4,
+    impl: str = 'auto',
 ) -> Tensor:
-    """timm_zzz.functional.zzz_logits by the kernels."""
-    split = not half_products(features)
-    if torch.compiler.is_compiling():
-        flat = features.reshape(-1, features.shape[-1])
-        out = _operator(flat, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min, split)[0]
-        return out.reshape(features.shape[:-1] + out.shape[1:])
-    from . import triton_ops as kernels
+    """Compute the logits of a ZZZ head from its unconstrained parameters.
 
-    assert A is not None and v_raw is not None
-    return kernels.zzz_logits(features, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min, split)
+    With ``x = f / |f|``, ``mu_c = weight_c / |weight_c|``, ``U_c = orthonormal_basis(A_c)``,
+    ``v_c = softplus(v_raw_c) + v_min`` and ``sigma2 = softplus(sigma2_raw) + sigma2_min``, the logit of class c is
+    :func:`gaussian_logits` plus bias_c.
+
+    Computed in float32, or in float64 if the features or the weight are, whatever autocast says: the terms that all
+    classes share are in the hundreds once sigma2 is small and must not be rounded to 16 bits. Triton rounds the factors
+    of the largest matrix products, which are unit vectors, to float16 if autocast is on or the features have 16 bits,
+    and adds in float32. It gives first derivatives only; higher ones, and torch.func, take ``impl='torch'``.
+
+    Args:
+        features: Pooled embeddings, shape (..., d).
+        weight: Class means before normalisation, shape (C, d).
+        bias: Shape (C,).
+        A: Matrices whose columns span the class subspaces, shape (C, d, r); None for rank 0.
+        v_raw: Unconstrained variances, shape (C, r); None for rank 0.
+        sigma2_raw: Unconstrained isotropic variance, shape ().
+        v_min: Lower bound of the variances along the basis.
+        sigma2_min: Lower bound of the isotropic variance.
+        impl: ``'torch'``, ``'triton'`` or ``'auto'``, which takes Triton where it can run: on an NVIDIA GPU of compute
+            capability 8.0 or higher, for ranks 1 to 32, and no float64. Traced, scripted and exported code is torch's.
+
+    Returns:
+        Logits, shape (..., C), float32 or float64.
+
+    Raises:
+        ValueError: If the last dimension of the features is not d, if ``impl`` is unknown, or ``'triton'`` where that
+            can't run.
+    """
+    _check_width(features, weight.shape[-1])
+    p = Parameters(weight, bias, A, v_raw, sigma2_raw)
+    if not torch.jit.is_scripting():
+        if choose_for_head(impl, features, p) == 'triton':
+            return _kernel_logits(features, p, v_min, sigma2_min)
+        if _autocasts(features):
+            with torch.autocast(features.device.type, enabled=False):
+                return reference.logits(features, p, v_min, sigma2_min)
+    return reference.logits(features, p, v_min, sigma2_min)
 
 
-def prepare(
-    split: bool,
-    v_min: float,
-    sigma2_min: float,
-    sigma2_raw: Tensor,
-    bias: Tensor,
-    weight: Tensor,
-    v_raw: Tensor,
-    A: Tensor,
-) -> Tuple[Tensor, Tensor]:
-    """What :func:`prepared_logits` needs of the classes."""
-    from . import triton_ops as kernels
+def _kernel_logits(features: Tensor, p: Parameters, v_min: float, sigma2_min: float) -> Tensor:
+    from . import triton_ops  # apart, since TorchScript, which never gets here, can't compile an import
 
-    return kernels.prepare(weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min, split)[:2]
+    parameters: Any = p  # all there: the kernels refuse rank 0
+    return triton_ops.logits(features, parameters, v_min, sigma2_min, not _half_products(features))
 
 
-def fold(rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, split: bool) -> Tuple[Tensor, ...]:
-    """What :func:`prepared_logits` needs of the classes, and sigma2_raw for a sigma2_min of 0, of a fused head."""
-    from . import triton_ops as kernels
-
-    return kernels.fold(rows, offsets, precision, num_classes, split)
-
-
-def prepared_logits(
-    features: Tensor,
-    operand: Tensor,
-    coef: Tensor,
-    num_classes: int,
-    rank: int,
-    split: bool,
-    sigma2_raw: Tensor,
-    sigma2_min: float,
+def fused_logits(
+    features: Tensor, rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, rank: int
 ) -> Tensor:
-    """Logits (..., C) of embeddings (..., d) from classes that :func:`prepare` or :func:`fold` made; no gradient."""
-    from . import triton_ops as kernels
+    """Compute logits from a fused head's tensors in plain PyTorch; see :func:`timm_zzz.ops.reference.fuse`.
 
-    return kernels.logits(features, kernels.classes(operand, coef, num_classes, rank, split), sigma2_raw, sigma2_min)
-
-
-def repeated_logits(
-    features: Tensor,
-    operand: Tensor,
-    coef: Tensor,
-    num_classes: int,
-    rank: int,
-    split: bool,
-    sigma2_raw: Tensor,
-    sigma2_min: float,
-) -> Callable[[Tensor], Tensor]:
-    """:func:`prepared_logits` as a function of features alike; see timm_zzz.kernels.head.RepeatedLogits."""
-    from . import triton_ops as kernels
-
-    classes = kernels.classes(operand, coef, num_classes, rank, split)
-    return kernels.RepeatedLogits(features, classes, sigma2_raw, sigma2_min)
+    Raises:
+        ValueError: If the last dimension of the features is not d.
+    """
+    _check_width(features, rows.shape[-1])
+    if not torch.jit.is_scripting():
+        if _autocasts(features):
+            with torch.autocast(features.device.type, enabled=False):
+                return reference.fused_logits(features, rows, offsets, precision, num_classes, rank)
+    return reference.fused_logits(features, rows, offsets, precision, num_classes, rank)
 
 
-# What torch.compile sees of the kernels: two operators, the second of which is the gradient of the first.
+def fused_plan(
+    features: Tensor, rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, impl: str = 'auto'
+) -> Any:
+    """Make what computes a fused head's logits by the kernels, as a function of features like these.
+
+    Returns:
+        A function of features, see :class:`timm_zzz.ops.triton_ops.FusedLogits`; None where the kernels can't run.
+    """
+    rank, d = rows.shape[0] // num_classes - 1, rows.shape[1]
+    _check_width(features, d)
+    if choose(impl, [features, rows, offsets, precision], d, rank) != 'triton':
+        return None
+    from . import triton_ops
+
+    return triton_ops.FusedLogits(rows, offsets, precision, num_classes, not _half_products(features))
 
 
-@torch.library.custom_op('timm_zzz::logits', mutates_args=())
-def _operator(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    A: Tensor,
-    v_raw: Tensor,
-    sigma2_raw: Tensor,
-    v_min: float,
-    sigma2_min: float,
-    split: bool,
-) -> List[Tensor]:
-    from . import triton_ops as kernels
-
-    return kernels.forward(features, (weight, bias, A, v_raw, sigma2_raw), v_min, sigma2_min, split)
+def _check_width(features: Tensor, width: int) -> None:
+    if not torch.jit.is_tracing() and features.shape[-1] != width:
+        raise ValueError(f'features: expected a last dimension of {width} (feat_dim), got shape {list(features.shape)}')
 
 
-@torch.library.custom_op('timm_zzz::logits_grad', mutates_args=())
-def _grad_operator(
-    grad: Tensor,
-    features: Tensor,
-    parameters: List[Tensor],
-    kept: List[Tensor],
-    v_min: float,
-    sigma2_min: float,
-    split: bool,
-) -> List[Tensor]:
-    from . import triton_ops as kernels
-
-    return kernels.backward(grad, features, parameters, kept, v_min, sigma2_min, split)
-
-
-@_operator.register_fake
-def _(features, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min, split):
-    from . import triton_ops as kernels
-
-    return kernels.forward(features, (weight, bias, A, v_raw, sigma2_raw), v_min, sigma2_min, split, launch=False)
-
-
-@_grad_operator.register_fake
-def _(grad, features, parameters, kept, v_min, sigma2_min, split):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (features, *parameters)]
-
-
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    features, weight, bias, A, v_raw, sigma2_raw, *ctx.options = inputs
-    ctx.save_for_backward(features, weight, bias, A, v_raw, sigma2_raw, *output[1:])
-
-
-def _backward(ctx: Any, grads: List[Optional[Tensor]]) -> Tuple[Optional[Tensor], ...]:
-    features, *rest = ctx.saved_tensors
-    if grads[0] is None:
-        return (None,) * 9
-    return (*_grad_operator(grads[0], features, rest[:5], rest[5:], *ctx.options), None, None, None)
-
-
-_operator.register_autograd(_backward, setup_context=_setup_context)
+def _autocasts(features: Tensor) -> bool:
+    # Asking autocast whether it knows the meta device would break the graph of torch.compile in torch 2.11.
+    return features.device.type != 'meta' and torch.is_autocast_enabled(features.device.type)

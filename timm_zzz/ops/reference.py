@@ -1,4 +1,4 @@
-"""The mathematics of the ZZZ head as pure functions.
+"""The mathematics of the ZZZ head in plain PyTorch: what every other implementation is held against.
 
 A class ``c`` is a Gaussian over L2-normalised embeddings with mean ``mu_c`` and covariance::
 
@@ -10,20 +10,41 @@ of which only ``U_c`` (d x r), ``v_c`` (r) and the scalar ``sigma2`` are stored.
     delta^T Sigma_c^-1 delta = a |delta|^2 - a sum_i t_i^2 (a v_i) / (1 + a v_i)       (Woodbury identity)
     log |Sigma_c|            = d log sigma2 + sum_i log(1 + a v_i)                      (matrix determinant lemma)
 
-The functions work in the dtype of their arguments (:func:`zzz_logits` chooses it) and differentiate in all of them.
+Functions of tensors in the dtype of their arguments, and differentiable in all of them, unless they say otherwise.
 """
 
 import math
-from typing import List, Optional, Tuple
+from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import dispatch as backends
 from .tracing import is_plain
 
-__all__ = ['normalize', 'orthonormal_basis', 'gaussian_logits', 'class_gaussians', 'log_density', 'zzz_logits']
+__all__ = [
+    'Parameters',
+    'class_gaussians',
+    'factorized_rows',
+    'fuse',
+    'fused_logits',
+    'gaussian_logits',
+    'inverse_softplus',
+    'log_density',
+    'logits',
+    'normalize',
+    'orthonormal_rows',
+]
+
+
+class Parameters(NamedTuple):
+    """The unconstrained parameters of a head of C classes, width d and rank r; A and v_raw are None at rank 0."""
+
+    weight: Tensor  # (C, d)
+    bias: Tensor  # (C,)
+    A: Optional[Tensor]  # (C, d, r)
+    v_raw: Optional[Tensor]  # (C, r)
+    sigma2_raw: Tensor  # ()
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -169,9 +190,9 @@ class _Orthonormalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(A: Tensor, impl: str) -> Tuple[Tensor, Tensor]:
-        if impl == 'triton':
-            return backends.orthonormalize(A)
+    def forward(A: Tensor, factorize: Optional[Callable[[Tensor], Tuple[Tensor, Tensor]]]) -> Tuple[Tensor, Tensor]:
+        if factorize is not None:
+            return factorize(A)
         rows = A.mT
         if not _may_branch(A):
             return _scaled_gram_schmidt(rows)
@@ -196,56 +217,28 @@ class _Orthonormalize(torch.autograd.Function):
         return _orthonormalize_backward(q, X, grad_q, grad_X), None
 
     @staticmethod
-    def vmap(info, in_dims, A, impl):
+    def vmap(info, in_dims, A, factorize):
         # By hand, so that forward never sees a batched tensor, whose values Python can't look at.
         A = A.movedim(in_dims[0], 0)
-        q, X = _Orthonormalize.apply(A.flatten(0, 1), impl)
+        q, X = _Orthonormalize.apply(A.flatten(0, 1), factorize)
         return (q.unflatten(0, A.shape[:2]), X.unflatten(0, A.shape[:2])), (0, 0)
 
 
-def orthonormal_basis(A: Tensor, impl: str = 'auto') -> Tensor:
-    """Orthonormal basis of the column spaces, the Q factor of A = Q R with a positive diagonal in R.
-
-    Differentiable once and twice, and batched. By Cholesky QR for well-conditioned matrices, on the CPU in eager mode
-    and on NVIDIA GPUs with Triton; otherwise by Gram-Schmidt. Precise under autocast too, and without synchronising
-    with the device.
-
-    Scaling a column by a positive factor, or multiplying A from the right by an upper-triangular matrix with a positive
-    diagonal, changes nothing. Columns that depend on the earlier ones (zero columns among them) are completed to an
-    orthonormal basis and receive a zero gradient.
-
-    Args:
-        A: Matrices of shape (..., d, r), r <= d.
-        impl: ``'torch'``, ``'triton'`` or ``'auto'``, which takes Triton where it can run.
-
-    Returns:
-        Matrices of shape (..., d, r) with orthonormal columns.
-
-    Raises:
-        ValueError: If ``impl`` is unknown, or ``'triton'`` where that can't run.
-
-    Example:
-        >>> A = torch.tensor([[[2., 1.], [0., 1.], [0., 0.]]])
-        >>> orthonormal_basis(A).round(decimals=3)
-        tensor([[[1., 0.],
-                 [0., 1.],
-                 [0., 0.]]])
-    """
-    if A.shape[-1] == 0:
-        return A
+def orthonormal_rows(A: Tensor) -> Tensor:
+    """Orthonormalise the columns of A (..., d, r), r >= 1; returns them as rows, shape (..., r, d)."""
+    rows = A.transpose(-1, -2)
     if torch.jit.is_scripting():  # TorchScript knows no autograd.Function
-        rows = A.transpose(-1, -2)
-        q = _gram_schmidt(rows / _scale(rows))[0]
+        return _gram_schmidt(rows / _scale(rows))[0]
     elif torch.onnx.is_in_onnx_export():  # ONNX knows no triangular solver
-        rows = A.transpose(-1, -2)
-        q = _gram_schmidt(rows / _scale(rows))[0]
+        return _gram_schmidt(rows / _scale(rows))[0]
     else:
-        flat = A.reshape((-1,) + A.shape[-2:])
-        if impl != 'torch':
-            refusal = None if A.dtype == torch.float32 else 'it gives float32 only'
-            impl = backends.choose(impl, [flat], A.shape[-2], A.shape[-1], refusal)
-        q = _Orthonormalize.apply(flat, impl)[0].reshape(A.transpose(-1, -2).shape)
-    return q.transpose(-1, -2)
+        return factorized_rows(A, None)
+
+
+def factorized_rows(A: Tensor, factorize: Optional[Callable[[Tensor], Tuple[Tensor, Tensor]]]) -> Tensor:
+    """Orthonormalise, with q (n, r, d) and R^-1 (n, r, r) of A = q^T R (n, d, r) from a function unless it is None."""
+    flat = A.reshape((-1,) + A.shape[-2:])
+    return _Orthonormalize.apply(flat, factorize)[0].reshape(A.transpose(-1, -2).shape)
 
 
 def gaussian_logits(
@@ -298,103 +291,79 @@ def log_density(
     return gaussian_logits(x, mu, basis, v, sigma2) - 0.5 * mu.shape[-1] * math.log(2 * math.pi)
 
 
+def inverse_softplus(x: Tensor) -> Tensor:
+    """Invert softplus for values > 0."""
+    return x + (-torch.expm1(-x)).log()
+
+
 def class_gaussians(
     weight: Tensor,
-    A: Optional[Tensor],
-    v_raw: Optional[Tensor],
-    sigma2_raw: Tensor,
-    v_min: float = 1e-4,
-    sigma2_min: float = 1e-4,
-    impl: str = 'auto',
-) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor], Tensor]:
-    """The Gaussians of the classes, from the unconstrained parameters of the ZZZ head, in the parameters' dtype.
-
-    Arguments and shapes as in :func:`zzz_logits`.
-
-    Returns:
-        Class means mu (C, d), orthonormal bases (C, d, r) and variances v (C, r), both None for rank 0, and sigma2 (),
-        which :func:`gaussian_logits` and :func:`log_density` take.
-    """
-    basis: Optional[Tensor] = None
-    v: Optional[Tensor] = None
-    if A is not None and v_raw is not None:
-        basis = orthonormal_basis(A, impl)
-        v = F.softplus(v_raw) + v_min
-    return normalize(weight), basis, v, F.softplus(sigma2_raw) + sigma2_min
-
-
-def _zzz_logits(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    A: Optional[Tensor],
+    basis: Optional[Tensor],
     v_raw: Optional[Tensor],
     sigma2_raw: Tensor,
     v_min: float,
     sigma2_min: float,
-) -> Tensor:
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor], Tensor]:
+    """Compute the means, bases, variances and sigma2 of the classes from their bases and unconstrained parameters."""
+    v = None if v_raw is None else F.softplus(v_raw) + v_min
+    return normalize(weight), basis, v, F.softplus(sigma2_raw) + sigma2_min
+
+
+def logits(features: Tensor, p: Parameters, v_min: float, sigma2_min: float) -> Tensor:
+    """Compute the logits (..., C) of embeddings (..., d) in float32, or in float64 if an argument has it."""
     dtype = torch.float32
-    if features.dtype == torch.float64 or weight.dtype == torch.float64:
+    if features.dtype == torch.float64 or p.weight.dtype == torch.float64:
         dtype = torch.float64
+    A, v_raw = p.A, p.v_raw
+    basis: Optional[Tensor] = None
     if A is not None and v_raw is not None:
-        A, v_raw = A.to(dtype), v_raw.to(dtype)
-    mu, basis, v, sigma2 = class_gaussians(
-        weight.to(dtype), A, v_raw, sigma2_raw.to(dtype), v_min=v_min, sigma2_min=sigma2_min, impl='torch'
-    )
-    return gaussian_logits(normalize(features.to(dtype)), mu, basis, v, sigma2) + bias.to(dtype)
+        basis, v_raw = orthonormal_rows(A.to(dtype)).transpose(-1, -2), v_raw.to(dtype)
+    mu, basis, v, sigma2 = class_gaussians(p.weight.to(dtype), basis, v_raw, p.sigma2_raw.to(dtype), v_min, sigma2_min)
+    return gaussian_logits(normalize(features.to(dtype)), mu, basis, v, sigma2) + p.bias.to(dtype)
 
 
-def zzz_logits(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    A: Optional[Tensor],
-    v_raw: Optional[Tensor],
-    sigma2_raw: Tensor,
-    v_min: float = 1e-4,
-    sigma2_min: float = 1e-4,
-    impl: str = 'auto',
-) -> Tensor:
-    """Logits of the ZZZ head from its unconstrained parameters.
+# The fused head: rows a mu_c and sqrt(s_ci / 2) u_ci of one matrix product, with s_ci = a (a v_ci) / (1 + a v_ci)
 
-    With ``x = f / |f|``, ``mu_c = weight_c / |weight_c|``, ``U_c = orthonormal_basis(A_c)``,
-    ``v_c = softplus(v_raw_c) + v_min`` and ``sigma2 = softplus(sigma2_raw) + sigma2_min``, the logit of class c is
-    :func:`gaussian_logits` plus bias_c.
 
-    Computed in float32, or in float64 if the features or the weight are, whatever autocast says: the terms that all
-    classes share are in the hundreds once sigma2 is small and must not be rounded to 16 bits. Triton rounds the factors
-    of the largest matrix products, which are unit vectors, to float16 if autocast is on or the features have 16 bits,
-    and adds in float32. It gives first derivatives only; higher ones, and torch.func, take ``impl='torch'``.
+def fuse(
+    mu: Tensor, basis: Optional[Tensor], v: Optional[Tensor], sigma2: Tensor, bias: Tensor
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Fold the classes' Gaussians and offsets into a linear layer and a sum of squares.
 
-    Args:
-        features: Pooled embeddings, shape (..., d).
-        weight: Class means before normalisation, shape (C, d).
-        bias: Shape (C,).
-        A: Matrices whose columns span the class subspaces, shape (C, d, r); None for rank 0.
-        v_raw: Unconstrained variances, shape (C, r); None for rank 0.
-        sigma2_raw: Unconstrained isotropic variance, shape ().
-        v_min: Lower bound of the variances along the basis.
-        sigma2_min: Lower bound of the isotropic variance.
-        impl: ``'torch'``, ``'triton'`` or ``'auto'``, which takes Triton where it can run: on an NVIDIA GPU of compute
-            capability 8.0 or higher, for ranks 1 to 32, and no float64. Traced, scripted and exported code is torch's.
+    With ``a = 1 / sigma2``, x normalised and ``s_ci = a (a v_ci) / (1 + a v_ci)``, the logit of class c is::
+
+        a mu_c^T x + sum_i [sqrt(s_ci / 2) (u_ci^T x - u_ci^T mu_c)]^2 + constant_c - a/2 |x|^2.
 
     Returns:
-        Logits, shape (..., C), float32 or float64.
-
-    Raises:
-        ValueError: If the last dimension of the features is not d, if ``impl`` is unknown, or ``'triton'`` where that
-            can't run.
+        rows ((1 + r) C, d) and offsets ((1 + r) C,) of the linear layer, first the C means, then direction by direction
+        C basis vectors, and the precision 1 / sigma2 (). Not differentiable: call it under ``torch.no_grad()``.
     """
-    if features.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f'features: expected a last dimension of {weight.shape[-1]} (feat_dim), got shape {list(features.shape)}'
-        )
-    if not torch.jit.is_scripting():
-        if backends.choose_for_head(impl, features, weight, bias, A, v_raw, sigma2_raw) == 'triton':
-            return backends.zzz_logits(features, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min)
-        device_type = features.device.type
-        # Asking autocast whether it knows the meta device would break the graph of torch.compile in torch 2.11.
-        if device_type != 'meta' and torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                return _zzz_logits(features, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min)
-    return _zzz_logits(features, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min)
+    num_classes, dim = mu.shape
+    rank = 0 if v is None else v.shape[1]
+    precision = 1 / sigma2
+    rows = mu.new_empty(1 + rank, num_classes, dim)
+    torch.mul(mu, precision, out=rows[0])
+    offsets = bias - 0.5 * (precision * (mu * mu).sum(-1) + dim * torch.log(sigma2))
+    if basis is not None and v is not None:
+        ratio = v * precision
+        scale = torch.sqrt(0.5 * precision * (ratio / (1 + ratio)))
+        torch.mul(basis.permute(2, 0, 1), scale.T.unsqueeze(-1), out=rows[1:])
+        along = scale * (basis * mu.unsqueeze(-1)).sum(-2)
+        offsets = torch.cat([offsets - 0.5 * torch.log1p(ratio).sum(-1), -along.T.flatten()])
+    return rows.flatten(0, 1), offsets, precision
+
+
+def fused_logits(
+    features: Tensor, rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, rank: int
+) -> Tensor:
+    """Compute the logits (..., C) of embeddings (..., d) from what :func:`fuse` returns, in float32 or wider."""
+    dtype = torch.float32
+    if features.dtype == torch.float64 or rows.dtype == torch.float64:
+        dtype = torch.float64
+    x = normalize(features.to(dtype))
+    y = F.linear(x, rows.to(dtype), offsets.to(dtype))
+    result = y[..., :num_classes] - 0.5 * precision.to(dtype) * (x * x).sum(-1, keepdim=True)
+    if rank > 0:
+        t = y[..., num_classes:].unflatten(-1, (rank, num_classes))
+        result = result + (t * t).sum(-2)
+    return result

@@ -146,25 +146,9 @@ def _embed(F, XH, XL, XX, b, d, dp, EXACT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _embedding_grad(
-    F,
-    XX,
-    DX,
-    S2RAW,
-    AMAX,
-    DPREC,
-    DF,
-    DS2,
-    s2_min,
-    grad_top,
-    b,
-    B,
-    C,
-    d,
-    dp,
-    EXACT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BC: tl.constexpr,
-):
+    F, XX, DX, S2RAW, AMAX, DPREC, DF, DS2, s2_min, grad_top, b, B, C, d, dp, EXACT: tl.constexpr,
+    BLOCK: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
     """The gradient of embedding b from that of its normalised form, DX = SCALE s / a dL/dx, EXACT: times its factor XX.
 
     At b = B, the sum of the classes' parts of dL/da gives the gradient of sigma2_raw.
@@ -253,25 +237,9 @@ def _store_split(HI, LO, at, value, mask, SPLIT: tl.constexpr):
 
 @triton.jit
 def factor_kernel(
-    A,
-    W,
-    VRAW,
-    BIAS,
-    S2RAW,
-    COEF,
-    v_min,
-    s2_min,
-    C,
-    cp,
-    d,
-    r: tl.constexpr,
-    R: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BASIS_ONLY: tl.constexpr,
-    NC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    A, W, VRAW, BIAS, S2RAW, COEF, v_min, s2_min, C, cp, d, r: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr,
+    BASIS_ONLY: tl.constexpr, NC: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
     """Coefficients of NC classes: M by Cholesky-QR of the Gram matrix, norms, variances; see the module's docstring.
 
     A class whose A_c is too ill-conditioned for that is flagged, for rows_kernel.
@@ -380,22 +348,9 @@ def _whole_class(good, same, eye):
 
 @triton.jit
 def basis_kernel(
-    A,
-    W,
-    COEF,
-    OUT,
-    C,
-    cp,
-    d,
-    dp,
-    r: tl.constexpr,
-    R: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BASIS_ONLY: tl.constexpr,
-    NC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    A, W, COEF, OUT, C, cp, d, dp, r: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, BASIS_ONLY: tl.constexpr,
+    NC: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
     """A tile of the operand: bases U_c = M A_c^T and normalised means. BASIS_ONLY: OUT is float32 (C, R, dp)."""
     _wait(OVERLAP)
     pid = tl.program_id(0).to(tl.int64)
@@ -438,24 +393,10 @@ def basis_kernel(
 
 @triton.jit
 def _repair(
-    A,
-    W,
-    OUT,
-    COEF,
-    SCRATCH,
-    pid,
-    C,
-    cp,
-    d,
-    dp,
-    r,
-    R: tl.constexpr,
-    CLASSES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BASIS_ONLY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The bases of the classes that factor_kernel flagged, by Gram-Schmidt as in timm_zzz.functional._gram_schmidt."""
+    A, W, OUT, COEF, SCRATCH, pid, C, cp, d, dp, r, R: tl.constexpr, CLASSES: tl.constexpr, SPLIT: tl.constexpr,
+    BASIS_ONLY: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The bases of the classes that factor_kernel flagged, by Gram-Schmidt as in timm_zzz.ops.reference."""
     OFFSET = COEF
     FLAG = COEF + 2 * cp * R + 2 * cp
     FACTOR = FLAG + 3 * cp
@@ -513,29 +454,9 @@ def _repair(
 
 @triton.jit
 def rows_kernel(
-    A,
-    W,
-    OUT,
-    COEF,
-    SCRATCH,
-    F,
-    XH,
-    XL,
-    XX,
-    programs,
-    C,
-    cp,
-    d,
-    dp,
-    r,
-    R: tl.constexpr,
-    CLASSES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BASIS_ONLY: tl.constexpr,
-    EXACT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    A, W, OUT, COEF, SCRATCH, F, XH, XL, XX, programs, C, cp, d, dp, r, R: tl.constexpr, CLASSES: tl.constexpr,
+    SPLIT: tl.constexpr, BASIS_ONLY: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
     """Whole rows: the bases of flagged classes in the first programs, one embedding in each of the others."""
     _wait(OVERLAP)
     pid = tl.program_id(0).to(tl.int64)
@@ -547,31 +468,10 @@ def rows_kernel(
 
 @triton.jit
 def logits_kernel(
-    XH,
-    XL,
-    XX,
-    CLS,
-    COEF,
-    S2RAW,
-    LOGITS,
-    T,
-    XM,
-    s2_min,
-    B,
-    C,
-    cp,
-    d,
-    dp,
-    ldl,
-    R: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SAVE: tl.constexpr,
-    EXACT: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    BK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    XH, XL, XX, CLS, COEF, S2RAW, LOGITS, T, XM, s2_min, B, C, cp, d, dp, ldl, R: tl.constexpr, SPLIT: tl.constexpr,
+    SAVE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    OVERLAP: tl.constexpr
+):  # fmt: skip
     """A tile of logits: t and x mu by matrix products, then squares, weights and the sum over r in registers."""
     _wait(OVERLAP)
     BN: tl.constexpr = BC * R
@@ -656,36 +556,10 @@ def amax_kernel(G, AMAX, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
 
 @triton.jit
 def logits_grad_kernel(
-    G,
-    T,
-    XM,
-    XX,
-    VRAW,
-    S2RAW,
-    COEF,
-    AMAX,
-    GRADS,
-    PARTIAL,
-    DV,
-    DBIAS,
-    DPREC,
-    v_min,
-    s2_min,
-    grad_top,
-    B,
-    C,
-    cp,
-    d,
-    ldg,
-    ldk,
-    r: tl.constexpr,
-    R: tl.constexpr,
-    SPLIT: tl.constexpr,
-    EXACT: tl.constexpr,
-    BB: tl.constexpr,
-    BC: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    G, T, XM, XX, VRAW, S2RAW, COEF, AMAX, GRADS, PARTIAL, DV, DBIAS, DPREC, v_min, s2_min, grad_top, B, C, cp, d,
+    ldg, ldk, r: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, BB: tl.constexpr,
+    BC: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
     """From the gradients g of the logits: the operands s g rho t and s g of the matrix products, and what has no width.
 
     The gradient of the basis is dq = a (sum_b g rho t x - h mu); that of A_c^T is M^T (dq + sym q), where sym mirrors
@@ -779,21 +653,9 @@ def logits_grad_kernel(
 
 @triton.jit
 def product_kernel(
-    GH,
-    GL,
-    XH,
-    XL,
-    OUT,
-    B,
-    N,
-    dp,
-    ldk,
-    EXACT: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BB: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    GH, GL, XH, XL, OUT, B, N, dp, ldk, EXACT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr,
+    OVERLAP: tl.constexpr
+):  # fmt: skip
     """OUT = (GH + GL)^T (XH + XL) in float32 precision: (N, dp) from (B, N) with row stride ldk and (B, dp).
 
     EXACT: without XL.
@@ -821,29 +683,9 @@ def product_kernel(
 
 @triton.jit
 def _class_grad(
-    S2RAW,
-    AMAX,
-    CLS,
-    COEF,
-    PARTIAL,
-    DU,
-    P,
-    DA,
-    DW,
-    s2_min,
-    grad_top,
-    pid,
-    tile,
-    C,
-    cp,
-    d,
-    dp,
-    r: tl.constexpr,
-    R: tl.constexpr,
-    NC: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    S2RAW, AMAX, CLS, COEF, PARTIAL, DU, P, DA, DW, s2_min, grad_top, pid, tile, C, cp, d, dp, r: tl.constexpr,
+    R: tl.constexpr, NC: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """A tile of the gradients of NC classes' A and weight; see logits_grad_kernel.
 
     DU = SCALE s sum_b g rho t x, or without rho if SPLIT, P = SCALE s sum_b g x.
@@ -898,89 +740,24 @@ def _class_grad(
 
 @triton.jit
 def class_grad_kernel(
-    S2RAW,
-    AMAX,
-    CLS,
-    COEF,
-    PARTIAL,
-    DU,
-    P,
-    DA,
-    DW,
-    F,
-    XX,
-    DX,
-    DPREC,
-    DF,
-    DS2,
-    s2_min,
-    grad_top,
-    tiles,
-    B,
-    C,
-    all_classes,
-    cp,
-    d,
-    dp,
-    r: tl.constexpr,
-    R: tl.constexpr,
-    SPLIT: tl.constexpr,
-    EXACT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    NC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    S2RAW, AMAX, CLS, COEF, PARTIAL, DU, P, DA, DW, F, XX, DX, DPREC, DF, DS2, s2_min, grad_top, tiles, B, C,
+    all_classes, cp, d, dp, r: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
+    WIDTH: tl.constexpr, NC: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
     """Gradients of the classes in the first programs, then of one embedding in each, at last of sigma2_raw."""
     _wait(OVERLAP)
     pid = tl.program_id(0).to(tl.int64)
     per_row = tl.cdiv(d, BLOCK)
     if pid < tiles:
         _class_grad(
-            S2RAW,
-            AMAX,
-            CLS,
-            COEF,
-            PARTIAL,
-            DU,
-            P,
-            DA,
-            DW,
-            s2_min,
-            grad_top,
-            pid // per_row,
-            pid % per_row,
-            C,
-            cp,
-            d,
-            dp,
-            r,
-            R,
-            NC,
-            SPLIT,
-            BLOCK,
-        )
+            S2RAW, AMAX, CLS, COEF, PARTIAL, DU, P, DA, DW, s2_min, grad_top, pid // per_row, pid % per_row, C, cp, d,
+            dp, r, R, NC, SPLIT, BLOCK
+        )  # fmt: skip
     else:
         _embedding_grad(
-            F,
-            XX,
-            DX,
-            S2RAW,
-            AMAX,
-            DPREC,
-            DF,
-            DS2,
-            s2_min,
-            grad_top,
-            pid - tiles,
-            B,
-            all_classes,
-            d,
-            dp,
-            EXACT,
-            WIDTH,
-            1024,
-        )
+            F, XX, DX, S2RAW, AMAX, DPREC, DF, DS2, s2_min, grad_top, pid - tiles, B, all_classes, d, dp, EXACT,
+            WIDTH, 1024
+        )  # fmt: skip
 
 
 @triton.jit

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from . import triton_kernels as kernels
 
-__all__ = ['Classes', 'RepeatedLogits', 'backward', 'forward', 'logits', 'orthonormalize', 'prepare', 'zzz_logits']
+__all__ = ['FusedLogits', 'logits', 'orthonormalize']
 
 # Bases up to this size are kept for the backward pass; larger ones are made a chunk of classes at a time, again in it.
 KEEP_BYTES = 128 * 2**20
 CHUNK_BYTES = 64 * 2**20
 _REPAIR_PROGRAMS = 256
+_MAX_REPEATED = 16  # shapes of features whose launches a fused head keeps
 _FP16, _FP32 = torch.float16, torch.float32
 Options = Dict[str, int]  # a kernel's tile sizes and compiler options
 
@@ -304,33 +305,8 @@ def _fill_logits(
     )  # fmt: skip
 
 
-def prepare(
-    weight: Tensor,
-    bias: Tensor,
-    A: Tensor,
-    v_raw: Tensor,
-    sigma2_raw: Tensor,
-    v_min: float,
-    sigma2_min: float,
-    split: bool,
-) -> Classes:
-    """What :func:`logits` needs of the classes, from parameters as in timm_zzz.functional.zzz_logits with r >= 1."""
-    p = Parameters(*(t.detach().contiguous() for t in (weight, bias, A, v_raw, sigma2_raw)))
-    classes = _new_classes(p, split)
-    with _device(A):
-        _fill_coef(classes.coef, p, v_min, sigma2_min, split)
-        _fill_operand(classes, p)
-        _fill_rows(classes, p, None, None)
-    return classes
-
-
-def classes(operand: Tensor, coef: Tensor, num_classes: int, rank: int, split: bool) -> Classes:
-    """Classes from the two tensors that :func:`prepare` and :func:`fold` begin with."""
-    return Classes(operand, coef, num_classes, _pad(num_classes, 16), triton.next_power_of_2(rank), split)
-
-
-def fold(rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, split: bool) -> Tuple[Tensor, ...]:
-    """Operand and coef, see :class:`Classes`, and sigma2_raw for a sigma2_min of 0, of timm_zzz.deploy's fused head."""
+def _fold(rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, split: bool) -> Tuple[Classes, Tensor]:
+    """The classes, and sigma2_raw for a sigma2_min of 0, of a fused head."""
     C, d = num_classes, rows.shape[1]
     rank = rows.shape[0] // C - 1
     R, cp, dp = triton.next_power_of_2(rank), _pad(C, 16), _pad(d, 8)
@@ -354,11 +330,12 @@ def fold(rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, spl
     sections[1, :C, :rank] = (2 * norm.double().square() * sigma2).float()
     # The kernel takes d/2 log sigma2 off again
     coef[(2 * R + 1) * cp :][:C] = (offsets[:C].double() + 0.5 * d * torch.log(sigma2)).float()
-    return torch.cat(parts), coef, torch.log(torch.expm1(sigma2)).float()
+    classes = Classes(torch.cat(parts), coef, C, cp, R, split)
+    return classes, torch.log(torch.expm1(sigma2)).float()
 
 
 def orthonormalize(A: Tensor) -> Tuple[Tensor, Tensor]:
-    """Orthonormal rows q (C, r, d), float32, of A (C, d, r), and M (C, r, r) with q = M A^T."""
+    """q (C, r, d) and R^-1 (C, r, r) of A = q^T R (C, d, r), float32."""
     C, d, r = A.shape
     A = A.contiguous()
     p = Parameters(A, A, A, A, A)
@@ -372,11 +349,11 @@ def orthonormalize(A: Tensor) -> Tuple[Tensor, Tensor]:
             _fill_operand(classes, p, True)
             _fill_rows(classes, p, None, None, True)
     factor = coef[cp * (2 * R + 5) :].view(cp, R, R)
-    return out.view(cp, R, -1)[:C, :r, :d].contiguous(), factor[:C, :r, :r].contiguous()
+    return out.view(cp, R, -1)[:C, :r, :d].contiguous(), factor[:C, :r, :r].contiguous().mT
 
 
-def logits(features: Tensor, classes: Classes, sigma2_raw: Tensor, sigma2_min: float) -> Tensor:
-    """Logits (..., C) of embeddings (..., d) from classes that :func:`prepare` made, without a gradient."""
+def _class_logits(features: Tensor, classes: Classes, sigma2_raw: Tensor, sigma2_min: float) -> Tensor:
+    """Logits (..., C) of embeddings (..., d) from classes, without a gradient."""
     d = features.shape[-1]
     flat = features.detach().reshape(-1, d).contiguous()
     out = torch.empty((flat.shape[0], classes.num_classes), dtype=_FP32, device=features.device)
@@ -384,25 +361,50 @@ def logits(features: Tensor, classes: Classes, sigma2_raw: Tensor, sigma2_min: f
         x = _new_embeddings(flat, classes.split)
         with _device(flat):
             _fill_rows(classes, None, flat, x)
-            _fill_logits(out, 0, x, classes, sigma2_raw.detach(), sigma2_min, d, ())
+            _fill_logits(out, 0, x, classes, sigma2_raw, sigma2_min, d, ())
     return out.reshape(features.shape[:-1] + out.shape[1:])
 
 
-class RepeatedLogits:
-    """:func:`logits` for one shape, dtype and device of features, with less work for the CPU than a first call has.
+class FusedLogits:
+    """The logits of a fused head, without a gradient, as a function of its features.
 
-    Features have to be contiguous, on the current device and to start at a multiple of 16 bytes, with B >= 1.
+    Args:
+        rows, offsets, precision: What timm_zzz.ops.reference.fuse returns, of rank >= 1.
+        num_classes: Number of classes C.
+        split: Keep float32's precision in the matrix products; otherwise their operands are rounded to float16.
     """
 
-    def __init__(self, features: Tensor, classes: Classes, sigma2_raw: Tensor, sigma2_min: float):
+    def __init__(self, rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, split: bool):
+        with torch.inference_mode(False), torch.no_grad():
+            self.classes, self.sigma2_raw = _fold(rows, offsets, precision, num_classes, split)
+        self._repeated: Dict[Any, _Repeated] = {}
+
+    def __call__(self, features: Tensor) -> Tensor:
+        aligned = features.is_contiguous() and features.data_ptr() % 16 == 0 and features.numel() > 0
+        captured = features.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not aligned or captured or _device(features) is not _STAY:
+            return _class_logits(features, self.classes, self.sigma2_raw, 0.0)
+        like = features.shape, features.dtype
+        repeated = self._repeated.get(like)
+        if repeated is None:
+            if len(self._repeated) >= _MAX_REPEATED:
+                self._repeated.clear()
+            repeated = self._repeated[like] = _Repeated(features, self.classes, self.sigma2_raw)
+        return repeated(features)
+
+
+class _Repeated:
+    """Logits of features of one shape, dtype and device, with less work for the CPU than a first call has."""
+
+    def __init__(self, features: Tensor, classes: Classes, sigma2_raw: Tensor):
         self.shape = *features.shape[:-1], classes.num_classes
-        self.classes, self.sigma2_raw = classes, sigma2_raw.detach()  # kept, since the launches have their addresses
+        self.classes = classes
         tensors = f, hi, lo, norm2, out = self._tensors(features)
         token = _record.set([])
         try:
             x = Embeddings(hi, lo, norm2)
             _fill_rows(classes, None, f, x)
-            _fill_logits(out, 0, x, classes, self.sigma2_raw, sigma2_min, f.shape[1], ())
+            _fill_logits(out, 0, x, classes, sigma2_raw, 0.0, f.shape[1], ())
             record = _record.get()
         finally:
             _record.reset(token)
@@ -439,25 +441,6 @@ def _chunks(A: Tensor) -> List[Tuple[int, int]]:
     count = 1 if size <= KEEP_BYTES else -(-size // CHUNK_BYTES)
     step = _pad(-(-C // count), 16)
     return [(start, min(C, start + step)) for start in range(0, C, step)]
-
-
-class _ZZZLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, features, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min, split):
-        parameters = weight, bias, A, v_raw, sigma2_raw
-        out, *kept = forward(features, parameters, v_min, sigma2_min, split)
-        ctx.options = v_min, sigma2_min, split
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(features, *parameters, *kept)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        if grad is None:
-            return (None,) * 9
-        features, *saved = ctx.saved_tensors
-        return (*backward(grad, features, saved[:5], saved[5:], *ctx.options), None, None, None)
 
 
 def forward(
@@ -606,28 +589,71 @@ def _product(hi: Tensor, lo: Tensor, n: int, x: Embeddings) -> Tensor:
     return out
 
 
-def zzz_logits(
+class _Logits(torch.autograd.Function):
+    """The differentiable function of eager and compiled code; the compiler takes its two operators as they are."""
+
+    @staticmethod
+    def forward(ctx, features, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min, split):
+        parameters = [weight, bias, A, v_raw, sigma2_raw]
+        run = forward_op if torch.compiler.is_compiling() else forward
+        out, *kept = run(features, parameters, v_min, sigma2_min, split)
+        ctx.options = v_min, sigma2_min, split
+        ctx.save_for_backward(features, *parameters, *kept)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        features, *saved = ctx.saved_tensors
+        run = backward_op if torch.compiler.is_compiling() else backward
+        return (*run(grad, features, saved[:5], saved[5:], *ctx.options), None, None, None)
+
+
+@torch.library.custom_op('timm_zzz::logits', mutates_args=())
+def forward_op(
+    features: Tensor, parameters: List[Tensor], v_min: float, sigma2_min: float, split: bool
+) -> List[Tensor]:
+    """:func:`forward` for the compiler."""
+    return forward(features, parameters, v_min, sigma2_min, split)
+
+
+@torch.library.custom_op('timm_zzz::logits_grad', mutates_args=())
+def backward_op(
+    grad: Tensor,
     features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    A: Tensor,
-    v_raw: Tensor,
-    sigma2_raw: Tensor,
+    parameters: List[Tensor],
+    kept: List[Tensor],
     v_min: float,
     sigma2_min: float,
     split: bool,
-) -> Tensor:
-    """:func:`timm_zzz.functional.zzz_logits` for rank >= 1, differentiable once.
+) -> List[Tensor]:
+    """:func:`backward` for the compiler."""
+    return backward(grad, features, parameters, kept, v_min, sigma2_min, split)
+
+
+@forward_op.register_fake
+def _(features, parameters, v_min, sigma2_min, split):
+    return forward(features, parameters, v_min, sigma2_min, split, launch=False)
+
+
+@backward_op.register_fake
+def _(grad, features, parameters, kept, v_min, sigma2_min, split):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (features, *parameters)]
+
+
+def logits(features: Tensor, p: Sequence[Tensor], v_min: float, sigma2_min: float, split: bool) -> Tensor:
+    """Logits (..., C) of embeddings (..., d), differentiable once.
 
     Args:
+        p: Parameters of a head of rank >= 1, see :class:`timm_zzz.ops.reference.Parameters`.
         split: Keep float32's precision in the matrix products; otherwise their operands are rounded to float16.
     """
     flat = features.reshape(-1, features.shape[-1])
-    p = weight, bias, A, v_raw, sigma2_raw
-    if flat.shape[0] == 0:
-        out = flat.new_zeros((0, weight.shape[0]), dtype=_FP32) + 0 * flat.sum()
-    elif torch.is_grad_enabled() and (flat.requires_grad or any(t.requires_grad for t in p)):
-        out = _ZZZLogits.apply(flat, *p, v_min, sigma2_min, split)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and flat.shape[0] == 0:
+        out = flat.new_zeros((0, len(p[0])), dtype=_FP32) + 0 * flat.sum()
+    elif compiling or torch.is_grad_enabled() and (flat.requires_grad or any(t.requires_grad for t in p)):
+        out = _Logits.apply(flat, *p, v_min, sigma2_min, split)
     else:
         out = forward(flat, p, v_min, sigma2_min, split, save=False)[0]
     return out.reshape(features.shape[:-1] + out.shape[1:])
