@@ -4,13 +4,14 @@ Importing this package registers the names ``ARCHITECTURE[.TAG].zzz_rN`` and the
 does nothing else.
 """
 
+__version__ = '0.1.0.dev0'
+
 from . import errors, fit, functional, scores
 from .head import ZZZHead
 from .hub import from_pretrained, push_to_hub, save_pretrained
 from .models.attach import attach
 from .models.registry import register
 from .optim import register_optimizer
-from .version import __version__
 
 __all__ = [
     'ZZZHead',

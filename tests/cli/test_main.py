@@ -1,48 +1,108 @@
+"""``python -m timm_zzz``: the table of commands in this process, and scripts of others in processes of their own."""
+
 import json
+import sys
 
 import pytest
-import torch
 import yaml
 
 import timm_zzz
-from timm_zzz.__main__ import _COMMANDS, data_files
+from timm_zzz.__main__ import COMMANDS, main
+from timm_zzz.data import shipped_files
 
 
-def test_help_names_every_command_with_an_example(run):
-    out = run('-m', 'timm_zzz', '--help').stdout
-    assert 'torchrun' in out and all(f'python -m timm_zzz {command} ' in out for command in _COMMANDS)
-    assert run('-m', 'timm_zzz', check=False).returncode == 2
-    assert timm_zzz.__version__ in run('-m', 'timm_zzz', '--version').stdout
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call the command line; returns its exit status, output and errors."""
+
+    def _call(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['python -m timm_zzz', *map(str, arguments)])
+        try:
+            main()
+            status = 0
+        except SystemExit as e:
+            status = e.code or 0
+        return (status, *capsys.readouterr())
+
+    return _call
+
+
+def test_help_names_every_command_with_an_example(call):
+    status, out, _ = call('--help')
+    assert not status and 'torchrun' in out and all(f'python -m timm_zzz {command} ' in out for command in COMMANDS)
+    assert call() == (2, '', out)
+    assert timm_zzz.__version__ in call('--version')[1]
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_commands_have_help(call, command):
+    status, out, _ = call(command, '--help')
+    assert not status and out.startswith(f'usage: python -m timm_zzz {command} ')
 
 
 @pytest.mark.parametrize(
     'argument, message', [('nope.py', 'no such script'), ('.', 'is a directory'), ('--x', 'unknown')]
 )
-def test_wrong_script_is_one_line_and_status_2(run, argument, message):
-    result = run('-m', 'timm_zzz', argument, check=False)
-    assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+def test_wrong_script_is_one_line_and_status_2(call, argument, message):
+    status, _, err = call(argument)
+    assert status == 2 and message in err and len(err.splitlines()) == 1
 
+
+def test_hparams(call):
+    names = call('hparams')[1].split()
+    assert 'quickstart_mobilenetv2_100.zzz_r8' in names and 'cub200_vit_base_patch16_224' in names
+    for name in ('quickstart_mobilenetv2_100.zzz_r8', 'cub200_vit_base_patch16_224.yaml'):
+        with open(call('hparams', name)[1].strip()) as file:
+            assert yaml.safe_load(file)['model'] in (name.split('_', 1)[1], 'vit_base_patch16_224.augreg_in21k')
+    status, _, err = call('hparams', 'nope')
+    assert status == 2 and 'no recipe named nope' in err
+
+
+def test_data_files_travel_with_the_package():
+    assert shipped_files('hparams', '.yaml') and shipped_files('hub_cards', '.md')
+
+
+# Runs at the start of the process, before timm_zzz: notes what timm alone loads.
+_SITE = """
+import runpy, sys
+runpy.run_path({guard!r})
+import timm
+sys.loaded_by_timm = {{*sys.modules}}
+"""
 
 _SCRIPT = """
 import json, sys, timm
 assert 'timm_zzz' in sys.modules and __name__ == '__main__'
 import beside
 timm.create_model('test_vit.zzz_r8', num_classes=2)
-print(json.dumps([sys.argv, sys.path[0], __file__, sys.modules['__main__'].__file__]))
+facts = [sys.argv, sys.path[0], __file__, sys.modules['__main__'].__file__]
+
+from timm_zzz.__main__ import main
+for command in '--help', 'hparams':
+    sys.argv = ['', command]
+    try:
+        main()
+    except SystemExit as e:
+        assert not e.code
+print(json.dumps([*facts, sorted({*sys.modules} - sys.loaded_by_timm)]))
 sys.exit(3)
 """
 
 
-def test_script_runs_as_if_called_directly(run, tmp_path):
-    folder = tmp_path / 'scripts'
-    folder.mkdir()
-    (folder / 'beside.py').touch()
-    (folder / 'job.py').write_text(_SCRIPT)
+def test_script_runs_as_if_called_directly_and_little_is_loaded(run, root, tmp_path, monkeypatch):
+    for folder in ('scripts', 'site'):
+        (tmp_path / folder).mkdir()
+    (tmp_path / 'site/sitecustomize.py').write_text(_SITE.format(guard=str(root / 'tests/guard/sitecustomize.py')))
+    (tmp_path / 'scripts/beside.py').touch()
+    (tmp_path / 'scripts/job.py').write_text(_SCRIPT)
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path / 'site'), prepend=':')
     result = run('-m', 'timm_zzz', 'scripts/job.py', '--flag', 'a b', check=False)
     assert result.returncode == 3, result.stderr
-    argv, path, file, main = json.loads(result.stdout)
-    assert argv == ['scripts/job.py', '--flag', 'a b'] and path == str(folder.resolve())
-    assert file == main == 'scripts/job.py'
+    argv, path, file, main_file, loaded = json.loads(result.stdout.splitlines()[-1])
+    assert argv == ['scripts/job.py', '--flag', 'a b'] and path == str((tmp_path / 'scripts').resolve())
+    assert file == main_file == 'scripts/job.py'
+    assert {name for name in loaded if name.startswith('timm_zzz.cli')} == {'timm_zzz.cli', 'timm_zzz.cli.hparams'}
+    assert not {'matplotlib', 'jinja2', 'sklearn', 'triton', 'onnx'} & {name.partition('.')[0] for name in loaded}
 
 
 def test_torchrun(run, tmp_path):
@@ -53,49 +113,5 @@ def test_torchrun(run, tmp_path):
         'pathlib.Path(os.environ["RANK"] + ".txt").write_text(str(dist.get_world_size()))\n'
         'dist.destroy_process_group()\n'
     )
-    run('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2, '-m', 'timm_zzz', 'job.py')
-    assert [(tmp_path / f'{r}.txt').read_text() for r in (0, 1)] == ['2', '2']
-
-
-def test_hparams(run):
-    names = run('-m', 'timm_zzz', 'hparams').stdout.split()
-    assert 'quickstart_mobilenetv2_100.zzz_r8' in names and 'cub200_vit_base_patch16_224' in names
-    for name in ('quickstart_mobilenetv2_100.zzz_r8', 'cub200_vit_base_patch16_224.yaml'):
-        path = run('-m', 'timm_zzz', 'hparams', name).stdout.strip()
-        with open(path) as f:
-            assert yaml.safe_load(f)['model'] in (name.split('_', 1)[1], 'vit_base_patch16_224.augreg_in21k')
-    result = run('-m', 'timm_zzz', 'hparams', 'nope', check=False)
-    assert result.returncode == 2 and 'no recipe named nope' in result.stderr
-
-
-def test_data_files_travel_with_the_package():
-    assert data_files('hparams', '.yaml') and data_files('hub_cards', '.md')
-
-
-def test_demo(run, tmp_path):
-    arguments = ['-m', 'timm_zzz', 'demo', '--epochs', 1, '--images', 6, '--workers', 1, '--device', 'cpu']
-    out = run(*arguments, '--output', 'out').stdout
-    assert 'test_resnet.zzz_r8' in out and 'same logits' in out
-    assert (tmp_path / 'out/confusions.png').stat().st_size > 1000
-    assert (tmp_path / 'out/model/model.safetensors').is_file()
-    config = json.loads((tmp_path / 'out/model/config.json').read_text())
-    assert config['model_args']['zzz_rank'] == 8 and len(config['label_names']) == 12
-    again = run(*arguments, '--output', 'out', check=False)
-    assert again.returncode == 2 and 'exists already' in again.stderr
-
-
-def test_interrupted_demo_leaves_nothing(monkeypatch, tmp_path, capsys):
-    from timm_zzz.cli import demo
-
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, 'draw_confusions', interrupt)
-    monkeypatch.setattr(
-        demo, 'train', lambda *a: (torch.nn.Identity(), demo.Result(0, 0, 0, torch.zeros(1), torch.zeros(1)))
-    )
-    monkeypatch.setattr(demo, 'save_for_hf', lambda model, folder, **k: None)
-    with pytest.raises(SystemExit) as error:
-        demo.main(['--output', str(tmp_path / 'out'), '--images', '1', '--device', 'cpu'])
-    assert error.value.code == 130 and 'nothing was saved' in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    run('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 1, '-m', 'timm_zzz', 'job.py')
+    assert (tmp_path / '0.txt').read_text() == '1'

@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from timm_zzz import from_pretrained
-from timm_zzz.cli.push import load_run, main, public_args
+from timm_zzz.cli.push import main, public_args
+from timm_zzz.cli.run import load_run
 
 REPO = 'owner/beetles-zzz'
 
@@ -87,13 +88,15 @@ def test_averaged_weights(hub, tmp_path, beetles, capsys):
     assert 'accuracy of the averaged weights, not of those pushed' in capsys.readouterr().err
 
 
-def test_class_map(hub, tmp_path, beetles):
+def test_class_map(hub, tmp_path, beetles, capsys):
     write_run(tmp_path / 'run', beetles)
     names = [path.name for path in sorted((beetles / 'train').iterdir(), reverse=True)]
     (tmp_path / 'classes.txt').write_text('\n'.join(names) + '\n')
     for extra in ([], ['--data-dir', str(beetles)]):
         main([str(tmp_path / 'run'), REPO, '--class-map', str(tmp_path / 'classes.txt'), *extra])
         assert from_pretrained(REPO).pretrained_cfg['label_names'] == names
+    write_run(tmp_path / 'mapped', beetles, class_map='classes.txt')
+    fails(capsys, 'trained with one (classes.txt)', tmp_path / 'mapped', REPO, '--data-dir', beetles)
 
 
 def test_output_folder_pushes_nothing(hub, tmp_path, beetles, capsys):
@@ -145,13 +148,16 @@ def test_mistakes(hub, tmp_path, beetles, capsys):
     (tmp_path / 'two.txt').write_text('a\nb\n')
     fails(capsys, '2 names for 12 classes', run, REPO, '--class-map', tmp_path / 'two.txt')
     fails(capsys, '--data-dir: no such folder', run, REPO, '--data-dir', tmp_path / 'no')
-    fails(capsys, 'is not an ImageFolder', run, REPO, '--data-dir', tmp_path / 'run')
+    fails(capsys, 'has no images of a split train', run, REPO, '--data-dir', tmp_path / 'run')
     fails(capsys, '--recipe: no such file', run, REPO, '--recipe', tmp_path / 'no.yaml')
     fails(capsys, 'no right to do this', run, 'other/x')
-    fails(capsys, 'does not fit test_vit.zzz_r4', run, REPO, '--model', 'test_vit.zzz_r4')
+    fails(capsys, 'does not fit the model', run, REPO, '--model', 'test_vit.zzz_r4')
     fails(capsys, 'has no ZZZ head', run, REPO, '--model', 'test_resnet')
     torch.save({'state_dict': timm.create_model('test_resnet').state_dict()}, tmp_path / 'x.pth.tar')
     fails(capsys, '--model: neither', tmp_path / 'x.pth.tar', REPO)
+    (tmp_path / 'args.yaml').write_text('model: [')
+    fails(capsys, 'args.yaml', tmp_path / 'x.pth.tar', REPO)
+    (tmp_path / 'args.yaml').unlink()
     fails(capsys, 'the checkpoint has no ZZZ head', tmp_path / 'x.pth.tar', REPO, '--model', 'test_resnet.zzz_r4')
     assert not hub.exists(REPO)
 

@@ -1,0 +1,143 @@
+"""What a finished run of timm's train.py left: checkpoint, arguments, metrics, and the names of its classes."""
+
+import csv
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional
+
+import yaml
+from timm.models import clean_state_dict
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from torch import nn
+
+from ..data import open_split, read_class_map
+from ..models.checkpoint import build_model, load_weights
+
+__all__ = ['Run', 'class_names', 'load_run']
+
+# Options of train.py that say how test images are prepared
+_DATA_OPTIONS = ('input_size', 'img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+
+
+@dataclass
+class Run:
+    """A model that train.py trained, and what it wrote about it."""
+
+    checkpoint: Path
+    model: nn.Module
+    averaged: bool  # the weights, by EMA
+    args: Mapping[str, Any]  # of train.py; empty if not known
+    data_config: Dict[str, Any]  # preprocessing at test time, as of save_pretrained
+    epoch: Optional[int]  # counted from 0
+    summary: Optional[Path]  # summary.csv
+    top1: Optional[float] = None  # on the validation images, in percent
+    notes: List[str] = field(default_factory=list)  # why there is no top1
+
+
+def load_run(path: Path, *, use_ema: bool = False, model_name: Optional[str] = None) -> Run:
+    """Read a checkpoint of train.py, with args.yaml and summary.csv if they lie beside it.
+
+    Args:
+        path: A ``.pth.tar`` file, or the folder of a run; read with ``weights_only``, so that no code of it runs.
+        use_ema: Take the averaged weights.
+        model_name: timm's name of the model, if neither the checkpoint nor args.yaml has it.
+
+    Raises:
+        ValueError: If the checkpoint is not one of train.py, is not of a ZZZ model or lacks what is asked for.
+    """
+    checkpoint = path / 'model_best.pth.tar' if path.is_dir() else path
+    if not checkpoint.is_file():
+        raise ValueError(f'no such checkpoint: {checkpoint}')
+    args_file, summary = checkpoint.with_name('args.yaml'), checkpoint.with_name('summary.csv')
+    try:
+        saved = load_checkpoint_metadata(str(checkpoint))
+        args = getattr(saved.get('args'), '__dict__', {})
+        if not args and args_file.is_file():
+            with open(args_file, encoding='utf-8') as file:
+                args = dict(yaml.safe_load(file) or {})
+    except Exception as e:  # whatever a broken archive, pickle or YAML file raises
+        raise ValueError(f"{checkpoint} can't be read as a checkpoint of train.py: {e}") from e
+    if not isinstance(saved.get('state_dict'), dict):
+        raise ValueError(f'{checkpoint} is not a checkpoint of train.py: it has no state_dict')
+    if use_ema and 'state_dict_ema' not in saved:
+        raise ValueError(f'--use-ema: {checkpoint} has no averaged weights')
+    name = model_name or args.get('model')
+    if not name:
+        raise ValueError('--model: neither the checkpoint nor an args.yaml beside it names the model')
+    state = clean_state_dict(saved['state_dict_ema' if use_ema else 'state_dict'])
+    model = _build(name, args, state)
+    load_weights(model, state, str(checkpoint))
+    run = Run(
+        checkpoint=checkpoint,
+        model=model,
+        averaged=use_ema,
+        args=args,
+        data_config={key: args[key] for key in _DATA_OPTIONS if args.get(key) not in (None, '')},
+        epoch=saved.get('epoch'),
+        summary=summary if summary.is_file() else None,
+    )
+    _read_metric(run, saved.get('metric'))
+    return run
+
+
+def _build(name: str, args: Mapping[str, Any], state: Mapping[str, Any]) -> nn.Module:
+    """Build a model as train.py does, with the checkpoint's classes: args has none where they were the default."""
+    heads = {key.removesuffix('sigma2_raw') for key in state if key.endswith('sigma2_raw')}
+    counts = {len(state[f'{head}bias']) for head in heads if f'{head}bias' in state}
+    if len(counts) != 1:
+        raise ValueError(f'the checkpoint has no ZZZ head (or several of different sizes): was it trained as {name}?')
+    size = args.get('input_size')
+    options: Dict[str, Any] = dict(bn_momentum=args.get('bn_momentum'), bn_eps=args.get('bn_eps'))
+    options.update(num_classes=counts.pop(), in_chans=args.get('in_chans') or (size[0] if size else 3))
+    options.update({'global_pool': args.get('gp'), **(args.get('model_kwargs') or {})})
+    model = build_model(name, **options)
+    if any(key in state and state[key].shape != t.shape for key, t in model.state_dict().items()):
+        # Newer versions of train.py build models of a fixed input size for the size that they train at.
+        size = args.get('img_size') or (tuple(size[1:]) if size else None)
+        if size and 'img_size' not in options:
+            model = build_model(name, img_size=size, **options)
+    return model
+
+
+def _read_metric(run: Run, metric: Any) -> None:
+    """Read the top-1 accuracy of the checkpoint's epoch, if it was measured with these weights."""
+    if run.summary is None:
+        run.notes.append('no summary.csv beside the checkpoint')
+        return
+    if not run.args.get('val_split', 'validation'):
+        run.notes.append('there was no validation split')
+        return
+    ema_measured = bool(run.args.get('model_ema')) and not run.args.get('model_ema_force_cpu')
+    if ema_measured != run.averaged:
+        kind = 'averaged' if ema_measured else 'raw'
+        run.notes.append(f'summary.csv has the accuracy of the {kind} weights, not of those pushed')
+        return
+    with open(run.summary, newline='', encoding='utf-8') as file:
+        rows = [row for row in csv.DictReader(file) if row.get('epoch') == str(run.epoch)]
+    row = rows[-1] if rows else {}
+    try:
+        value = float(row['eval_top1'])
+    except (KeyError, TypeError, ValueError):
+        run.notes.append(f'summary.csv has no eval_top1 for epoch {run.epoch}')
+        return
+    name = run.args.get('eval_metric') or 'top1'
+    logged = row.get(f'eval_{name}')
+    if isinstance(metric, float) and logged and not math.isclose(metric, float(logged), rel_tol=1e-6):
+        run.notes.append(f'summary.csv is of another run: {name} {logged}, the checkpoint says {metric}')
+        return
+    run.top1 = value
+
+
+def class_names(run: Run, class_map: Optional[Path], data_dir: Optional[Path]) -> Optional[List[str]]:
+    """Read the class names by index, as timm numbers them, from a class map or the folders of the training images.
+
+    Raises:
+        ValueError: If the file or the folder can't be read, or the run had a class map and only the folder is given.
+    """
+    names = None if class_map is None else read_class_map(class_map)
+    if data_dir is None:
+        return names
+    if names is None and run.args.get('class_map'):
+        raise ValueError(f'--class-map: the model was trained with one ({run.args["class_map"]}); give it again')
+    return open_split(data_dir, run.args.get('train_split') or 'train', class_map=class_map).class_names

@@ -1,0 +1,274 @@
+"""Metrics of predictions and of outlier scores, and the run of a model over a loader that gives the predictions."""
+
+from dataclasses import dataclass
+from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ['Bin', 'Predictions', 'auroc', 'ece', 'evaluate', 'fpr95', 'predict', 'reliability']
+
+BINS = 15
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def full_precision(t: Tensor) -> Tensor:
+    """Convert 16-bit floats to float32 and leave wider ones."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def check_matrix(name: str, t: Any, width: Optional[int] = None) -> None:
+    """Raise a ValueError unless ``t`` is a floating-point tensor of shape (N, width)."""
+    wanted = 'a floating-point tensor of shape (N, {})'.format('*' if width is None else width)
+    if not isinstance(t, Tensor):
+        raise ValueError(f'{name}: expected {wanted}, got {type(t).__name__}')
+    if t.ndim != 2 or not t.is_floating_point() or t.shape[1] != (width or max(1, t.shape[1])):
+        raise ValueError(f'{name}: expected {wanted}, got {t.dtype} of shape {list(t.shape)}')
+
+
+def _check_targets(targets: Any, count: int, num_classes: int) -> None:
+    if not isinstance(targets, Tensor):
+        raise ValueError(f'targets: expected a tensor of {count} class indices, got {type(targets).__name__}')
+    if targets.shape != (count,) or targets.dtype not in _INTEGERS:
+        got = f'{targets.dtype} of shape {list(targets.shape)}'
+        raise ValueError(f'targets: expected {count} class indices, got {got}')
+    outside = (targets < 0) | (targets >= num_classes)
+    if outside.any():
+        raise ValueError(f'targets: expected class indices >= 0 and < {num_classes}, got {int(targets[outside][0])}')
+
+
+# A model's predictions on the images of a loader
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, loader: Iterable[Any], device: torch.device, amp_dtype: Optional[torch.dtype] = None
+) -> Iterator[Tuple[Tensor, Any, Tensor]]:
+    """Run a model in eval mode over a loader of (images, class indices).
+
+    Args:
+        amp_dtype: Run it in mixed precision of this dtype.
+
+    Yields:
+        Batch by batch the images as the loader gave them, the model's output and the class indices, both on the device.
+    """
+    model.eval()
+    for images, target in loader:
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            output = model(images.to(device))
+        yield images, output, target.to(device)
+
+
+class Predictions(NamedTuple):
+    """What a model made of N images. All tensors have shape (N,) and lie on the CPU."""
+
+    target: Tensor
+    prediction: Tensor
+    confidence: Tensor  # probability of the prediction
+    nll: Tensor  # negative log-likelihood of the target, nats
+    in_top5: Tensor
+
+    @property
+    def correct(self) -> Tensor:
+        return self.prediction == self.target
+
+    @property
+    def top1(self) -> float:
+        """Top-1 accuracy in percent."""
+        return 100 * self.correct.double().mean().item()
+
+    @property
+    def mean_nll(self) -> float:
+        return self.nll.double().mean().item()
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    device: torch.device,
+    amp_dtype: Optional[torch.dtype] = None,
+    observe: Optional[Callable[[Tensor, int], None]] = None,
+) -> Predictions:
+    """Predict the classes of a loader's images; five numbers an image are kept, not its logits.
+
+    Args:
+        observe: Called after each batch with its images and the number of images before it.
+
+    Raises:
+        ValueError: For labels that are no class indices of the model, output that is no logits, or no images.
+    """
+    columns: List[Tuple[Tensor, ...]] = []
+    count = 0
+    for images, logits, target in predict(model, loader, device, amp_dtype):
+        columns.append(_per_image(logits, target, count))
+        if observe is not None:
+            observe(images, count)
+        count += len(target)
+    if not count:
+        raise ValueError('--data-dir: no images')
+    return Predictions(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+
+def _per_image(logits: Any, target: Tensor, start: int) -> Tuple[Tensor, ...]:
+    """Compute the columns of :class:`Predictions`."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or target.ndim != 1:
+        raise ValueError('expected a model that gives one row of logits, and data with one class, per image')
+    outside = (target < 0) | (target >= logits.shape[1])
+    if outside.any():
+        raise ValueError(
+            f'--data-dir: an image has the label {int(target[outside][0])}, the model has {logits.shape[1]} classes'
+        )
+    if not logits.isfinite().all():
+        first = start + int((~logits.isfinite().all(1)).nonzero()[0])
+        raise ValueError(f'the logits of image {first} are NaN or infinite (with --amp: try --amp-dtype bfloat16)')
+    log_probability = logits.float().log_softmax(1)
+    confidence, prediction = log_probability.exp().max(1)
+    nll = F.nll_loss(log_probability, target, reduction='none')
+    in_top5 = (logits.topk(min(5, logits.shape[1]), 1)[1] == target[:, None]).any(1)
+    return tuple(t.cpu() for t in (target, prediction, confidence, nll, in_top5))
+
+
+# Metrics
+
+
+def _sklearn_metrics() -> Any:
+    try:
+        from sklearn import metrics
+    except ImportError as e:
+        raise ImportError('auroc and fpr95 need scikit-learn: pip install "timm_zzz[benchmark]"') from e
+    return metrics
+
+
+def _labelled(inlier_scores: Any, outlier_scores: Any) -> Tuple[Any, Any]:
+    """Labels, 1 for outliers, and scores, as NumPy arrays."""
+    parts: List[Tensor] = []
+    for name, scores in (('inlier_scores', inlier_scores), ('outlier_scores', outlier_scores)):
+        scores = torch.as_tensor(scores, dtype=torch.float64).detach().cpu()
+        if scores.ndim != 1 or not len(scores):
+            raise ValueError(f'{name}: expected shape (N,) with N >= 1, got {list(scores.shape)}')
+        if not scores.isfinite().all():
+            i = int((~scores.isfinite()).nonzero()[0])
+            raise ValueError(f'{name}: expected finite scores, got {scores[i]} at index {i}')
+        parts.append(scores)
+    labels = torch.cat([torch.full_like(part, label) for label, part in enumerate(parts)])
+    return labels.numpy(), torch.cat(parts).numpy()
+
+
+def auroc(inlier_scores: Tensor, outlier_scores: Tensor) -> float:
+    """Compute the area under the ROC curve, with outliers as the positive class, by scikit-learn.
+
+    It is the probability that an outlier has a larger score than an inlier, ties counted half.
+
+    Args:
+        inlier_scores: Shape (N,), larger = more outlying.
+        outlier_scores: Shape (M,), of the same kind.
+
+    Raises:
+        ValueError: For scores that are NaN or infinite, none, or not of one dimension.
+        ImportError: Without scikit-learn, which ``timm_zzz[benchmark]`` brings.
+
+    Example:
+        >>> auroc(torch.tensor([0., 1., 2.]), torch.tensor([1., 3.]))  # 4 1/2 of 6 pairs
+        0.75
+    """
+    labels, scores = _labelled(inlier_scores, outlier_scores)
+    return float(_sklearn_metrics().roc_auc_score(labels, scores))
+
+
+def fpr95(inlier_scores: Tensor, outlier_scores: Tensor) -> float:
+    """Compute the share of outliers accepted at the smallest threshold that accepts 95 % of the inliers.
+
+    Liu et al. 2020 (arXiv:2010.03759), for whom inliers are the positive class, call it FPR95. Nothing is interpolated,
+    and outliers that tie with the threshold are accepted. Hendrycks et al. 2019 (arXiv:1812.04606) call by the same
+    name the share of inliers rejected where 95 % of the outliers are: ``fpr95(-outlier_scores, -inlier_scores)``.
+
+    Args, errors:
+        As of :func:`auroc`.
+
+    Returns:
+        0 to 1, smaller = better.
+
+    Example:
+        >>> fpr95(torch.arange(20.), torch.tensor([17., 18., 19., 20.]))  # 18 accepts 19 of 20
+        0.5
+    """
+    labels, scores = _labelled(inlier_scores, outlier_scores)
+    false, true, _ = _sklearn_metrics().roc_curve(1 - labels, -scores, drop_intermediate=False)
+    return float(false[(true >= 0.95).argmax()])
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Images whose predictions have a confidence in (low, high]."""
+
+    low: float
+    high: float
+    count: int
+    accuracy: float  # 0 without images
+    confidence: float  # mean
+
+
+def reliability(confidence: Tensor, correct: Tensor, bins: int = BINS) -> Tuple[List[Bin], float]:
+    """Bins of equal width and the expected calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3).
+
+    Args:
+        confidence: Probabilities of the predicted classes, shape (N,), 0 to 1.
+        correct: Whether the predictions are right, shape (N,).
+        bins: How many, >= 1.
+
+    Returns:
+        The bins, and the error, 0 to 1.
+
+    Raises:
+        ValueError: For no images, shapes that differ, a confidence that is no probability, or ``bins`` < 1.
+
+    Example:
+        >>> table, error = reliability(torch.tensor([0.9, 0.8, 0.3]), torch.tensor([True, False, True]), bins=2)
+        >>> [(row.count, row.accuracy) for row in table], round(error, 4)
+        ([(1, 1.0), (2, 0.5)], 0.4667)
+    """
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+        raise ValueError(f'bins: expected an int >= 1, got {bins!r}')
+    if confidence.ndim != 1 or not len(confidence):
+        raise ValueError(f'confidence: expected shape (N,) with N >= 1, got {list(confidence.shape)}')
+    if correct.shape != confidence.shape:
+        raise ValueError(f'correct: expected shape {list(confidence.shape)}, got {list(correct.shape)}')
+    outside = ~((confidence >= 0) & (confidence <= 1))
+    if outside.any():
+        raise ValueError(f'confidence: expected probabilities, 0 to 1, got {float(confidence[outside][0])}')
+    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    count = index.bincount(minlength=bins)
+    divisor = count.clamp(min=1)
+    accuracy = index.bincount(correct.double(), minlength=bins) / divisor
+    mean = index.bincount(confidence.double(), minlength=bins) / divisor
+    error = ((accuracy - mean).abs() * count).sum() / len(confidence)
+    rows = zip(count.tolist(), accuracy.tolist(), mean.tolist(), strict=True)
+    return [Bin(k / bins, (k + 1) / bins, *row) for k, row in enumerate(rows)], error.item()
+
+
+def ece(logits: Tensor, targets: Tensor, bins: int = BINS) -> float:
+    """The expected calibration error of a softmax, by :func:`reliability`; logits may be log-probabilities.
+
+    Args:
+        logits: Shape (N, C).
+        targets: Class indices, shape (N,).
+        bins: How many bins of equal width.
+
+    Returns:
+        0 to 1.
+
+    Raises:
+        ValueError: For no images, logits without a softmax (NaN, inf), targets that are no class indices, or
+            ``bins`` < 1.
+
+    Example:
+        >>> round(ece(torch.tensor([[0.8, 0.2], [0.2, 0.8]]).log(), torch.tensor([0, 0])), 4)  # 50 % right at 80 %
+        0.3
+    """
+    check_matrix('logits', logits)
+    _check_targets(targets, len(logits), logits.shape[1])
+    confidence, prediction = full_precision(logits).softmax(1).max(1)
+    if confidence.isnan().any():
+        raise ValueError(f'logits: NaN or infinite in row {int(confidence.isnan().nonzero()[0])}')
+    return reliability(confidence, prediction == targets.to(prediction.device), bins)[1]
