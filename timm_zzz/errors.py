@@ -1,21 +1,21 @@
-"""What can go wrong between a model and the Hugging Face Hub, as a few types; the cause is always attached."""
+"""Errors between a model and the Hugging Face Hub; ``__cause__`` is the Hub client's own, where there is one."""
 
-__all__ = ['HubError', 'NotFoundError', 'AccessError', 'UnavailableError', 'CheckpointError', 'ConfigError']
+__all__ = ['AccessError', 'CheckpointError', 'ConfigError', 'HubError', 'NotFoundError', 'UnavailableError']
 
 
 class HubError(RuntimeError):
-    """Base of the errors below, and what the Hub refuses for another reason."""
+    """Base class of the errors below; also raised where the Hub refuses for another reason."""
 
 
-class NotFoundError(HubError):
-    """No such repository, revision or file, or a private repository and no token that may read it."""
+class NotFoundError(FileNotFoundError, HubError):
+    """No such folder, repository, revision or file, or a private repository and no token that may read it."""
 
 
-class AccessError(HubError):
+class AccessError(PermissionError, HubError):
     """The token is invalid or may not do this: a gated or disabled repository, or no right to push."""
 
 
-class UnavailableError(HubError):
+class UnavailableError(ConnectionError, HubError):
     """The Hub can't be reached, fails, or is offline, and the local cache does not have the files."""
 
 

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from timm_zzz import push_to_hub
-from timm_zzz.hub.cards import model_card, top1, write_card
+from timm_zzz.hub.cards import main, model_card, top1
 
 REPO = 'owner/birds-zzz'
 
@@ -85,7 +86,8 @@ def test_features(hub):
     assert card.data.pipeline_tag == 'image-feature-extraction' and 'softmax' not in card.text
 
 
-def test_usage_examples_run(hub, run, tmp_path):
+def test_usage_examples_run(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     Image.new('RGB', (200, 180), 'green').save(tmp_path / 'image.jpg')
     blocks = []
     for i, kwargs in enumerate([dict(num_classes=5), dict(num_classes=5, in_chans=1), dict(num_classes=0)]):
@@ -94,17 +96,18 @@ def test_usage_examples_run(hub, run, tmp_path):
         blocks.append(re.search(r'```python\n(.*?)```', readme, re.S).group(1))
         line = next(line for line in readme.splitlines() if line.startswith('`timm.create_model('))
         blocks.append(line.split('`')[1])
-    (tmp_path / 'use.py').write_text('\n'.join(blocks))
-    out = run('use.py').stdout.splitlines()
+    exec('\n'.join(blocks), {})
+    out = capsys.readouterr().out.splitlines()
     assert len(out) == 5 + 5 + 1 and out[-1].startswith('torch.Size([1, ')
 
 
-def test_cards_of_variants_are_up_to_date(hub, root, tmp_path):
+def test_cards_of_variants_are_up_to_date(hub, root, tmp_path, capsys):
     facts = sorted((root / 'hub_cards').glob('*.yaml'))
     assert facts
     for path in facts:
         copy = tmp_path / path.name
         copy.write_text(path.read_text(encoding='utf-8'), encoding='utf-8')
-        made = write_card(copy).read_text(encoding='utf-8')
+        main([str(copy)])
+        made = Path(capsys.readouterr().out.strip()).read_text(encoding='utf-8')
         assert made == path.with_suffix('.md').read_text(encoding='utf-8'), path
         ModelCard(made).validate()

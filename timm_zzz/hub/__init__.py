@@ -1,5 +1,6 @@
-"""Save, push and load models with a ZZZ head: timm's file formats, with checks around them."""
+"""Save, push and load models with a ZZZ head in timm's file formats, with checks."""
 
-from .transfer import from_pretrained, push_to_hub, save_pretrained
+from .load import from_pretrained
+from .save import push_to_hub, save_pretrained
 
 __all__ = ['from_pretrained', 'push_to_hub', 'save_pretrained']

@@ -1,6 +1,6 @@
 """Model cards for the Hugging Face Hub: the facts about a model, put into ``hub_cards/template.md.jinja``.
 
-``python -m timm_zzz.cards FACTS.yaml ...`` writes the card of a variant beside the file with its facts.
+``python -m timm_zzz.hub.cards FACTS.yaml ...`` writes the card of a variant beside the file with its facts.
 """
 
 import argparse
@@ -16,28 +16,19 @@ from huggingface_hub.utils import validate_repo_id
 from timm.data import resolve_input_data_config
 from torch import nn
 
-from ..head import ZZZHead
-from ..models.attach import find_classifiers
-from ..resources import data_files
+from ..data import shipped_files
+from ..head import heads_of
 
-__all__ = ['model_card', 'top1']
+__all__ = ['model_card', 'top1', 'write_card']
 
 TASK = 'image-classification'
-FEATURES = 'image-feature-extraction'
 
 
 def top1(value: float, dataset: str, split: Optional[str] = None, *, metric_name: str = 'Top-1 accuracy') -> EvalResult:
-    """A top-1 accuracy in percent as the EvalResult that :func:`model_card` takes."""
-    return EvalResult(
-        task_type=TASK,
-        task_name='Image classification',
-        dataset_type=_identifier(dataset),
-        dataset_name=dataset,
-        dataset_split=split,
-        metric_type='accuracy',
-        metric_name=metric_name,
-        metric_value=value,
-    )
+    """Convert a top-1 accuracy in percent to the EvalResult that :func:`model_card` takes."""
+    identifier = re.sub(r'[^\w./-]+', '-', dataset).strip('-') or 'unknown'
+    names: Dict[str, Any] = dict(task_name='Image classification', dataset_split=split, metric_name=metric_name)
+    return EvalResult(TASK, identifier, dataset, 'accuracy', value, **names)
 
 
 def model_card(
@@ -53,7 +44,7 @@ def model_card(
     datasets: Sequence[str] = (),
     published: bool = True,
 ) -> ModelCard:
-    """The card of a model with a ZZZ head. It states what it is given and leaves open what it is not.
+    """Write the card of a model with a ZZZ head. It states what it is given and leaves open what it is not.
 
     Args:
         model: A model with a ZZZ head, or one without classifier (``num_classes=0``); may be on the meta device.
@@ -74,19 +65,25 @@ def model_card(
         ValueError: For results without the command that measured them, a value that is not a number, or a malformed
             repository id.
     """
+    from jinja2 import Template  # a dependency of torch
+
     validate_repo_id(repo_id)
     if results and not results_command:
         raise ValueError('results_command: results need the command that measured them')
-    cfg: Dict[str, Any] = cast(Any, model).pretrained_cfg
-    heads = [head for head in find_classifiers(model).values() if isinstance(head, ZZZHead)]
-    title = repo_id.rpartition('/')[2]
+    rows = []
     for result in results:
         if isinstance(result.metric_value, str):
             raise ValueError(f'results: expected a number, got {result.metric_value!r}')
         result.metric_value = round(float(result.metric_value), 4)  # YAML has no numpy scalars
+        texts = dict(
+            metric=result.metric_name or result.metric_type, dataset=result.dataset_name, split=result.dataset_split
+        )
+        rows.append({'value': result.metric_value, **{key: _escape(text or '') for key, text in texts.items()}})
+    heads = [*heads_of(model).values()]
+    title = repo_id.rpartition('/')[2]
     data = ModelCardData(
         library_name='timm',
-        pipeline_tag=TASK if heads else FEATURES,
+        pipeline_tag=TASK if heads else 'image-feature-extraction',
         license=license or 'unknown',
         base_model=base_model,
         datasets=list(datasets) or None,
@@ -95,27 +92,17 @@ def model_card(
         model_name=title if results else None,
         eval_results=list(results) or None,
     )
-    rows = [
-        dict(
-            metric=_escape(result.metric_name or result.metric_type),
-            dataset=_escape(result.dataset_name),
-            split=_escape(result.dataset_split or ''),
-            value=result.metric_value,
-        )
-        for result in results
-    ]
     channels, *size = resolve_input_data_config(model)['input_size']
+    source = _escape(backbone) if backbone else 'its starting weights are not recorded'
     if base_model:
         source = f'starting from [{base_model}](https://huggingface.co/{base_model})'
-    else:
-        source = _escape(backbone) if backbone else 'its starting weights are not recorded'
-    template = data_files('hub_cards', '.md.jinja')['template'].read_text(encoding='utf-8')
-    text = _template(template).render(
+    template = shipped_files('hub_cards', '.md.jinja')['template'].read_text(encoding='utf-8')
+    text = Template(template, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).render(
         card_data=data.to_yaml(),
         title=_escape(title),
         published=published,
         features=not heads,
-        architecture=cfg['architecture'],
+        architecture=cast(Any, model).pretrained_cfg['architecture'],
         backbone=source,
         license_text=_escape(license) if license else "not recorded: see the backbone's and the data's",
         num_classes=heads[0].num_classes if heads else 0,
@@ -134,28 +121,18 @@ def model_card(
     return ModelCard(text)
 
 
-def _template(text: str) -> Any:
-    from jinja2 import Template  # a dependency of torch
-
-    return Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-
-
 def _count(*modules: nn.Module) -> str:
     return f'{sum(p.numel() for module in modules for p in module.parameters()):,}'
 
 
-def _identifier(name: str) -> str:
-    return re.sub(r'[^\w./-]+', '-', name).strip('-') or 'unknown'
-
-
 def _escape(text: str) -> str:
-    """Text as it stands, in one line of Markdown: no markup, HTML, link or table cell comes out of it."""
+    """Escape text so that one line of Markdown shows it as it stands: no markup, HTML, link or table cell."""
     return re.sub(r'([\\`*_{}\[\]<>()#|~$&!])', r'\\\1', ' '.join(text.split()))
 
 
 def _code_block(text: str) -> str:
-    fence = max([2, *(len(run) for run in re.findall(r'`+', text))])
-    return f'{"`" * (fence + 1)}sh\n{text.strip()}\n{"`" * (fence + 1)}'
+    fence = '`' * max([3, *(len(run) + 1 for run in re.findall('`+', text))])
+    return f'{fence}sh\n{text.strip()}\n{fence}'
 
 
 def write_card(facts_file: Path) -> Path:
@@ -170,8 +147,9 @@ def write_card(facts_file: Path) -> Path:
 
 
 def main(arguments: Optional[List[str]] = None) -> None:
+    """Run ``python -m timm_zzz.hub.cards``."""
     parser = argparse.ArgumentParser(
-        prog='python -m timm_zzz.cards', description='Write model cards beside the files with their facts.'
+        prog='python -m timm_zzz.hub.cards', description='Write model cards beside the files with their facts.'
     )
     parser.add_argument('facts', nargs='+', type=Path, metavar='FACTS.yaml')
     for facts in parser.parse_args(arguments).facts:

@@ -1,0 +1,129 @@
+"""Load a model with a ZZZ head from the Hugging Face Hub or a folder."""
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple, Union, cast
+
+import timm
+from huggingface_hub import errors as client_errors
+from huggingface_hub import hf_hub_download
+from torch import nn
+
+from .. import __version__
+from ..errors import CheckpointError, HubError, NotFoundError
+from .client import TransportError, translated
+from .config import CONFIG, WEIGHTS, Corrupt, check_weights, read_config
+
+__all__ = ['from_pretrained', 'load_folder']
+
+_logger = logging.getLogger(__name__)
+
+
+def from_pretrained(
+    repo_id_or_folder: Union[str, os.PathLike],
+    *,
+    revision: Optional[str] = None,
+    token: Union[str, bool, None] = None,
+    cache_dir: Union[str, os.PathLike, None] = None,
+    local_files_only: bool = False,
+    **model_args: Any,
+) -> nn.Module:
+    """Load a model with a ZZZ head from the Hugging Face Hub or from a folder.
+
+    Gives the same model as ``timm.create_model('hf-hub:...', pretrained=True)``, after these checks: config.json holds
+    only what such a file may hold; the shapes of the weights fit it; config and weights are of one commit; the weights'
+    SHA-256 is the one in config.json (timm writes none: then there is nothing to compare). No pickle is ever read.
+
+    Args:
+        repo_id_or_folder: ``user/name``, a folder, or timm's ``hf-hub:user/name@revision`` or ``local-dir:folder``.
+        revision: Branch, tag, commit or ``refs/pr/N``; the default branch if None.
+        token: Access token for a private repository; by default the one of ``hf auth login`` or HF_TOKEN.
+        cache_dir: Cache folder in place of huggingface_hub's own.
+        local_files_only: Use only what the cache has.
+        model_args: Arguments of ``create_model`` that differ from the saved ones. With another ``num_classes`` the head
+            starts anew and the backbone is kept; ``num_classes=0`` gives features; ``in_chans`` and ``img_size`` adapt
+            the weights as timm does.
+
+    Returns:
+        The model in training mode, like ``create_model``; call ``.eval()`` to predict. Weights come back in float32,
+        whatever they were saved in, unless ``dtype`` is given.
+
+    Raises:
+        HubError: One of its five subclasses in :mod:`timm_zzz.errors`, by what went wrong.
+        ValueError: For a malformed repository id.
+
+    Example:
+        >>> model = from_pretrained('someone/bird-zzz', num_classes=5)  # doctest: +SKIP
+    """
+    place, revision = _locate(repo_id_or_folder, revision)
+    if isinstance(place, Path):
+        for name in (CONFIG, WEIGHTS):
+            if not (place / name).is_file():
+                raise NotFoundError(f'{place} has no {name}')
+        return load_folder(place, read_config(place / CONFIG), model_args)
+
+    options: Dict[str, Any] = dict(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    config_file = _download(place, CONFIG, revision, options)
+    commit = config_file.parent.name  # .../snapshots/COMMIT/config.json
+    if not re.fullmatch('[0-9a-f]{40}', commit):
+        raise HubError(f'{place}: no commit in the path of the downloaded file: {config_file}')
+    config = read_config(config_file)
+    weights_file = _download(place, WEIGHTS, commit, options)
+    try:
+        model = load_folder(weights_file.parent, config, model_args)
+    except Corrupt as e:
+        try:
+            _drop(weights_file)
+            advice = 'It was dropped from the cache: call again to download it.'
+        except OSError as not_dropped:  # a cache that others own
+            advice = f'It is still in the cache ({not_dropped}): delete it, or give another cache_dir.'
+        raise CheckpointError(f'{place}: {e}. {advice}') from e
+    cfg: Dict[str, Any] = cast(Any, model).pretrained_cfg
+    cfg.pop('file', None)
+    cfg.update(source='hf-hub', hf_hub_id=f'{place}@{commit}')
+    return model
+
+
+def load_folder(folder: Path, config: Dict[str, Any], model_args: Dict[str, Any]) -> nn.Module:
+    """Build and fill a model from a folder whose config has been read, after checking the weights."""
+    check_weights(folder, config)
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **model_args)
+
+
+def _locate(location: Union[str, os.PathLike], revision: Optional[str]) -> Tuple[Union[Path, str], Optional[str]]:
+    """Split into a folder (a path) or a repository (a string), and the revision."""
+    source, _, rest = os.fspath(location).partition(':')
+    hub = source in ('hf-hub', 'hf_hub')
+    folder = Path(rest if source == 'local-dir' else location)
+    if not hub and (source == 'local-dir' or not isinstance(location, str) or folder.is_dir()):
+        if not folder.is_dir():
+            raise NotFoundError(f'no such folder: {folder}')
+        return folder, None
+    repo_id, _, inline = (rest if hub else str(location)).partition('@')
+    if inline and revision not in (None, inline):
+        raise ValueError(f'revision: got {revision!r}, but the name says {inline!r}')
+    return repo_id, inline or revision
+
+
+def _download(repo_id: str, filename: str, revision: Optional[str], options: Dict[str, Any]) -> Path:
+    options = dict(options, revision=revision, library_name='timm_zzz', library_version=__version__)
+    with translated(repo_id, revision, filename):
+        try:
+            return Path(hf_hub_download(repo_id, filename, **options))
+        except TransportError as e:
+            if isinstance(e, client_errors.HfHubHTTPError):
+                raise
+            try:  # The client itself turns to the cache after some failures only.
+                path = hf_hub_download(repo_id, filename, **{**options, 'local_files_only': True})
+            except client_errors.LocalEntryNotFoundError:
+                raise e from None
+            _logger.warning(f'{repo_id}: the Hub did not answer ({e}), using {filename} from the cache.')
+            return Path(path)
+
+
+def _drop(path: Path) -> None:
+    """Delete a file of the cache and what it is a link to."""
+    for file in (path.resolve(), path):
+        file.unlink(missing_ok=True)
