@@ -78,26 +78,20 @@ def test_fit(command, colours, backbone, capsys):
     assert f'after:  top-1 {top1:.2f} %, negative log-likelihood {nll:.4f} (16 images of validation)' in out
     assert 'before: top-1' in out and top1 > 90 and nll < 0.5
 
+    given = {k: v for k, v in load_file(backbone).items() if not k.startswith('fc.')}
+    assert all(torch.equal(model.state_dict()[key], given[key]) for key in given)
     expected = timm.create_model(NAME, num_classes=4)
-    state = {k: v for k, v in load_file(backbone).items() if not k.startswith('fc.')}
-    expected.load_state_dict(state, strict=False)
+    expected.load_state_dict(given, strict=False)
     fit_model(expected, [images_of(model, colours / 'train')])
     with torch.no_grad():
         torch.testing.assert_close(logits.softmax(1), expected.eval()(x).softmax(1), rtol=0, atol=1e-4)
-    own, given = model.state_dict(), load_file(backbone)
-    assert all(torch.equal(own[key], given[key]) for key in given if not key.startswith('fc.'))
     with safe_open(file, 'pt') as f:
         assert {'format': 'pt', 'model': NAME, 'objective': 'discriminant'}.items() <= f.metadata().items()
 
 
 def test_options_arrive(command, monkeypatch):
     seen = {}
-
-    def spy(model, loader, **options):
-        seen.update(options)
-        return fit_model(model, loader, **options)
-
-    monkeypatch.setattr('timm_zzz.fit_command.fit_model', spy)
+    monkeypatch.setattr('timm_zzz.cli.fit.fit_model', lambda model, loader, **options: seen.update(options))
     options = ['--objective', 'density', '--shrinkage', 0.5, '--prior-count', 7, '--temperature', 0.25]
     options += ['--max-precision', 200]
     file = command(*options, '--amp', '--val-split', '', '--img-size', 64)
@@ -105,18 +99,6 @@ def test_options_arrive(command, monkeypatch):
     assert seen == dict(choices, sigma2=None, device=torch.device('cpu'), amp_dtype=torch.bfloat16)
     with safe_open(file, 'pt') as f:
         assert {key: str(value) for key, value in choices.items()}.items() <= f.metadata().items()
-
-
-def test_neither_number_nor_auto(command, capsys):
-    with pytest.raises(SystemExit):
-        command('--max-precision', 'most')
-    assert 'argument --max-precision: expected a number or auto, got most' in capsys.readouterr().err
-
-
-def test_sigma2_of_a_start(command):
-    state = load_file(command('--sigma2', 0.0625))
-    sigma2 = torch.nn.functional.softplus(state['fc.sigma2_raw']) + 1e-4
-    assert float(sigma2) == pytest.approx(0.0625, rel=1e-4)
 
 
 def test_a_checkpoint_with_the_same_classes_keeps_its_head_until_the_fit(command, backbone, tmp_path, capsys):
@@ -129,18 +111,20 @@ def test_a_checkpoint_with_the_same_classes_keeps_its_head_until_the_fit(command
     assert 'before: top-1 25.00 %' in capsys.readouterr().out
 
 
-def test_pretrained_path_and_model_kwargs(command, backbone, capsys):
-    file = command('--model-kwargs', 'zzz_rank=2', '--num-classes', 4, weights=('--pretrained-path', backbone))
+def test_pretrained_path_model_kwargs_and_sigma2(command, backbone, capsys):
+    options = ('--model-kwargs', 'zzz_rank=2', '--num-classes', 4, '--sigma2', 0.0625, '--val-split', '')
+    file = command(*options, weights=('--pretrained-path', backbone))
     line = capsys.readouterr().out.splitlines()[-1]
     assert '--model-kwargs zzz_rank=2' in line and line.endswith(f'--initial-checkpoint {file}')
     state = load_file(file)
     assert state['fc.A'].shape[2] == 2 and torch.equal(state['conv1.0.weight'], load_file(backbone)['conv1.0.weight'])
+    assert float(F.softplus(state['fc.sigma2_raw']) + 1e-4) == pytest.approx(0.0625, rel=1e-4)
 
 
 def test_one_folder_of_classes(command, colours, capsys):
     command(data_dir=colours / 'train')
     out, err = capsys.readouterr()
-    assert 'after' not in out and 'Not evaluated: ' in err and 'has no folder validation' in err
+    assert 'after' not in out and f'Not evaluated: --data-dir: {colours / "train"} has no folder validation\n' in err
 
 
 def test_validation_classes_are_numbered_as_in_training(command, colours, tmp_path, capsys):
@@ -156,36 +140,42 @@ def test_validation_classes_are_numbered_as_in_training(command, colours, tmp_pa
 
 
 def test_wrong_use(command, backbone, colours, tmp_path, capsys):
-    (tmp_path / 'start.safetensors').write_text('mine')
-    assert 'exists already; give another one or --force' in refusal(command, capsys)
-    assert (tmp_path / 'start.safetensors').read_text() == 'mine'
-    assert 'ends in .safetensors' in refusal(command, capsys, '-o', tmp_path / 'start.pt')
-    force = ('--force',)
-    assert 'test_resnet has no ZZZ head' in refusal(command, capsys, *force, model='test_resnet')
-    assert 'has no folder test' in refusal(command, capsys, *force, '--split', 'test')
-    assert 'no such folder' in refusal(command, capsys, *force, data_dir=tmp_path / 'nowhere')
-    assert 'but train has 4 classes' in refusal(command, capsys, *force, '--num-classes', 10)
-    assert '--device: warp' in refusal(command, capsys, *force, '--device', 'warp')
-    missing = ('--checkpoint', tmp_path / 'nothing.pth.tar')
-    assert '--checkpoint: no such file' in refusal(command, capsys, *force, weights=missing)
+    output = tmp_path / 'start.safetensors'
+    output.write_text('mine')
     (tmp_path / 'broken.pth.tar').write_text('x')
-    broken = ('--checkpoint', tmp_path / 'broken.pth.tar')
-    assert "can't be read" in refusal(command, capsys, *force, weights=broken)
-    state = load_file(backbone)
-    del state['conv1.0.weight']
-    save_file(state, tmp_path / 'part.safetensors')
-    part = ('--checkpoint', tmp_path / 'part.safetensors')
-    assert '1 tensors are missing and 0 unexpected, e.g. conv1.0.weight' in refusal(
-        command, capsys, *force, weights=part
-    )
-    assert (tmp_path / 'start.safetensors').read_text() == 'mine'
-    with pytest.raises(SystemExit):
-        command(*force, weights=())
-    assert 'one of the arguments --pretrained --pretrained-path --checkpoint is required' in capsys.readouterr().err
-    command(*force)
-    assert load_file(tmp_path / 'start.safetensors')
+    part = {key: value for key, value in load_file(backbone).items() if key != 'conv1.0.weight'}
+    save_file(part, tmp_path / 'part.safetensors')
+    assert 'exists already; give another one or --force' in refusal(command, capsys)
+    force = ('--force',)
+    for message, arguments in {
+        'ends in .safetensors': ('-o', tmp_path / 'start.pt'),
+        f'--data-dir: {colours} has no folder test, only train, validation': ('--split', 'test'),
+        '--num-classes: 10, but train has 4 classes; --class-map numbers them': ('--num-classes', 10),
+        '--model-kwargs: give --input-size instead of in_chans': ('--model-kwargs', 'in_chans=1'),
+        '--device: warp is not available': ('--device', 'warp'),
+    }.items():
+        assert message in refusal(command, capsys, *force, *arguments)
+    for message, name in {
+        '--checkpoint: no such file': 'nothing.pth.tar',
+        "broken.pth.tar can't be read": 'broken.pth.tar',
+        'does not fit the model: 1 tensors are missing and 0 unexpected, e.g. conv1.0.weight': 'part.safetensors',
+    }.items():
+        assert message in refusal(command, capsys, *force, weights=('--checkpoint', tmp_path / name))
+    assert '--model: test_resnet has no ZZZ head' in refusal(command, capsys, *force, model='test_resnet')
+    assert '--data-dir: no such folder' in refusal(command, capsys, *force, data_dir=tmp_path / 'nowhere')
+    for message, arguments, weights in (
+        ('one of the arguments --pretrained --pretrained-path --checkpoint is required', (), ()),
+        ('--max-precision: expected a number or auto, got most', ('--max-precision', 'most'), ('--pretrained',)),
+    ):
+        with pytest.raises(SystemExit):
+            command(*force, *arguments, weights=weights)
+        assert message in capsys.readouterr().err
+    assert output.read_text() == 'mine'
+    command(*force, '--val-split', '')
+    assert load_file(output)
 
 
+@pytest.mark.slow
 def test_train_py_starts_from_it(timm_scripts, colours, run, tmp_path):
     """With a learning rate of next to nothing it logs the accuracy and the likelihood that were printed."""
     shutil.copy(timm_scripts / 'train.py', tmp_path)

@@ -5,7 +5,7 @@ share. Logits are to be multiplied by a temperature; at 1 / ``scale`` they are t
 """
 
 import math
-from typing import Iterable, Iterator, NamedTuple, Sequence, Tuple, Union
+from typing import Callable, Iterator, NamedTuple, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -14,19 +14,11 @@ from torch.nn import functional as F
 from ..functional import normalize
 from .moments import Moments
 
-__all__ = [
-    'Density',
-    'Discriminant',
-    'Estimator',
-    'Quadratic',
-    'best_temperature',
-    'negative_log_likelihood',
-    'on_sphere',
-]
+__all__ = ['Density', 'Discriminant', 'Estimator', 'Quadratic', 'best_temperature', 'on_sphere']
 
 LEAST_VARIANCE = 1.01e-4  # just above the least of the bare head
 _MARGINS = (1.8, 3.0, 6.0)  # of 1 / sigma2 over the largest gain; the next where the means are not found
-_VALUES = 2**24  # of an intermediate result that are held at a time
+_VALUES = 2**24  # of an intermediate result held at a time
 
 
 class Quadratic(NamedTuple):
@@ -39,42 +31,29 @@ class Quadratic(NamedTuple):
     gain: Tensor  # (C, r), >= 0
 
     def logits(self, x: Tensor) -> Tensor:
-        """Shape (N, C) for x (N, d)."""
-        size = max(1, _VALUES // max(1, self.gain.numel()))
-        return torch.cat([self._logits(part) for part in x.split(size)])
-
-    def _logits(self, x: Tensor) -> Tensor:
-        logits = x @ self.rows.T + self.offset
-        if self.gain.numel():
-            t = (x @ self.directions.flatten(0, 1).T).reshape(-1, *self.gain.shape)
-            t -= _along(self.directions, self.centre)
-            logits += 0.5 * (t.square_() * self.gain).sum(2)
-        return logits
+        """Compute logits (N, C) for x (N, d)."""
+        axes, centre = self.directions.flatten(0, 1), self.directions @ self.centre[..., None]
+        logits = []
+        for part in x.split(max(1, _VALUES // max(1, self.gain.numel()))):
+            t = (part @ axes.T).unflatten(1, self.gain.shape).sub_(centre[..., 0])
+            logits.append(part @ self.rows.T + self.offset + 0.5 * t.square_().mul_(self.gain).sum(2))
+        return torch.cat(logits)
 
     def precision(self) -> float:
-        """a, of one in the form of the head."""
+        """Return the precision a of a classifier in the form of the head."""
         return float(self.rows.norm(dim=1).max())
 
-    def rotated(self, basis: Tensor) -> 'Quadratic':
-        """The same as a function of x where this one is a function of x @ basis, for an orthogonal basis (d, d)."""
-        return self._replace(
-            rows=self.rows @ basis.T, centre=self.centre @ basis.T, directions=self.directions @ basis.T
-        )
+
+def _product(directions: Tensor, gain: Tensor, x: Tensor) -> Tensor:
+    """Compute sum_i gain_ci direction_ci (direction_ci.x_c), shape (C, d), for x (C, d)."""
+    return (directions.mT @ (gain[..., None] * (directions @ x[..., None])))[..., 0]
 
 
-def _along(directions: Tensor, x: Tensor) -> Tensor:
-    """Components (C, r) of x (C, d) along the directions of the classes."""
-    return (directions @ x[..., None])[..., 0]
-
-
-def _across(directions: Tensor, t: Tensor) -> Tensor:
-    """Vectors (C, d) of the components t (C, r) along the directions of the classes."""
-    return (t[:, None] @ directions)[:, 0]
-
-
-def _in_chunks(scatter: Tensor, per_class: Tensor) -> Iterable[Tuple[Tensor, Tensor]]:
-    size = max(1, _VALUES // (4 * scatter[0].numel()))
-    return zip(scatter.split(size), per_class.split(size), strict=True)
+def _by_parts(function: Callable[..., Tuple[Tensor, Tensor]], *per_class: Tensor) -> Tuple[Tensor, Tensor]:
+    """Apply a function to tensors of C rows, a few classes at a time."""
+    size = max(1, _VALUES // (4 * per_class[0][0].numel() + 1))
+    parts = [function(*part) for part in zip(*(t.split(size) for t in per_class), strict=True)]
+    return torch.cat([first for first, _ in parts]), torch.cat([second for _, second in parts])
 
 
 class Estimator:
@@ -93,12 +72,14 @@ class Estimator:
         return (1 - shrinkage) * self.eigenvalues + shrinkage
 
     def candidates(self, shrinkage: float, prior_counts: Sequence[float]) -> Iterator[Quadratic]:
-        """The classifiers for several prior counts, as functions of x @ basis."""
+        """Compute the classifiers for several prior counts, as functions of x @ basis."""
         raise NotImplementedError
 
     def head_form(self, shrinkage: float, prior_count: float, temperature: float, most: float) -> Quadratic:
-        """The classifier in the form of the head, as a function of x. Further arguments as of :func:`on_sphere`."""
-        raise NotImplementedError
+        """Compute the classifier in the form of the head. Further arguments as of :func:`on_sphere`."""
+        form = next(self.candidates(shrinkage, [prior_count]))
+        rows, centre, directions = (t @ self.basis.T for t in (form.rows, form.centre, form.directions))
+        return form._replace(rows=rows, centre=centre, directions=directions)
 
 
 class Discriminant(Estimator):
@@ -108,43 +89,33 @@ class Discriminant(Estimator):
         self.count = moments.count
         super().__init__(moments.scatter / max(1.0, float((self.count - 1).sum())), rank)
         self.mean = moments.mean @ self.basis
-        scatter = moments.sketches()
-        self.scatter = None if scatter is None else scatter @ self.basis / math.sqrt(self.scale)
+        self.scatter = moments.sketches() @ self.basis / math.sqrt(self.scale)
 
     def candidates(self, shrinkage: float, prior_counts: Sequence[float]) -> Iterator[Quadratic]:
-        directions, variance = self._whitened(shrinkage)
-        for prior_count in prior_counts:
-            yield self._quadratic(shrinkage, prior_count, directions, variance)
+        pooled = self.shrunk(shrinkage)
+        root = pooled.rsqrt()
 
-    def head_form(self, shrinkage: float, prior_count: float, temperature: float, most: float) -> Quadratic:
-        form = next(self.candidates(shrinkage, [prior_count]))
-        return on_sphere(form.rotated(self.basis), self.basis.T[-self.rank :], temperature, most)
-
-    def _whitened(self, shrinkage: float) -> Tuple[Tensor, Tensor]:
-        """Directions (C, r, d), orthonormal when whitened, and the classes' own variances along them (C, r)."""
-        if self.scatter is None:
-            return self.mean.new_zeros(len(self.mean), 0, self.mean.shape[1]), self.mean.new_zeros(len(self.mean), 0)
-        root = self.shrunk(shrinkage).rsqrt()
-        directions, variance = [], []
-        for part, count in _in_chunks(self.scatter, self.count):
-            whitened = part * root / (count - 1).clamp(min=1).sqrt()[:, None, None]
+        def leading(scatter: Tensor, count: Tensor) -> Tuple[Tensor, Tensor]:
+            """Find directions, orthonormal when whitened, and the classes' own variances along them."""
+            whitened = scatter * root / (count - 1).clamp(min=1).sqrt()[:, None, None]
             values, vectors = torch.linalg.eigh(whitened @ whitened.mT)
             values, vectors = values[:, -self.rank :].clamp(min=0), vectors[..., -self.rank :]
             # What has no variance has no direction, and will have no gain
-            directions.append(vectors.mT @ whitened * root / values.clamp(min=1e-12).sqrt()[..., None])
-            variance.append(values)
-        return torch.cat(directions), torch.cat(variance)
+            return vectors.mT @ whitened * root / values.clamp(min=1e-12).sqrt()[..., None], values
 
-    def _quadratic(self, shrinkage: float, prior_count: float, directions: Tensor, variance: Tensor) -> Quadratic:
-        """For class covariances (1 - k) pooled + k own, k = n / (n + prior_count)."""
-        pooled = self.shrunk(shrinkage)
-        own = (self.count / (self.count + prior_count))[:, None]
-        ratio = ((1 - own) + own * variance).clamp(min=1)  # only directions of more variance than the pooled
+        directions, variance = _by_parts(leading, self.scatter, self.count)
         rows = self.mean / pooled
         # An estimated mean is farther from every x than the true one, by this in expectation
         excess = self.scale * (self.eigenvalues / pooled).sum() / self.count
-        offset = -0.5 * ((rows * self.mean).sum(1) - excess + self.scale * ratio.log().sum(1))
-        return Quadratic(rows, offset, self.mean, directions, 1 - 1 / ratio)
+        for prior_count in prior_counts:
+            own = (self.count / (self.count + prior_count))[:, None]  # weight of a class's own covariance
+            ratio = ((1 - own) + own * variance).clamp(min=1)  # only directions of more variance than the pooled
+            offset = -0.5 * ((rows * self.mean).sum(1) - excess + self.scale * ratio.log().sum(1))
+            yield Quadratic(rows, offset, self.mean, directions, 1 - 1 / ratio)
+
+    def head_form(self, shrinkage: float, prior_count: float, temperature: float, most: float) -> Quadratic:
+        form = super().head_form(shrinkage, prior_count, temperature, most)
+        return on_sphere(form, self.basis.T[len(self.basis) - self.rank :], temperature, most)
 
 
 class Density(Estimator):
@@ -159,124 +130,93 @@ class Density(Estimator):
         off = moments.mean - mu
         super().__init__((moments.scatter + off.T @ (off * self.count[:, None])) / self.count.sum(), rank)
         self.mu = mu @ self.basis
-        own = off[:, None]
-        scatter = moments.sketches()
-        if scatter is not None:
-            own = torch.cat([own, scatter / self.count.sqrt()[:, None, None]], 1)
+        own = torch.cat([off[:, None], moments.sketches() / self.count.sqrt()[:, None, None]], 1)
         self.own = own @ self.basis / math.sqrt(self.scale)  # their Gram matrices are the second moments about mu
 
     def candidates(self, shrinkage: float, prior_counts: Sequence[float]) -> Iterator[Quadratic]:
-        return (self._quadratic(shrinkage, prior_count) for prior_count in prior_counts)
-
-    def head_form(self, shrinkage: float, prior_count: float, temperature: float, most: float) -> Quadratic:
-        return self._quadratic(shrinkage, prior_count).rotated(self.basis)
-
-    def _quadratic(self, shrinkage: float, prior_count: float) -> Quadratic:
         pooled = self.shrunk(shrinkage)
-        share = self.count / (self.count + prior_count)
-        parts = [self._leading(pooled, *part) for part in _in_chunks(self.own, share)]
-        directions, values = (torch.cat(each) for each in zip(*parts, strict=True))
-        total = (1 - share) * pooled.sum() + share * self.own.square().sum((1, 2))
-        if self.rank < len(pooled):
-            rest = (total - values.sum(1)).clamp(min=0) / (len(pooled) - self.rank)
-            sigma2 = float((self.count * rest).sum() / self.count.sum())
-        else:
-            sigma2 = float(values.min()) / 2
-        a = 1 / max(sigma2, LEAST_VARIANCE / self.scale)
-        ratio = (a * values - 1).clamp(min=0)  # v / sigma2, for v = values - sigma2
-        offset = -0.5 * (a * self.mu.square().sum(1) + self.scale * ratio.log1p().sum(1))
-        return Quadratic(a * self.mu, offset, self.mu, directions, a * ratio / (1 + ratio))
-
-    def _leading(self, pooled: Tensor, own: Tensor, share: Tensor) -> Tuple[Tensor, Tensor]:
-        """Leading eigenvectors, as rows, and eigenvalues of (1 - share) pooled + share own^T own.
-
-        By the Rayleigh-Ritz method in the span of the own rows and of the leading pooled directions.
-        """
         dim = len(pooled)
-        axes = torch.eye(dim, dtype=own.dtype, device=own.device)[dim - self.rank :]
-        basis = torch.linalg.svd(torch.cat([own, axes.expand(len(own), -1, -1)], 1), full_matrices=False)[2]
-        projected = basis @ own.mT
-        share = share[:, None, None]
-        matrix = (1 - share) * ((basis * pooled) @ basis.mT) + share * (projected @ projected.mT)
-        values, vectors = torch.linalg.eigh(matrix)
-        start = matrix.shape[-1] - self.rank
-        return vectors[..., start:].mT @ basis, values[:, start:].clamp(min=0)
+        axes = torch.eye(dim, dtype=pooled.dtype, device=pooled.device)[dim - self.rank :]
+
+        def leading(own: Tensor, share: Tensor) -> Tuple[Tensor, Tensor]:
+            """Find leading eigenvectors, as rows, and eigenvalues of (1 - share) pooled + share own^T own."""
+            # The Rayleigh-Ritz method in the span of the own rows and of the leading pooled directions
+            span = torch.linalg.svd(torch.cat([own, axes.expand(len(own), -1, -1)], 1), full_matrices=False)[2]
+            projected, share = span @ own.mT, share[:, None, None]
+            matrix = (1 - share) * ((span * pooled) @ span.mT) + share * (projected @ projected.mT)
+            values, vectors = torch.linalg.eigh(matrix)
+            start = matrix.shape[-1] - self.rank
+            return vectors[..., start:].mT @ span, values[:, start:].clamp(min=0)
+
+        for prior_count in prior_counts:
+            share = self.count / (self.count + prior_count)
+            directions, values = _by_parts(leading, self.own, share)
+            if self.rank < dim:
+                total = (1 - share) * pooled.sum() + share * self.own.square().sum((1, 2))
+                rest = (total - values.sum(1)).clamp(min=0) / (dim - self.rank)
+                sigma2 = float((self.count * rest).sum() / self.count.sum())
+            else:
+                sigma2 = float(values.min()) / 2
+            a = 1 / max(sigma2, LEAST_VARIANCE / self.scale)
+            ratio = (a * values - 1).clamp(min=0)  # v / sigma2, for v = values - sigma2
+            offset = -0.5 * (a * self.mu.square().sum(1) + self.scale * ratio.log1p().sum(1))
+            yield Quadratic(a * self.mu, offset, self.mu, directions, a * ratio / (1 + ratio))
 
 
 # The form of the head: centres of length 1, rows a * centre, orthonormal directions, gains less than a
 
 
 def on_sphere(form: Quadratic, fill: Tensor, temperature: float, most: float = math.inf) -> Quadratic:
-    """A classifier in the form of the head, up to a term that all classes share.
+    """Bring a classifier into the form of the head, up to a term that all classes share.
 
     Any vector s may be taken off all rows. With D_c = sum_i g_i u_i u_i^T the head's means have to be
     mu_c = (a - D_c)^-1 (row_c - D_c centre_c - s), of length 1: C equations for s, of width d. More classes than that
-    are solved by least squares. The precision a is that of the smallest sphere, or larger so that gains stay below it,
-    up to ``most``; gains beyond are cut off, and those below what v_min stands for at this temperature raised to it.
+    are solved by least squares. The precision a is that of the smallest sphere, or larger so that gains stay below it.
 
     Args:
-        form: Any quadratic classifier.
-        fill: Directions (r, d), orthonormal, to take where there is no gain.
+        form: Any quadratic classifier. Gains are clipped at 0.8 a, and raised to what v_min stands for.
+        fill: Orthonormal directions (r, d) to take where there is no gain.
         temperature: What the logits will be multiplied by.
-        most: Largest a * temperature that gains are allowed to ask for.
-
-    Returns:
-        A classifier whose rows have the length a.
+        most: Largest a * temperature that gains may ask for.
     """
-    directions, gain = _orthonormal(form, fill)
+    directions, wanted = _orthonormal(form, fill)
+    smallest = max(1e-3, _circumsphere(form.rows - _product(directions, wanted, form.centre))[1])
     for margin in _MARGINS:
-        a, gains = _precision(form, directions, gain, margin, temperature, most)
-        target = _uncentred(form.rows, form.centre, directions, gains)
+        a, gain = smallest, wanted
+        if gain.numel():
+            a = max(1.02 * smallest, min(margin * float(gain.max()), most / temperature))
+            ratio = LEAST_VARIANCE * a * temperature  # least v / sigma2
+            gain = gain.clamp(a * ratio / (1 + ratio), 0.8 * a)
+        linear = _product(directions, gain, form.centre)
+        target = form.rows - linear
         s, radius = _circumsphere(target)
         if a > radius:
             s = _farther(target, s, form.centre.mean(0), math.sqrt(a**2 - radius**2))
         a = max(a, radius)
-        z = _unit_means(target, s, directions, gains, a)
+        z = _means(target, s, directions, gain, a)
         solved = float((z.norm(dim=1) - a).abs().max()) <= 1e-9 * a
-        if solved or len(target) > target.shape[1] or not gains.numel():
+        if solved or len(target) > target.shape[1] or not gain.numel():
             break
-    gain = gains
     mu = normalize(z)
     gap = z / a - mu  # of the linear terms, where there are too many classes: right at the classes' means at least
-    along = _along(directions, form.centre)
-    offset = form.offset + 0.5 * (gain * (along.square() - _along(directions, mu).square())).sum(1)
-    offset += a * (gap * form.centre).sum(1) - (gain * _along(directions, gap) * along).sum(1)
-    return Quadratic(a * mu, offset, mu, directions, gain)
-
-
-def _precision(
-    form: Quadratic, directions: Tensor, gain: Tensor, margin: float, temperature: float, most: float
-) -> Tuple[float, Tensor]:
-    """The precision a, and the gains that are possible with it."""
-    a = max(1e-3, _circumsphere(_uncentred(form.rows, form.centre, directions, gain))[1])
-    if not gain.numel():
-        return a, gain
-    a = max(1.02 * a, min(margin * float(gain.max()), most / temperature))
-    least = LEAST_VARIANCE * a * temperature  # v / sigma2
-    return a, gain.clamp(a * least / (1 + least)).clamp(max=0.8 * a)
-
-
-def _uncentred(rows: Tensor, centre: Tensor, directions: Tensor, gain: Tensor) -> Tensor:
-    return rows - _across(directions, gain * _along(directions, centre))
+    offset = 0.5 * (form.centre * linear - mu * _product(directions, gain, mu)) + gap * (a * form.centre - linear)
+    return Quadratic(a * mu, form.offset + offset.sum(1), mu, directions, gain)
 
 
 def _orthonormal(form: Quadratic, fill: Tensor) -> Tuple[Tensor, Tensor]:
-    """Orthonormal directions and gains of the same quadratic terms; missing ones are filled in, without gain."""
-    rank = form.gain.shape[1]
-    if rank == 0:
-        return form.directions, form.gain
+    """Find orthonormal directions and gains of the same quadratic terms; fill in missing ones, without gain."""
     roots = form.directions * form.gain.sqrt()[..., None]
     tiny = 1e-7 * max(1.0, math.sqrt(float(roots.square().sum((1, 2)).max())))
-    directions, gain = [], []
-    for part, _ in _in_chunks(roots, form.offset):
+
+    def decomposed(part: Tensor) -> Tuple[Tensor, Tensor]:
         _, values, vectors = torch.linalg.svd(torch.cat([part, tiny * fill.expand_as(part)], 1), full_matrices=False)
-        directions.append(vectors[:, :rank])
-        gain.append((values[:, :rank].square() - tiny**2).clamp(min=0))
-    return torch.cat(directions), torch.cat(gain)
+        return vectors[:, : len(fill)], (values[:, : len(fill)].square() - tiny**2).clamp(min=0)
+
+    return _by_parts(decomposed, roots)
 
 
 def _circumsphere(points: Tensor) -> Tuple[Tensor, float]:
-    """Centre and radius of the smallest sphere through points (C, d), by least squares if there is none."""
+    """Find centre and radius of the smallest sphere through points (C, d), by least squares if there is none."""
     middle = points.mean(0)
     points = points - middle
     matrix = torch.cat([2 * points, points.new_ones(len(points), 1)], 1)
@@ -285,67 +225,48 @@ def _circumsphere(points: Tensor) -> Tuple[Tensor, float]:
 
 
 def _farther(points: Tensor, centre: Tensor, towards: Tensor, distance: float) -> Tensor:
-    """A centre moved, away from a vector, where the points vary least: not at all, where they span less than R^d."""
+    """Move a centre away from a vector, where the points vary least: not at all, where they span less than R^d."""
     points = points - points.mean(0)
     spread = points.T @ points
     spread.diagonal().add_(1e-9 * spread.diagonal().mean() + 1e-300)
-    step = normalize(torch.linalg.solve(spread, towards + 1e-9))
-    return centre - distance * step
+    return centre - distance * normalize(torch.linalg.solve(spread, towards + 1e-9))
 
 
 def _least_norm(matrix: Tensor, target: Tensor) -> Tensor:
-    """The shortest x of least |matrix x - target|."""
-    wide = matrix.shape[0] < matrix.shape[1]
-    gram = matrix @ matrix.T if wide else matrix.T @ matrix
-    damping = 1e-14 * float(gram.diagonal().mean()) + 1e-300
-    for _ in range(6):  # more, where rows depend on each other
-        gram.diagonal().add_(damping)
-        factor, info = torch.linalg.cholesky_ex(gram)
-        if not info:
-            break
-        damping *= 100
-    right = (target if wide else matrix.T @ target)[:, None]
-    solution = torch.cholesky_solve(right, factor)[:, 0]
-    return matrix.T @ solution if wide else solution
+    """Find the shortest x of least |matrix x - target|; torch.linalg.lstsq can't, on a GPU, for dependent rows."""
+    if matrix.shape[0] < matrix.shape[1]:
+        return matrix.T @ (torch.linalg.pinv(matrix @ matrix.T, hermitian=True) @ target)
+    return torch.linalg.pinv(matrix.T @ matrix, hermitian=True) @ (matrix.T @ target)
 
 
-def _solved(y: Tensor, directions: Tensor, gain: Tensor, a: float) -> Tensor:
-    """a (a - D_c)^-1 y_c, shape (C, d)."""
-    return y + _across(directions, gain / (a - gain) * _along(directions, y))
-
-
-def _unit_means(target: Tensor, s: Tensor, directions: Tensor, gain: Tensor, a: float) -> Tensor:
+def _means(target: Tensor, s: Tensor, directions: Tensor, gain: Tensor, a: float) -> Tensor:
     """Solve |z_c| = a, z_c = a (a - D_c)^-1 (target_c - s), for s by the Gauss-Newton method; returns z (C, d)."""
-    z = _solved(target - s, directions, gain, a)
+
+    def scaled_inverse(y: Tensor) -> Tensor:
+        """Compute a (a - D_c)^-1 y_c, shape (C, d)."""
+        return y + _product(directions, gain / (a - gain), y)
+
+    z = scaled_inverse(target - s)
     error = z.norm(dim=1) - a
     while float(error.abs().max()) > 1e-13 * a:
-        step = _least_norm(_solved(normalize(z), directions, gain, a), error)
-        old, size = float(error.norm()), 1.0
-        while size > 0.05:  # halve steps that lead too far
-            new_z = _solved(target - s - size * step, directions, gain, a)
+        step = _least_norm(scaled_inverse(normalize(z)), error)
+        for size in (1.0, 0.5, 0.25, 0.125, 0.0625):  # shorten steps that lead too far
+            new_z = scaled_inverse(target - s - size * step)
             new_error = new_z.norm(dim=1) - a
-            if float(new_error.norm()) < (1 - 0.1 * size) * old:
+            if float(new_error.norm()) < (1 - 0.1 * size) * float(error.norm()):
                 break
-            size /= 2
         else:
             break
         s, z, error = s + size * step, new_z, new_error
     return z
 
 
-# Temperature
-
-
 def best_temperature(logits: Tensor, y: Tensor, log_prior: Union[Tensor, float] = 0.0) -> Tuple[float, float]:
-    """T of the least mean negative log-likelihood of labels y under T * logits + log_prior, and that value in nats.
+    """Find T of the least mean negative log-likelihood of labels y under T * logits + log_prior, and that value, nats.
 
     Labels are smoothed by 1 / (N + 1), as if one example more had any label with the same probability: T stays finite
-    where all are classified correctly. The function is convex in T: Newton's method, kept in a bracket.
-
-    Args:
-        logits: Shape (N, C).
-        y: Class indices, shape (N,).
-        log_prior: Shape (C,), or 0.
+    where all are classified correctly. The function is convex in T: Newton's method, kept in a bracket. Logits have
+    the shape (N, C), class indices y (N,), log_prior (C,).
     """
     spread = max(float(logits.std(1, correction=0).mean()), 1e-12)
     logits = (logits - logits.mean(1, keepdim=True)) / spread
@@ -361,8 +282,4 @@ def best_temperature(logits: Tensor, y: Tensor, log_prior: Union[Tensor, float] 
         T, old = new if low < new < high else math.sqrt(low * high), T
         if abs(T - old) <= 1e-8 * T:
             break
-    return T / spread, negative_log_likelihood(T * logits + log_prior, y)
-
-
-def negative_log_likelihood(logits: Tensor, y: Tensor) -> float:
-    return F.cross_entropy(logits, y).item()
+    return T / spread, F.cross_entropy(T * logits + log_prior, y).item()

@@ -1,28 +1,18 @@
-"""Closed-form fit of the ZZZ head from features, in one pass over them: no gradient steps.
+"""Fit the ZZZ head in closed form; docs/fit.md says what is estimated, how the head represents it and what it costs."""
 
-docs/fit.md says what is estimated, how the head represents it, and what it costs.
-"""
-
-import contextlib
+import copy
 import logging
 import math
 import warnings
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..features import caught_inputs, heads_of, pooled
-from ..head import INIT_STD, ZZZHead
-from ..models.attach import SIGMA2_INIT
-from .estimators import (
-    Density,
-    Discriminant,
-    Estimator,
-    Quadratic,
-    best_temperature,
-    negative_log_likelihood,
-)
+from ..head import INIT_STD, SIGMA2_INIT, ZZZHead, heads_of, record_inputs
+from ..ops.reference import inverse_softplus
+from .estimators import Density, Discriminant, Estimator, Quadratic, best_temperature
 from .moments import HeldOut, Moments, as_features, as_labels
 
 __all__ = ['ZZZFit', 'fit_head', 'fit_model']
@@ -37,37 +27,28 @@ PRECISION_OF_A_START = 200.0  # docs/results.md compares it with others
 OVERSAMPLING = 8  # rows of a class's sketch beyond the rank
 
 
-class _Solution(NamedTuple):
-    form: Quadratic  # as a head has it
-    temperature: float  # of the form, as that of the closed forms
-
-
 class ZZZFit:
-    """Estimates a ZZZ head from features that come in batches, each seen once, in scikit-learn's manner.
+    """Estimate a ZZZ head from features that come in batches, each seen once, in scikit-learn's manner.
 
     The discriminant is linear discriminant analysis with a shrunken pooled covariance, to which each class adds up to r
-    directions along which its own examples vary more. The density is the head's own model by maximum likelihood.
-
-    Of each class the latest examples are held out of the moments until the end: by their likelihood the options that
-    are ``'auto'`` are chosen; then the moments of all examples are used. The same examples in the same order give the
-    same head, up to rounding, however they are cut into batches. Memory is O(C d r + d^2), for C classes of width d,
-    plus the held-out examples.
+    directions along which its own examples vary more. The density is the head's own model by maximum likelihood. The
+    likelihood of the latest examples of each class, held out until the end, chooses the options that are ``'auto'``.
+    The same examples in the same order give the same head, up to rounding, however they are cut into batches.
 
     Args:
         num_classes: Number of classes C, >= 1.
-        rank: Rank r of the class covariances, 0 <= r <= d. A class of fewer than r + 1 examples has fewer directions
-            of its own; the others are the leading ones of the pooled covariance, with a variance of v_min.
+        rank: Rank r of the class covariances, 0 <= r <= d. A class of few examples has fewer directions of its own; the
+            others are the leading ones of the pooled covariance, with a variance of v_min.
         objective: ``'discriminant'`` or ``'density'``.
         shrinkage: Weight of the identity, scaled to the same trace, in the pooled covariance, 0 to 1. ``'auto'`` is 0
             for the density.
         prior_count: Number of examples that the pooled covariance counts for in that of a class, >= 0.
         temperature: Factor T > 0 on the logits; 1 leaves them the log-densities of the estimated Gaussians.
-        sigma2: The head's isotropic variance, in place of the one that the temperature gives: logits of another
-            temperature. For a start of training, where the fit's own are too sharp: 1/16.
-        max_precision: Largest 1 / sigma2, at the fit's own temperature, that the discriminant takes for the sake of
-            classes with much variance along a direction, >= 0; more than 0.8 of it is cut off there. The smaller, the
-            farther apart are the means on the sphere; with 0 as far as they go. ``'auto'``: one of 9000, 3000 and 1000
-            by held-out examples, or if sigma2 is given 200, which trained better.
+        sigma2: The head's isotropic variance, in place of the one that the temperature gives. For a start of training,
+            where the fit's own logits are too sharp: 1/16.
+        max_precision: Upper bound on 1 / sigma2, at the fit's own temperature, >= 0. Smaller values spread the class
+            means further apart and clip class-specific variance of the discriminant. ``'auto'``: one of 9000, 3000 and
+            1000 by held-out examples, or if sigma2 is given 200, which trained better.
         holdout: Share of each class's examples to hold out, 0 to 0.5, at least one of every class that has two.
         max_holdout: About how many examples are held out at most; one of each class in any case.
         class_prior: ``'uniform'``, or ``'empirical'`` for a bias by the classes' shares of the examples.
@@ -77,9 +58,7 @@ class ZZZFit:
     Attributes:
         n_samples_: Number of examples so far.
         class_count_: Those of each class, int64, shape (C,).
-        shrinkage_: The shrinkage that was chosen, or given; from :meth:`fit` or :meth:`to_head` on.
-        prior_count_: The prior count, likewise.
-        temperature_: The temperature, likewise.
+        shrinkage_, prior_count_, temperature_: Chosen or given, from :meth:`fit` or :meth:`to_head` on.
 
     Raises:
         ValueError: For an argument out of its range.
@@ -116,19 +95,23 @@ class ZZZFit:
         device: Union[None, str, torch.device] = None,
         dtype: torch.dtype = torch.float32,
     ):
-        _check_int('num_classes', num_classes, 1)
-        _check_int('rank', rank, 0)
-        _check_int('max_holdout', max_holdout, 0)
-        _check_choice('objective', objective, OBJECTIVES)
-        _check_choice('class_prior', class_prior, ('uniform', 'empirical'))
+        for name, value, least in (('num_classes', num_classes, 1), ('rank', rank, 0), ('max_holdout', max_holdout, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f'{name}: expected an int >= {least}, got {value!r}')
+        for name, choice, choices in (
+            ('objective', objective, tuple(OBJECTIVES)),
+            ('class_prior', class_prior, ('uniform', 'empirical')),
+        ):
+            if choice not in choices:
+                raise ValueError(f'{name}: expected one of {", ".join(choices)}, got {choice!r}')
+        if sigma2 is not None and temperature != 'auto':
+            raise ValueError(f'sigma2: it sets the temperature, give only one of them, got temperature={temperature}')
         self.num_classes = num_classes
         self.rank = rank
         self.objective = objective
         self.shrinkage = _auto_or_number('shrinkage', shrinkage, 0, 1)
         self.prior_count = _auto_or_number('prior_count', prior_count, 0, math.inf)
         self.temperature = _auto_or_number('temperature', temperature, 1e-9, 1e9)
-        if sigma2 is not None and temperature != 'auto':
-            raise ValueError(f'sigma2: it sets the temperature, give only one of them, got temperature={temperature}')
         self.sigma2 = None if sigma2 is None else _number('sigma2', sigma2, 1e-6, 1e6)
         self.max_precision = _auto_or_number('max_precision', max_precision, 0, 1e9)
         self.holdout = _number('holdout', holdout, 0, 0.5)
@@ -140,7 +123,7 @@ class ZZZFit:
 
     def _reset(self) -> None:
         self._held_out: Optional[HeldOut] = None
-        self._solution: Optional[_Solution] = None
+        self._solution: Optional[Tuple[Quadratic, float]] = None
         self.n_samples_ = 0
 
     @torch.no_grad()
@@ -148,7 +131,7 @@ class ZZZFit:
         """Start anew with these examples. Arguments and errors as of :meth:`partial_fit`, and :meth:`to_head`."""
         self._reset()
         self.partial_fit(X, y)
-        self._solve()
+        self._solved()
         return self
 
     @torch.no_grad()
@@ -160,44 +143,34 @@ class ZZZFit:
             y: Their classes, integers from 0 to C - 1, shape (N,).
 
         Raises:
-            ValueError: For other shapes or labels, NaN or infinite features, or a rank larger than d. Nothing of the
-                batch is taken in then.
+            ValueError: For other shapes or labels, NaN or infinite features, or a rank above d; the batch is left out.
         """
         X, y = as_features(X), as_labels(y, self.num_classes)
-        self._check(X, y)
-        held_out = self._start(X) if self._held_out is None else self._held_out
+        width = X.shape[1]
+        if len(X) != len(y):
+            raise ValueError(f'y: expected {len(X)} labels, one per row of X, got {len(y)}')
+        if self.rank > width:
+            raise ValueError(f'rank: expected at most the width {width} of the features, got {self.rank}')
+        if self._held_out is None:
+            device = X.device if self.device is None else self.device
+            if device.type == 'mps':  # has no float64
+                device = torch.device('cpu')
+            moments = Moments(self.num_classes, width, min(self.rank + OVERSAMPLING, width) if self.rank else 0, device)
+            self._held_out = HeldOut(moments, self.holdout if self._tunes() else 0.0, self.max_holdout)
+            self.class_count_ = torch.zeros(self.num_classes, dtype=torch.int64, device=device)
+        before = self._held_out.moments.mean.shape[1]
+        if before != width:
+            raise ValueError(f'X: expected rows of {before} values as before, got {width}')
         y = y.to(self.class_count_.device)
         self._solution = None
         self.class_count_ += y.bincount(minlength=self.num_classes)
         self.n_samples_ += len(y)
-        held_out.add(X, y)
+        self._held_out.add(X, y)
         return self
-
-    def _check(self, X: Tensor, y: Tensor) -> None:
-        if len(X) != len(y):
-            raise ValueError(f'y: expected {len(X)} labels, one per row of X, got {len(y)}')
-        if self.rank > X.shape[1]:
-            raise ValueError(f'rank: expected at most the width {X.shape[1]} of the features, got {self.rank}')
-        if self._held_out is not None and self._held_out.moments.mean.shape[1] != X.shape[1]:
-            width = self._held_out.moments.mean.shape[1]
-            raise ValueError(f'X: expected rows of {width} values as before, got {X.shape[1]}')
-
-    def _start(self, X: Tensor) -> HeldOut:
-        device = X.device if self.device is None else self.device
-        if device.type == 'mps':  # has no float64
-            device = torch.device('cpu')
-        sketch = min(self.rank + OVERSAMPLING, X.shape[1]) if self.rank else 0
-        moments = Moments(self.num_classes, X.shape[1], sketch, device)
-        self.class_count_ = torch.zeros(self.num_classes, dtype=torch.int64, device=device)
-        self._held_out = HeldOut(moments, self.holdout if self._tunes() else 0.0, self.max_holdout)
-        return self._held_out
-
-    def _tunes(self) -> bool:
-        return 'auto' in (self.shrinkage, self.prior_count, self.temperature)
 
     @torch.no_grad()
     def to_head(self, **options: Any) -> ZZZHead:
-        """A new head with what was estimated from the examples so far.
+        """Create a head with what was estimated from the examples so far.
 
         Args:
             options: Further ones of :class:`~timm_zzz.ZZZHead`. Variances are at least its v_min and sigma2_min.
@@ -209,9 +182,9 @@ class ZZZFit:
             UserWarning: If options are ``'auto'`` and there is no held-out example to choose them by. Shrinkage 0.9
                 and a prior count of 1000 are taken then, and the temperature that makes sigma2 1/16.
         """
-        form = self._solved().form
-        dd: Dict[str, Any] = dict(device=form.rows.device, dtype=self.dtype)
-        return self.fill(ZZZHead(self.num_classes, form.rows.shape[1], self.rank, **dd, **options))
+        rows = self._solved()[0].rows
+        options = dict(device=rows.device, dtype=self.dtype, **options)
+        return self.fill(ZZZHead(self.num_classes, rows.shape[1], self.rank, **options))
 
     @torch.no_grad()
     def fill(self, head: ZZZHead) -> ZZZHead:
@@ -228,97 +201,83 @@ class ZZZFit:
         # As long as a new head's rows, so that a learning rate means the same
         head.weight.copy_(form.centre * (INIT_STD * form.centre.shape[1] ** 0.5))
         head.bias.copy_(bias - bias.mean())
-        head.sigma2_raw.copy_(_inverse_softplus(torch.tensor(sigma2 - head.sigma2_min, dtype=torch.float64)))
+        head.sigma2_raw.copy_(inverse_softplus(torch.tensor(sigma2 - head.sigma2_min, dtype=torch.float64)))
         if head.A is not None and head.v_raw is not None:
             head.A.copy_(form.directions.mT)
-            head.v_raw.copy_(_inverse_softplus(v - head.v_min))
+            head.v_raw.copy_(inverse_softplus(v - head.v_min))
         return head
 
-    def _solved(self) -> _Solution:
-        if self._solution is None:
-            self._solve()
-        assert self._solution is not None
-        return self._solution
-
-    def _solve(self) -> None:
-        held_out = self._check_classes()
-        x, y = held_out.examples()
-        everything = held_out.moments.copy()
-        everything.add(x, y)
-        most = self._bounds()[0]
-        if len(y):
-            temperature, most = self._choose(held_out.moments.copy(), x, y)
-        else:
-            self._take_defaults()
-        estimator = OBJECTIVES[self.objective](everything, self.rank)
-        given = self._given_temperature(estimator.scale)
-        if given is not None:
-            temperature = given
-        elif not len(y):
-            form = estimator.head_form(self.shrinkage_, self.prior_count_, 1.0, math.inf)
-            temperature = 1 / (SIGMA2_INIT * form.precision())
-        form = estimator.head_form(self.shrinkage_, self.prior_count_, temperature, most)
-        if self.sigma2 is not None:
-            temperature = 1 / (self.sigma2 * form.precision())
-        self.temperature_ = temperature * estimator.scale
-        self._solution = _Solution(form, temperature)
-        few = int((self.class_count_ <= self.rank).sum())
-        if few:
-            _logger.info(f'{few} of {self.num_classes} classes have at most {self.rank} examples: fewer directions.')
-
-    def _check_classes(self) -> HeldOut:
+    def _solved(self) -> Tuple[Quadratic, float]:
+        """Return the classifier in the form of the head, and its temperature."""
+        if self._solution is not None:
+            return self._solution
         if self._held_out is None:
             raise ValueError('no examples yet: call fit or partial_fit')
         missing = (self.class_count_ == 0).nonzero()[:, 0].tolist()
         if missing:
             some = ', '.join(map(str, missing[:5])) + (', ...' if len(missing) > 5 else '')
             raise ValueError(f'y: {len(missing)} of {self.num_classes} classes have no example: {some}')
-        return self._held_out
+        x, y = self._held_out.examples()
+        temperature, most = self._choose(self._held_out.moments, x, y)
+        everything = copy.deepcopy(self._held_out.moments)
+        everything.add(x, y)
+        estimator = OBJECTIVES[self.objective](everything, self.rank)
+        if not isinstance(self.temperature, str):
+            temperature = self.temperature / estimator.scale
+        elif temperature is None:
+            form = estimator.head_form(self.shrinkage_, self.prior_count_, 1.0, math.inf)
+            temperature = 1 / (SIGMA2_INIT * form.precision())
+        form = estimator.head_form(self.shrinkage_, self.prior_count_, temperature, most)
+        if self.sigma2 is not None:
+            temperature = 1 / (self.sigma2 * form.precision())
+        self.temperature_ = temperature * estimator.scale
+        self._solution = form, temperature
+        few = int((self.class_count_ <= self.rank).sum())
+        if few:
+            _logger.info(f'{few} of {self.num_classes} classes have at most {self.rank} examples: fewer directions.')
+        return self._solution
 
-    def _grid(self) -> Tuple[List[float], List[float]]:
-        """Shrinkages and prior counts to choose from, the strongest first."""
+    def _choose(self, moments: Moments, x: Tensor, y: Tensor) -> Tuple[Optional[float], float]:
+        """Set shrinkage and prior count by the likelihood of held-out examples, to defaults if there are none.
+
+        Return the temperature, None without held-out examples, and the bound on the precision.
+        """
         shrinkages = SHRINKAGES[self.objective] if isinstance(self.shrinkage, str) else (self.shrinkage,)
         prior_counts = PRIOR_COUNTS if isinstance(self.prior_count, str) else (self.prior_count,)
-        return list(shrinkages), list(prior_counts if self.rank else prior_counts[:1])
-
-    def _bounds(self) -> Tuple[float, ...]:
-        """On the precision, to choose from, the largest first."""
+        bounds: Tuple[float, ...] = PRECISIONS if self.sigma2 is None else (PRECISION_OF_A_START,)
         if not isinstance(self.max_precision, str):
-            return (self.max_precision,)
-        return PRECISIONS if self.sigma2 is None else (PRECISION_OF_A_START,)
-
-    def _take_defaults(self) -> None:
-        shrinkages, prior_counts = self._grid()
+            bounds = (self.max_precision,)
         self.shrinkage_, self.prior_count_ = shrinkages[0], prior_counts[0]
-        if self._tunes():
-            message = 'no held-out example to choose shrinkage, prior_count or temperature by: defaults are taken'
-            warnings.warn(message, UserWarning, stacklevel=5)
-
-    def _choose(self, moments: Moments, x: Tensor, y: Tensor) -> Tuple[float, float]:
-        """Set shrinkage and prior count by the likelihood of held-out examples.
-
-        Returns:
-            Temperature and largest precision for the form of the head, by the same.
-        """
+        if not len(y):
+            if self._tunes():
+                message = 'no held-out example to choose shrinkage, prior_count or temperature by: defaults are taken'
+                warnings.warn(message, UserWarning, stacklevel=5)
+            return None, bounds[0]
         estimator = OBJECTIVES[self.objective](moments, self.rank)
-        z = x @ estimator.basis
-        shrinkages, prior_counts = self._grid()
-        best, start, self.shrinkage_, self.prior_count_ = math.inf, 1.0, shrinkages[0], prior_counts[0]
+
+        def scored(form: Quadratic, x: Tensor) -> Tuple[float, float]:
+            """Return the temperature, the best one unless it is given, and the negative log-likelihood with it."""
+            logits, log_prior = form.logits(x), self._log_prior()
+            if isinstance(self.temperature, str):
+                return best_temperature(logits, y, log_prior)
+            given = self.temperature / estimator.scale
+            return given, F.cross_entropy(given * logits + log_prior, y).item()
+
+        z, best, start = x @ estimator.basis, math.inf, 1.0
+        prior_counts = prior_counts if self.rank else prior_counts[:1]
         for shrinkage in shrinkages:
-            forms = estimator.candidates(shrinkage, prior_counts)
-            results = [self._temperature(form.logits(z), y, estimator.scale) for form in forms]
-            i = min(range(len(results)), key=lambda i: results[i][1])
-            temperature, nll = results[i]
+            results = [scored(form, z) for form in estimator.candidates(shrinkage, prior_counts)]
+            (temperature, nll), prior_count = min(zip(results, prior_counts, strict=True), key=lambda each: each[0][1])
             if nll >= best * (1 - 1e-9):
                 break  # it has one minimum
-            best, start, self.shrinkage_, self.prior_count_ = nll, temperature, shrinkage, prior_counts[i]
-        best, chosen, precision = math.inf, (start, self._bounds()[0]), math.inf
-        for most in self._bounds():
+            best, start, self.shrinkage_, self.prior_count_ = nll, temperature, shrinkage, prior_count
+        best, chosen, precision = math.inf, (start, bounds[0]), math.inf
+        for most in bounds:
             if precision * start <= most:
                 continue  # the form would be the same
             form = estimator.head_form(self.shrinkage_, self.prior_count_, start, most)
             precision = form.precision()
-            temperature, nll = self._temperature(form.logits(x), y, estimator.scale)
+            temperature, nll = scored(form, x)
             if nll < best * (1 - 1e-9):
                 best, chosen = nll, (temperature, most)
         _logger.info(
@@ -327,36 +286,13 @@ class ZZZFit:
         )
         return chosen
 
-    def _temperature(self, logits: Tensor, y: Tensor, scale: float) -> Tuple[float, float]:
-        given = self._given_temperature(scale)
-        if given is not None:
-            return given, negative_log_likelihood(given * logits + self._log_prior(), y)
-        return best_temperature(logits, y, self._log_prior())
-
-    def _given_temperature(self, scale: float) -> Optional[float]:
-        return None if isinstance(self.temperature, str) else self.temperature / scale
+    def _tunes(self) -> bool:
+        return 'auto' in (self.shrinkage, self.prior_count, self.temperature)
 
     def _log_prior(self) -> Union[Tensor, float]:
         if self.class_prior == 'uniform':
             return 0.0
         return (self.class_count_.double() / self.n_samples_).log()
-
-
-def _inverse_softplus(x: Tensor) -> Tensor:
-    return x + (-torch.expm1(-x)).log()
-
-
-# What callers may pass
-
-
-def _check_int(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f'{name}: expected an int >= {least}, got {value!r}')
-
-
-def _check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise ValueError(f'{name}: expected one of {", ".join(choices)}, got {value!r}')
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float:
@@ -370,7 +306,7 @@ def _auto_or_number(name: str, value: Any, least: float, most: float) -> Union[s
 
 
 def fit_head(X: Any, y: Any, rank: int = 8, num_classes: Optional[int] = None, **options: Any) -> ZZZHead:
-    """A ZZZ head in closed form from features and labels.
+    """Fit a ZZZ head in closed form to features and labels.
 
     Args:
         X: Features as the head gets them, any tensor or array of shape (N, d).
@@ -403,10 +339,10 @@ def fit_model(
     amp_dtype: Optional[torch.dtype] = None,
     **options: Any,
 ) -> nn.Module:
-    """Fit the ZZZ heads of a model in closed form, in place, in one pass over a loader. The backbone stays as it is.
+    """Fit the ZZZ heads of a model in closed form, in place, in one pass over a loader; return the model.
 
-    The model runs in eval mode; each of its modules' own mode is restored. Of several heads, as distilled models have
-    them, each is fitted to its own input.
+    The backbone stays as it is. It runs in eval mode; each module's own mode is restored. Of several heads, as
+    distilled models have them, each is fitted to its own input.
 
     Args:
         model: With ZZZ heads, e.g. from :func:`timm_zzz.attach` or a name that ends in ``.zzz_r8``.
@@ -414,9 +350,6 @@ def fit_model(
         device: Where images go; by default where the model's parameters are.
         amp_dtype: Run the backbone in mixed precision of this dtype.
         options: Those of :class:`ZZZFit`.
-
-    Returns:
-        The model.
 
     Raises:
         ValueError: If the model has no ZZZ head, or a head that takes no part in eval mode or gets more than one
@@ -433,35 +366,29 @@ def fit_model(
         raise ValueError('model: it has no ZZZ head; use timm_zzz.attach, or a model name that ends in .zzz_r8')
     estimators = {path: ZZZFit(head.num_classes, head.rank, **options) for path, head in heads.items()}
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    with _eval_mode(model), caught_inputs(heads) as inputs:
-        for images, target in loader:
-            inputs.clear()
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                model(images.to(device))
-            for path, estimator in estimators.items():
-                estimator.partial_fit(_embeddings(path, inputs, len(images)), target)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with record_inputs(heads) as inputs:
+            for images, target in loader:
+                inputs.clear()
+                with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                    model(images.to(device))
+                for path, estimator in estimators.items():
+                    if path not in inputs:
+                        raise ValueError(f'model: its head {path} takes no part in eval mode')
+                    x = inputs[path]
+                    if x.ndim != 2 or len(x) != len(images):
+                        shape = list(x.shape)
+                        raise ValueError(
+                            f'model: its head {path} gets an input of shape {shape}, not one embedding per image'
+                        )
+                    estimator.partial_fit(x, target)
+    finally:
+        for module, mode in modes:
+            module.training = mode
     for estimator in estimators.values():
         estimator._solved()
     for path, head in heads.items():
         estimators[path].fill(head)
     return model
-
-
-def _embeddings(path: str, inputs: Dict[str, Tensor], batch: int) -> Tensor:
-    if path not in inputs:
-        raise ValueError(f'model: its head {path} takes no part in eval mode')
-    x = pooled(inputs[path])
-    if x.ndim != 2 or len(x) != batch:
-        raise ValueError(f'model: its head {path} gets an input of shape {list(x.shape)}, not one embedding per image')
-    return x
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
