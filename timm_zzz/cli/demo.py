@@ -1,62 +1,60 @@
 """``python -m timm_zzz demo``: train a ZZZ head and a linear head on images of beetles drawn on the spot.
 
-Everything but the drawing and the tables is timm's: models, loaders, optimiser, schedule, training task, checkpoints.
+Everything but the drawing is timm's: models, loaders, optimiser, schedule and training task.
 """
 
 import argparse
 import colorsys
 import itertools
 import random
-import shutil
 import sys
-import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+from tempfile import TemporaryDirectory
+from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
 from PIL import Image, ImageDraw
 from timm.data import create_dataset, create_loader, resolve_data_config
-from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import random_seed
 from torch import nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
-import timm_zzz  # noqa: F401  # registers the .zzz_rN names
+from ..data import eval_loader
+from ..errors import CheckpointError, HubError
+from ..hub import save_pretrained
+from ..metrics import Predictions, evaluate, predict
+from ..models.registry import RANKS
+from .common import device_of, positive_int
 
-from ..arguments import positive_int
+__all__ = ['draw_dataset', 'main', 'run_demo', 'train', 'validation_loader']
 
 ARCHITECTURE = 'test_resnet'
 IMAGE_SIZE = 64
+PREPROCESSING = {'input_size': (3, IMAGE_SIZE, IMAGE_SIZE), 'crop_pct': 1.0, 'interpolation': 'bilinear'}
 # What tells the classes apart: pairs of spots in front and behind, a band across the wings, the antennae
 SPOTS = {'2spots': (-0.45, 0.5), '3spots': (-0.6, -0.3, 0.45), '4spots': (-0.6, -0.3, 0.35, 0.65)}
 CLASSES = list(itertools.product(SPOTS, ('plain', 'banded'), ('straight', 'curled')))
+BLACK = (20, 20, 20)
+VALIDATION_IMAGES = 40  # per class
 
-Color = Tuple[int, int, int]
 
-
-def _color(rng: random.Random, saturation: Tuple[float, float], value: Tuple[float, float]) -> Color:
-    r, g, b = colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
-    return int(255 * r), int(255 * g), int(255 * b)
+def _color(rng: random.Random, saturation: Tuple[float, float], value: Tuple[float, float]) -> Tuple[int, ...]:
+    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value)))
 
 
 def draw_beetle(rng: random.Random, spots: str, wings: str, antennae: str, size: int = IMAGE_SIZE) -> Image.Image:
-    """A beetle of one class, of random colour, size, place and direction, on a random background with noise."""
-    side = 4 * size  # drawn large, then reduced
-    center = side / 2
+    """Draw a beetle of one class, of random colour, size, place and direction, on a random background with noise."""
+    side, center = 4 * size, 2 * size  # drawn large, then reduced
     length = side * rng.uniform(0.24, 0.32)
     width = length * rng.uniform(0.6, 0.75)
     line = max(1, round(side * 0.015))
-    black = (20, 20, 20)
     body = _color(rng, (0.5, 1.0), (0.45, 0.95))
-    dark: Color = (body[0] // 4, body[1] // 4, body[2] // 4)
-    light: Color = ((body[0] + 510) // 3, (body[1] + 510) // 3, (body[2] + 510) // 3)
+    dark, light = tuple(c // 4 for c in body), tuple((c + 510) // 3 for c in body)
     mark = rng.choice((dark, light))
 
     image = Image.new('RGB', (side, side), _color(rng, (0.05, 0.4), (0.5, 1.0)))
@@ -71,13 +69,13 @@ def draw_beetle(rng: random.Random, spots: str, wings: str, antennae: str, size:
         for k in (-0.5, 0.05, 0.55):
             start = (center + s * width * 0.8, center + k * length)
             end = (center + s * (width + length * 0.35), start[1] + length * 0.15 * (k + 0.2))
-            draw.line((start, end), fill=black, width=line)
+            draw.line((start, end), fill=BLACK, width=line)
         x, y = center + s * width * 0.2, center - length * 1.1
         if antennae == 'curled':
             left, right = sorted((x, x + s * length * 0.5))
-            draw.arc((left, y - length * 0.35, right, y + length * 0.25), 0, 360, fill=black, width=line)
+            draw.arc((left, y - length * 0.35, right, y + length * 0.25), 0, 360, fill=BLACK, width=line)
         else:
-            draw.line((x, y + length * 0.1, x + s * length * 0.35, y - length * 0.45), fill=black, width=line)
+            draw.line((x, y + length * 0.1, x + s * length * 0.35, y - length * 0.45), fill=BLACK, width=line)
     head = width * 0.5
     draw.ellipse((center - head, center - length * 1.3, center + head, center - length * 0.75), fill=dark)
     draw.ellipse((center - width, center - length, center + width, center + length), fill=body)
@@ -110,188 +108,132 @@ def draw_dataset(folder: Path, per_class: Dict[str, int], seed: int) -> None:
                 draw_beetle(rng, *kind).save(target / f'{i:04d}.png')
 
 
-class Result(NamedTuple):
-    top1: float
-    nll: float
-    seconds: float
-    predictions: torch.Tensor
-    targets: torch.Tensor
+def class_names() -> List[str]:
+    """List the names of the classes in an ImageFolder's order."""
+    return sorted(map('_'.join, CLASSES))
 
 
-def _loader(model: nn.Module, folder: Path, split: str, device: torch.device, workers: int, batch_size: int) -> Any:
-    config = resolve_data_config({'img_size': IMAGE_SIZE, 'crop_pct': 1.0}, model=model)
-    training = split == 'train'
-    return create_loader(
-        create_dataset('', root=str(folder), split=split),
-        input_size=config['input_size'],
-        batch_size=batch_size,
-        is_training=training,
-        scale=(0.8, 1.0),
-        ratio=(0.9, 1.1),
-        color_jitter=0.2,
-        interpolation='bilinear',
-        mean=config['mean'],
-        std=config['std'],
-        crop_pct=1.0,
-        num_workers=workers,
-        device=device,
-        pin_memory=device.type == 'cuda',
-    )
+def validation_loader(model: nn.Module, folder: Path, device: torch.device, workers: int) -> Any:
+    """Create the loader of the drawn validation images."""
+    dataset = create_dataset('', root=str(folder), split='validation')
+    config = resolve_data_config(PREPROCESSING, model=model)
+    return eval_loader(dataset, config, batch_size=128, workers=workers, device=device)
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, loader: Any, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, C) and targets (N,) of a loader, on the CPU."""
-    model.eval()
-    batches = [(model(x.to(device)).float().cpu(), y.cpu()) for x, y in loader]
-    return torch.cat([logits for logits, _ in batches]), torch.cat([y for _, y in batches])
-
-
-def train(
-    name: str, folder: Path, epochs: int, seed: int, device: torch.device, workers: int
-) -> Tuple[nn.Module, Result]:
-    """Train a model from scratch on the drawn images and evaluate it."""
+def train(name: str, folder: Path, epochs: int, seed: int, device: torch.device, workers: int) -> nn.Module:
+    """Train a model from scratch on the drawn images."""
     random_seed(seed)
     model = timm.create_model(name, num_classes=len(CLASSES)).to(device)
-    train_loader = _loader(model, folder, 'train', device, workers, batch_size=64)
-    test_loader = _loader(model, folder, 'validation', device, workers, batch_size=128)
+    dataset = create_dataset('', root=str(folder), split='train')
+    config = resolve_data_config(PREPROCESSING, model=model)
+    options: Dict[str, Any] = {key: config[key] for key in ('input_size', 'interpolation', 'mean', 'std')}
+    options.update(scale=(0.8, 1.0), ratio=(0.9, 1.1), color_jitter=0.2)
+    loader: Any = create_loader(dataset, batch_size=64, is_training=True, num_workers=workers, device=device, **options)
     task = ClassificationTask(model, criterion=nn.CrossEntropyLoss(label_smoothing=0.1), device=device, verbose=False)
     optimizer = create_optimizer_v2(model, opt='adamw', lr=4e-3, weight_decay=0.05)
-    steps = len(train_loader)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched='cosine',
-        num_epochs=epochs,
-        warmup_epochs=2,
-        warmup_lr=0.0,
-        min_lr=0.0,
-        warmup_prefix=False,
-        step_on_epochs=False,
-        updates_per_epoch=steps,
-    )
+    steps: Dict[str, Any] = dict(step_on_epochs=False, updates_per_epoch=len(loader))
+    scheduler, _ = create_scheduler_v2(optimizer, num_epochs=epochs, warmup_epochs=2, warmup_lr=0.0, **steps)
     scheduler.step_update(0)
-    start = time.perf_counter()
-    with tqdm(total=epochs * steps, desc=f'{name:>22}', unit='step', file=sys.stderr) as progress:
-        for epoch in range(epochs):
-            task.train()
-            for i, (x, y) in enumerate(train_loader):
-                optimizer.zero_grad()
-                loss = task(x.to(device), y.to(device))['loss']
-                loss.backward()
-                optimizer.step()
-                scheduler.step_update(epoch * steps + i + 1)
-                progress.update()
-            progress.set_postfix(loss=f'{loss.item():.3f}')
-    seconds = time.perf_counter() - start
-    logits, targets = evaluate(model, test_loader, device)
-    predictions = logits.argmax(1)
-    top1 = 100 * (predictions == targets).float().mean().item()
-    return model, Result(top1, F.cross_entropy(logits, targets).item(), seconds, predictions, targets)
+    task.train()
+    batches = itertools.chain.from_iterable(itertools.repeat(loader, epochs))
+    progress = tqdm(batches, desc=f'{name:>22}', total=epochs * len(loader), unit='step', file=sys.stderr)
+    for step, (x, y) in enumerate(progress, 1):
+        optimizer.zero_grad()
+        loss = task(x.to(device), y.to(device))['loss']
+        loss.backward()
+        optimizer.step()
+        scheduler.step_update(step)
+    return model
 
 
-def draw_confusions(results: Dict[str, Result], folder: Path, size: int = 24) -> Image.Image:
-    """The confusion matrix of each result side by side, with an image of each class beside its row and column."""
+def draw_confusions(results: Dict[str, Predictions], folder: Path, size: int = 24) -> Image.Image:
+    """Draw the confusion matrix of each result, with an image of each class beside its row and column."""
     n = len(CLASSES)
-    width, top = (n + 2) * size, 2 * size
-    picture = Image.new('RGB', (width * len(results), top + (n + 1) * size), 'white')
+    picture = Image.new('RGB', ((n + 2) * size * len(results), (n + 3) * size), 'white')
     draw = ImageDraw.Draw(picture)
-    icons = []
-    for kind in sorted('_'.join(kind) for kind in CLASSES):
-        with Image.open(folder / 'validation' / kind / '0000.png') as icon:
-            icons.append(icon.resize((size, size)))
     for k, (name, result) in enumerate(results.items()):
-        left = k * width
-        draw.text((left + size, 4), f'{name}: top-1 {result.top1:.1f} %', fill='black')
-        draw.text((left + size, 4 + size // 2), 'rows: true class, columns: predicted', fill='gray')
-        counts = torch.bincount(result.targets * n + result.predictions, minlength=n * n).reshape(n, n)
-        for i in range(n):
-            picture.paste(icons[i], (left, top + (i + 1) * size))
-            picture.paste(icons[i], (left + (i + 1) * size, top))
-            for j in range(n):
-                share = counts[i, j].item() / max(1, counts[i].sum().item())
-                shade = int(255 * (1 - share))
-                x, y = left + (j + 1) * size, top + (i + 1) * size
+        left, top = (k * (n + 2) + 1) * size, 3 * size
+        draw.text((left, 4), f'{name}: top-1 {result.top1:.1f} %', fill='black')
+        draw.text((left, 4 + size // 2), 'rows: true class, columns: predicted', fill='gray')
+        counts = torch.bincount(result.target * n + result.prediction, minlength=n * n).reshape(n, n)
+        for i, row in enumerate(counts.tolist()):
+            with Image.open(folder / class_names()[i] / '0000.png') as image:
+                icon = image.resize((size, size))
+            picture.paste(icon, (left - size, top + i * size))
+            picture.paste(icon, (left + i * size, top - size))
+            for j, count in enumerate(row):
+                x, y, shade = left + j * size, top + i * size, 255 - 255 * count // max(1, sum(row))
                 fill = (shade, shade, 255) if i == j else (255, shade, shade)
                 draw.rectangle((x, y, x + size - 2, y + size - 2), fill=fill)
-                if counts[i, j]:
-                    draw.text((x + 5, y + 5), str(counts[i, j].item()), fill='black' if share < 0.5 else 'white')
+                draw.text((x + 5, y + 5), str(count or ''), fill='black' if shade > 127 else 'white')
     return picture
 
 
-@contextmanager
-def _all_or_nothing(target: Path) -> Iterator[Path]:
-    """A folder to write into that takes its final name only when all is written, and goes if anything interrupts."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.zzz-demo-', dir=target.parent) as parent:
-        draft = Path(parent) / target.name
-        draft.mkdir()
-        yield draft
-        draft.rename(target)
+def run_demo(
+    output: Path, epochs: int, images: int, rank: int, seed: int, workers: int, device: torch.device
+) -> Dict[str, Tuple[Predictions, float]]:
+    """Train both models and write the ZZZ model, a picture of the confusions and the validation images to a folder.
+
+    The folder appears when everything is in it.
+
+    Returns:
+        Predictions on the validation images and seconds of training, by name of the model.
+
+    Raises:
+        ValueError: If the folder exists.
+        CheckpointError: If timm does not load the model that was saved.
+    """
+    if output.exists():
+        raise ValueError(f'{output} exists already; give another --output')
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix='.zzz-demo-', dir=output.parent) as temporary:
+        data, draft = Path(temporary) / 'data', Path(temporary) / 'results'
+        print(f'drawing {len(CLASSES)} classes of beetles, {images} training images each', file=sys.stderr)
+        draw_dataset(data, {'train': images, 'validation': VALIDATION_IMAGES}, seed)
+        results: Dict[str, Tuple[Predictions, float]] = {}
+        for name in (ARCHITECTURE, f'{ARCHITECTURE}.zzz_r{rank}'):
+            start = time.perf_counter()
+            model = train(name, data, epochs, seed, device, workers)
+            seconds = time.perf_counter() - start
+            loader = validation_loader(model, data, device, workers)
+            results[name] = evaluate(model, loader, device), seconds
+        folder = save_pretrained(model, draft / 'model', label_names=class_names(), data_config=PREPROCESSING)
+        reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).to(device)
+        logits = [torch.cat([out for _, out, _ in predict(m, loader, device)]) for m in (model, reloaded)]
+        if not torch.equal(*logits):
+            raise CheckpointError('the model reloaded from the checkpoint gives other logits')
+        (data / 'validation').rename(draft / 'validation')
+        predictions = {name: result for name, (result, _) in results.items()}
+        draw_confusions(predictions, draft / 'validation').save(draft / 'confusions.png')
+        draft.rename(output)
+    return results
 
 
-def _reload_matches(folder: Path, model: nn.Module, loader: Any, device: torch.device) -> bool:
-    reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).to(device)
-    expected, _ = evaluate(model, loader, device)
-    actual, _ = evaluate(reloaded, loader, device)
-    return torch.equal(actual, expected)
-
-
-def _print_table(results: Dict[str, Result]) -> None:
-    print(f'\n{"model":24}{"top-1 %":>9}{"NLL":>9}{"seconds":>9}')
-    for name, result in results.items():
-        print(f'{name:24}{result.top1:9.1f}{result.nll:9.3f}{result.seconds:9.1f}')
-
-
-def main(arguments: List[str]) -> None:
+def main(arguments: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m timm_zzz demo',
         description=f'Draws {len(CLASSES)} classes of beetles that differ in details, trains {ARCHITECTURE} with a '
         'linear head and with a ZZZ head on them, and saves the latter. Needs no data set and no network.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument('--output', type=Path, default=Path('zzz-demo'), help='folder for the results; must not exist')
-    parser.add_argument('--epochs', type=positive_int, default=24, help='training epochs')
-    parser.add_argument('--images', type=positive_int, default=120, help='training images per class')
-    parser.add_argument('--rank', type=int, choices=timm_zzz.registry.RANKS, default=8, help='rank of the ZZZ head')
-    parser.add_argument('--seed', type=int, default=0, help='random seed')
-    parser.add_argument('--workers', type=positive_int, default=2, help='processes that load images')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='device to train on')
-    args = parser.parse_args(arguments)
-    if args.output.exists():
-        parser.error(f'{args.output} exists already; give another --output')
+    add = parser.add_argument
+    add('--output', type=Path, default=Path('zzz-demo'), help='folder for the results; must not exist')
+    add('--epochs', type=positive_int, default=24, help='training epochs')
+    add('--images', type=positive_int, default=120, help='training images per class')
+    add('--rank', type=int, choices=RANKS, default=8, help='rank of the ZZZ head')
+    add('--seed', type=int, default=0, help='random seed')
+    add('--workers', type=positive_int, default=2, help='processes that load images')
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='device to train on')
+    options = parser.parse_args(arguments)
     try:
-        _run(args)
+        results = run_demo(**{**vars(options), 'device': device_of(options)})
     except KeyboardInterrupt:
-        print('\ninterrupted, nothing was saved', file=sys.stderr)
-        sys.exit(130)
-
-
-def _run(args: argparse.Namespace) -> None:
-    device = torch.device(args.device)
-    with tempfile.TemporaryDirectory(prefix='zzz-demo-') as temporary, _all_or_nothing(args.output) as draft:
-        images = Path(temporary)
-        print(f'drawing {len(CLASSES)} classes of beetles, {args.images} training images each', file=sys.stderr)
-        draw_dataset(images, {'train': args.images, 'validation': 40}, args.seed)
-        results: Dict[str, Result] = {}
-        model: nn.Module = nn.Identity()
-        for name in (ARCHITECTURE, f'{ARCHITECTURE}.zzz_r{args.rank}'):
-            model, results[name] = train(name, images, args.epochs, args.seed, device, args.workers)
-        checkpoint = draft / 'model'
-        kinds = sorted('_'.join(kind) for kind in CLASSES)  # ImageFolder's order
-        save_for_hf(
-            model,
-            str(checkpoint),
-            model_config={'label_names': kinds},
-            safe_serialization=True,
-            data_config={'input_size': (3, IMAGE_SIZE, IMAGE_SIZE), 'crop_pct': 1.0, 'interpolation': 'bilinear'},
-        )
-        draw_confusions(results, images).save(draft / 'confusions.png')
-        shutil.copytree(images / 'validation', draft / 'validation')
-        loader = _loader(model, images, 'validation', device, args.workers, batch_size=128)
-        same = _reload_matches(checkpoint, model, loader, device)
-        _print_table(results)
-        if not same:
-            raise RuntimeError('the model reloaded from the checkpoint gives other logits')
-    print(f"\nreloaded with timm.create_model('local-dir:{args.output}/model', pretrained=True): same logits")
-    for what, name in (('checkpoint', 'model'), ('confusions', 'confusions.png'), ('images', 'validation')):
-        print(f'{what:12}{args.output}/{name}')
+        parser.exit(130, '\ninterrupted, nothing was saved\n')
+    except (HubError, ValueError, OSError) as e:
+        parser.exit(2, f'timm_zzz: error: {e}\n')
+    print(f'\n{"model":24}{"top-1 %":>9}{"NLL":>9}{"seconds":>9}')
+    for name, (result, seconds) in results.items():
+        print(f'{name:24}{result.top1:9.1f}{result.mean_nll:9.3f}{seconds:9.1f}')
+    print(f"\nreloaded with timm.create_model('local-dir:{options.output}/model', pretrained=True): same logits")
+    for what, path in (('checkpoint', 'model'), ('confusions', 'confusions.png'), ('images', 'validation')):
+        print(f'{what:12}{options.output}/{path}')
