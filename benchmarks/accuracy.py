@@ -4,74 +4,48 @@
         --heads linear cosine zzz_r0 zzz_r8 --seeds 0 1 2 --results FILE.jsonl
 
 Every run is a line of the results file; runs that are in it already are not repeated. The table of all its runs is
-printed at the end (``--table`` only prints). Settings of the heads: head_spec.py; of the training: training.py.
+printed at the end (``--table`` only prints). Settings of the heads: starts.py; of the training: training.py.
 """
 
 import argparse
+import itertools
 import json
-import platform
 import re
 import sys
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-import timm
 import torch
 from accuracy_table import tables
-from head_spec import HeadSpec, parse
 from images import Images, load
+from measure import environment_line
+from outliers import Outliers
 from safetensors.torch import save_file
+from starts import parse
 from torch import Tensor, nn
-from torch.nn import functional as F
-from training import Runner, Settings, head_logits, spectrum
+from training import Runner, Settings, backbone, predictions, spectrum
 
-from timm_zzz import scores
-from timm_zzz.functional import normalize
+from timm_zzz.metrics import reliability
 
 JOB = ('data', 'head', 'seed', 'shots', 'hold_out_every', 'epochs', 'backbone', 'smoothing')  # what tells runs apart
 PIXELS = 192  # side of the squashed images in memory
 
 
-def quality(logits: Tensor, target: Tensor) -> Dict[str, Any]:
-    """Top-1 in percent, NLL in nats, ECE in percent, and the reliability diagram's bins."""
-    probability, prediction = logits.softmax(1).max(1)
-    correct = prediction == target
-    bins, error = scores.reliability(probability.cpu(), correct.cpu())
+def quality(head: nn.Module, features: Tensor, target: Tensor) -> Dict[str, Any]:
+    """Evaluate a head: top-1 in percent, NLL in nats, ECE in percent, and the reliability diagram's bins."""
+    found = predictions(head, features, target)
+    bins, error = reliability(found.confidence, found.correct)
     return dict(
-        top1=100 * correct.float().mean().item(),
-        nll=F.cross_entropy(logits, target).item(),
+        top1=found.top1,
+        nll=found.mean_nll,
         ece=100 * error,
         reliability=[(b.count, b.confidence, b.accuracy) for b in bins],
     )
 
 
-class Outliers:
-    """AUROC of every outlier score that a head has, images of its classes against others."""
-
-    def __init__(self, head: nn.Module, train_features: Tensor, train_target: Tensor, inliers: Tensor):
-        self.head = head
-        self.shared = scores.SharedGaussian.fit(normalize(train_features), train_target, shrinkage=0.1)
-        self.inliers = self._scores(inliers)
-
-    def _scores(self, features: Tensor) -> Dict[str, Tensor]:
-        if isinstance(self.head, scores.ZZZHead):
-            own = scores.outlier_scores(self.head, features)
-        else:
-            logits = head_logits(self.head, features)
-            own = {k: getattr(scores, k)(logits) for k in ('max_logit', 'max_softmax', 'energy')}
-        x = normalize(features)
-        own['shared_mahalanobis'] = self.shared.mahalanobis(x)
-        own['shared_relative_mahalanobis'] = self.shared.relative_mahalanobis(x)
-        return own
-
-    def auroc(self, outliers: Tensor) -> Dict[str, float]:
-        theirs = self._scores(outliers)
-        return {k: 100 * scores.auroc(self.inliers[k], theirs[k]) for k in theirs}
-
-
 def held_out_classes(classes: int, every: int) -> Tuple[List[int], List[int]]:
-    """Classes that are trained on, and every ``every``-th, which is not; all and none for 0."""
+    """Split the classes into those that are trained on, and every ``every``-th, which is not; all and none for 0."""
     out = [c for c in range(classes) if every and c % every == every - 1]
     return [c for c in range(classes) if c not in set(out)], out
 
@@ -79,33 +53,28 @@ def held_out_classes(classes: int, every: int) -> Tuple[List[int], List[int]]:
 def run(
     runner: Runner,
     data: Dict[str, Images],
-    spec: HeadSpec,
-    seed: int,
-    shots: int,
-    every: int,
+    job: Dict[str, Any],
     curve: int,
     far: Dict[str, Images],
     keep: Optional[Path] = None,
 ) -> Dict[str, Any]:
-    """One training and all its figures; ``keep``: a file for what the scores are computed from."""
-    known, unknown = held_out_classes(len(data['train'].classes), every)
+    """Train once and compute all figures; ``keep``: a file for what the scores are computed from."""
+    known, unknown = held_out_classes(len(data['train'].classes), job['hold_out_every'])
     train_images, test_images = (data[k].of_classes(known) for k in ('train', 'validation'))
-    if shots:
-        train_images = train_images.per_class(shots, seed)
+    if job['shots']:
+        train_images = train_images.per_class(job['shots'], job['seed'])
     points: List[Tuple[int, float]] = []
 
     def watch(epoch: int, model: nn.Module) -> None:
         if curve and epoch % curve == 0:
-            logits = head_logits(
-                model.get_submodule(model.pretrained_cfg['classifier']), runner.embed(model, test_images)
-            )
-            points.append((epoch, 100 * (logits.argmax(1) == test_images.target).float().mean().item()))
+            head = model.get_submodule(model.pretrained_cfg['classifier'])
+            points.append((epoch, predictions(head, runner.embed(model, test_images), test_images.target).top1))
 
     start = time.perf_counter()
-    model, head, seconds = runner.train(train_images, spec, seed, watch)
+    model, head, seconds = runner.train(train_images, parse(job['head']), job['seed'], watch)
     total = time.perf_counter() - start
     features = runner.embed(model, test_images)
-    result = quality(head_logits(head, features), test_images.target)
+    result = quality(head, features, test_images.target)
     result.update(
         epochs=runner.settings.epochs,
         train_images=len(train_images),
@@ -156,27 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def environment(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'
-    return f'{name}, Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}'
-
-
 def jobs(options: argparse.Namespace) -> Iterator[Dict[str, Any]]:
-    """The runs that are asked for, in the order in which they are made."""
-    for data in options.data:
-        for seed in options.seeds:
-            for shots in options.shots:
-                for head in options.heads:
-                    yield dict(
-                        data=data.name,
-                        head=parse(head).name,
-                        seed=seed,
-                        shots=shots,
-                        hold_out_every=options.hold_out_every,
-                        epochs=options.epochs,
-                        backbone=options.backbone,
-                        smoothing=options.smoothing,
-                    )
+    """List the runs that are asked for, in the order in which they are made."""
+    shared = {k: getattr(options, k) for k in JOB[4:]}
+    for data, seed, shots, head in itertools.product(options.data, options.seeds, options.shots, options.heads):
+        yield dict(data=data.name, head=head, seed=seed, shots=shots, **shared)
 
 
 def _file_name(job: Dict[str, Any]) -> str:
@@ -185,7 +138,7 @@ def _file_name(job: Dict[str, Any]) -> str:
 
 
 def read(path: Path) -> List[Dict[str, Any]]:
-    """All rows of a results file and of its shards."""
+    """Read all rows of a results file and of its shards."""
     rows = []
     for file in sorted(path.parent.glob(f'{path.stem}*{path.suffix}')):
         rows += [{'smoothing': Settings.smoothing, **json.loads(line)} for line in file.read_text().splitlines()]
@@ -225,18 +178,9 @@ def main(arguments: Optional[List[str]] = None) -> None:
         if job['data'] not in data:
             data = {job['data']: open_set(roots[job['data']], ('train', 'validation'))}
         others = {name: images for name, images in far.items() if name != job['data']}
-        result = run(
-            runner,
-            data[job['data']],
-            parse(job['head']),
-            job['seed'],
-            job['shots'],
-            options.hold_out_every,
-            options.curve,
-            others,
-            options.keep and options.keep / _file_name(job),
-        )
-        row = dict(job, **result, environment=environment(device))
+        keep = options.keep and options.keep / _file_name(job)
+        result = run(runner, data[job['data']], job, options.curve, others, keep)
+        row = dict(job, **result, environment=environment_line(device))
         with file.open('a') as f:
             f.write(json.dumps(row) + '\n')
         figures = ', '.join(f'{k} {row[k]:.3f}' for k in ('top1', 'nll', 'ece', 'seconds'))
@@ -246,8 +190,6 @@ def main(arguments: Optional[List[str]] = None) -> None:
 
 
 def _write_features(runner: Runner, sets: Dict[str, Dict[str, Images]], options: argparse.Namespace) -> None:
-    from training import backbone
-
     model = backbone(runner.settings).to(runner.device, memory_format=torch.channels_last)
     options.features.mkdir(parents=True, exist_ok=True)
     for name, splits in sets.items():

@@ -21,11 +21,12 @@ def show(values: Sequence[float], digits: int = 2) -> str:
     return f'{mean:.{digits}f}' + ('' if error is None else f' ± {error:.{digits}f}')
 
 
-def _groups(rows: List[Row], keys: Sequence[str]) -> Dict[Tuple[Any, ...], List[Row]]:
-    groups: Dict[Tuple[Any, ...], List[Row]] = {}
+def groups(rows: List[Row], *keys: str) -> Dict[Tuple[Any, ...], List[Row]]:
+    """Group the rows by the values of some keys."""
+    found: Dict[Tuple[Any, ...], List[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[k] for k in keys), []).append(row)
-    return groups
+        found.setdefault(tuple(row[k] for k in keys), []).append(row)
+    return found
 
 
 def differences(rows: List[Row], base: List[Row], value: Callable[[Row], float]) -> List[float]:
@@ -41,7 +42,7 @@ def tables(rows: List[Row]) -> str:
     """
     parts = []
     keys = ('data', 'shots', 'hold_out_every', 'smoothing')
-    for (data, shots, every, smoothing), group in _groups(rows, keys).items():
+    for (data, shots, every, smoothing), group in groups(rows, *keys).items():
         title = f'{data}, ' + (f'{shots} per class' if shots else 'all examples')
         title += f', each {every}th class held out' if every else ''
         title += f', label smoothing {smoothing:g}'
@@ -52,7 +53,7 @@ def tables(rows: List[Row]) -> str:
 
 
 def _table(rows: List[Row]) -> str:
-    heads = _groups(rows, ('head',))
+    heads = groups(rows, 'head')
     base = heads.get(('linear',), next(iter(heads.values())))
     lines = [
         '| head | runs | top-1 | Δ top-1 | NLL | ECE % | sigma2 | seconds | img/s |',
@@ -78,7 +79,7 @@ def _table(rows: List[Row]) -> str:
 def _outlier_table(rows: List[Row]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.get('near', {})))
     lines = ['| head | outliers | ' + ' | '.join(names) + ' |', '|---|---|' + '---|' * len(names)]
-    for (head,), group in _groups(rows, ('head',)).items():
+    for (head,), group in groups(rows, 'head').items():
         kinds: Dict[str, List[Dict[str, float]]] = {'near': [row['near'] for row in group if row.get('near')]}
         for row in group:
             for name, scores in row.get('far', {}).items():

@@ -13,29 +13,29 @@ from typing import Dict, List, Optional, Tuple
 import torch
 from accuracy_table import show
 from probe import fit_probe
-from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.data import resolve_data_config
 from torch import Tensor, nn
-from torch.nn import functional as F
-from training import Settings, backbone, head_logits
+from training import Settings, backbone, predictions
 
+from timm_zzz.data import eval_loader, open_split
 from timm_zzz.fit import fit_head
+from timm_zzz.metrics import predict
 
 Set = Dict[str, Tuple[Tensor, Tensor]]
 
 
-@torch.inference_mode()
 def features_of(root: Path, settings: Settings, cache: Path) -> Set:
-    """Features (N, d) and targets (N,) of the splits train and validation."""
+    """Compute or read the features (N, d) and targets (N,) of the splits train and validation."""
     file = cache / f'{root.name}.pt'
     if file.exists():
         found: Set = torch.load(file)
         return found
-    model = backbone(settings).eval()
-    transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
+    model = backbone(settings)
+    config = resolve_data_config({}, model=model)
     found = {}
     for split in ('train', 'validation'):
-        loader = torch.utils.data.DataLoader(create_dataset('', root=str(root), split=split, transform=transform), 64)
-        x, y = zip(*((model(images), target) for images, target in loader), strict=True)
+        loader = eval_loader(open_split(root, split).dataset, config, batch_size=64, workers=0)
+        _, x, y = zip(*predict(model, loader, torch.device('cpu')), strict=True)
         found[split] = torch.cat(x), torch.cat(y)
     cache.mkdir(parents=True, exist_ok=True)
     torch.save(found, file)
@@ -73,15 +73,14 @@ def main(arguments: Optional[List[str]] = None) -> None:
     print('| set | per class | head | top-1 | NLL |\n|---|---|---|---|---|')
     for root in options.data:
         data = features_of(root, settings, options.cache)
-        (x, y), (test_x, test_y) = ((x.float(), y) for x, y in (data['train'], data['validation']))
+        (x, y), (test_x, test_y) = data['train'], data['validation']
         for shots in options.shots:
             figures: Dict[str, List[Tuple[float, float]]] = {}
             for seed in options.seeds if shots else options.seeds[:1]:
                 index = draw(y, shots, seed)
                 for name, head in heads(x[index], y[index], int(y.max()) + 1).items():
-                    logits = head_logits(head, test_x)
-                    top1 = 100 * (logits.argmax(1) == test_y).float().mean().item()
-                    figures.setdefault(name, []).append((top1, F.cross_entropy(logits, test_y).item()))
+                    predicted = predictions(head, test_x, test_y)
+                    figures.setdefault(name, []).append((predicted.top1, predicted.mean_nll))
             for name, values in figures.items():
                 top1s, nlls = zip(*values, strict=True)
                 print(f'| {root.name} | {shots or "all"} | {name} | {show(top1s)} | {show(nlls, 3)} |', flush=True)

@@ -9,13 +9,14 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
-from timm.data import create_dataset
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
+
+from timm_zzz.data import open_split
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class Images:
 
 def load(root: Path, split: str, size: int, cache: Optional[Path] = None) -> Images:
     """Read one split of an ImageFolder tree with timm; ``cache`` is a folder that keeps the decoded pixels."""
-    dataset: Any = create_dataset('', root=str(root), split=split)
-    names = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
+    dataset, names = open_split(root, split)
     file = None
     if cache is not None:
         listing = '\n'.join(dataset.filenames(absolute=True))

@@ -19,7 +19,7 @@ import json
 import random
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 from PIL import Image
 
@@ -183,12 +183,12 @@ def write(items: List[Item], output: Path, swap: bool) -> List[Item]:
     return kept
 
 
-def main() -> None:
+def main(arguments: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('set', choices=SETS)
     parser.add_argument('checkouts', type=Path, nargs='+', metavar='CHECKOUT')
     parser.add_argument('--output', type=Path, required=True, metavar='DIR', help='the set is DIR/SET')
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     function, count, swap = SETS[options.set]
     if len(options.checkouts) != count:
         parser.error(f'{options.set} is made of {count} checkout{"s" if count > 1 else ""}')

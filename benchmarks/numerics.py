@@ -6,7 +6,7 @@ import statistics
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from heads import METHODS, SIGMA2_MIN, V_MIN, ReferenceHead, TruthHead
+from baselines import METHODS, SIGMA2_MIN, V_MIN, ReferenceHead, TruthHead
 from measure import Table, autocast, describe, number
 from torch import Tensor, nn
 from torch.nn import functional as F

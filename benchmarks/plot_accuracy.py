@@ -3,22 +3,14 @@
 import argparse
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 from accuracy import read  # noqa: E402
-
-Row = Dict[str, Any]
-
-
-def _by(rows: List[Row], *keys: str) -> Dict[Any, List[Row]]:
-    groups: Dict[Any, List[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[k] for k in keys), []).append(row)
-    return groups
+from accuracy_table import Row, groups  # noqa: E402
 
 
 def curve(axes: Any, rows: List[Row]) -> None:
@@ -55,30 +47,30 @@ def examples(axes: Any, rows: List[Row]) -> None:
     """Mean top-1 against the training images per class."""
     points = {
         statistics.fmean(r['train_images'] for r in group): statistics.fmean(r['top1'] for r in group)
-        for group in _by(rows, 'shots').values()
+        for group in groups(rows, 'shots').values()
     }
     xs = sorted(points)
     axes.plot(xs, [points[x] for x in xs], 'o-', label=rows[0]['head'])
 
 
-def main() -> None:
+def main(arguments: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('results', type=Path)
     parser.add_argument('output', type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     rows = read(options.results)
-    sets = _by(rows, 'data')
+    sets = groups(rows, 'data')
     panels = [('reliability', reliability), ('v / sigma2 by direction', spectrum)]
     if any(len(row['curve']) > 1 for row in rows):
         panels.append(('top-1 % by epoch', curve))
     if len({row['shots'] for row in rows}) > 1:
         panels.append(('top-1 % by training images', examples))
-    colors = {head: matplotlib.color_sequences['tab10'][i % 10] for i, (head,) in enumerate(_by(rows, 'head'))}
+    colors = {head: matplotlib.color_sequences['tab10'][i % 10] for i, (head,) in enumerate(groups(rows, 'head'))}
     figure, grid = plt.subplots(len(sets), len(panels), figsize=(4 * len(panels), 3.4 * len(sets)), squeeze=False)
     for line, ((name,), of_set) in zip(grid, sets.items(), strict=True):
         for axes, (title, draw) in zip(line, panels, strict=True):
             axes.set_title(f'{name}: {title}', fontsize=9)
-            for (head,), group in _by(of_set, 'head').items():
+            for (head,), group in groups(of_set, 'head').items():
                 axes.set_prop_cycle(color=[colors[head]])
                 whole = [r for r in group if r['shots'] == 0] or group
                 if draw is not spectrum or whole[0].get('v'):

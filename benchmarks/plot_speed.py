@@ -5,7 +5,7 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 Line = List[Tuple[float, float]]
 # Okabe and Ito's, told apart with every kind of colour vision
@@ -84,12 +84,12 @@ def plot(results: Dict[str, Any], batch: int, out: Path) -> None:
     figure.savefig(out, dpi=105)
 
 
-def main() -> None:
+def main(arguments: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('results', type=Path, help='what head.py --suite sweep --json wrote')
+    parser.add_argument('results', type=Path, help='what speed.py --suite sweep --json wrote')
     parser.add_argument('out', type=Path, help='.png or .svg')
     parser.add_argument('--batch', type=int, default=256)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     plot(json.loads(args.results.read_text()), args.batch, args.out)
 
 

@@ -1,4 +1,4 @@
-"""Speed, memory and numerics of the ZZZ head: ``python benchmarks/head.py --suite head eval``, tables in markdown.
+"""Speed, memory and numerics of the ZZZ head: ``python benchmarks/speed.py --suite head eval``, tables in markdown.
 
 Every suite runs alone, interleaves the methods it compares, and shows a method's error in its row. See README.md.
 """
@@ -8,12 +8,12 @@ import json
 import statistics
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numerics
 import timm
 import torch
-from heads import METHODS, CosineHead
+from baselines import METHODS, CosineHead
 from measure import (
     EvalStep,
     Skip,
@@ -405,7 +405,7 @@ SUITES: Dict[str, Callable[[argparse.Namespace], Rows]] = {
 }
 
 
-def parse(argv: Optional[Iterable[str]] = None) -> argparse.Namespace:
+def parse(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--suite', nargs='+', choices=list(SUITES), default=['head'])
     parser.add_argument('--device', type=torch.device, default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -422,8 +422,8 @@ def parse(argv: Optional[Iterable[str]] = None) -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse()
+def main(arguments: Optional[List[str]] = None) -> None:
+    args = parse(arguments)
     torch.manual_seed(0)
     results: Dict[str, Any] = {'environment': environment(args.device)}
     for name in args.suite:

@@ -1,18 +1,20 @@
-"""Heads by name: ``linear``, ``cosine``, ``zzz_r8``, ``zzz_r8:fit=1,v_init=0.01``."""
+"""Heads by name, and how they start: ``linear``, ``cosine``, ``zzz_r8``, ``zzz_r8:fit=1,v_init=0.01``."""
 
 import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-from heads import CosineHead
+from baselines import CosineHead
 from numerics import inverse_softplus
+from outliers import class_means
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import timm_zzz
 from timm_zzz.fit import ZZZFit
-from timm_zzz.models.attach import SIGMA2_INIT
+from timm_zzz.head import SIGMA2_INIT
+from timm_zzz.scores import class_gaussians_of
 
 BASES = {
     'fit': 'of the fit only its subspaces, and its variances relative to sigma2',
@@ -76,7 +78,7 @@ def needs_features(spec: HeadSpec) -> bool:
 def build(
     spec: HeadSpec, features: Tensor, target: Tensor, num_classes: int, layer: Optional[Tensor] = None
 ) -> nn.Module:
-    """The head at its start.
+    """Build a head at its start.
 
     Args:
         spec: Which, and how it starts.
@@ -123,15 +125,13 @@ def _shape_basis(head: Any, spec: HeadSpec, features: Tensor, target: Tensor, la
         head.A -= mu * (mu.mT @ head.A)
     if spec.basis == 'pooled':
         x = F.normalize(features.double(), dim=1)
-        means = torch.zeros(head.num_classes, x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, target, x)
-        delta = x - (means / target.bincount(minlength=head.num_classes)[:, None])[target]
+        delta = x - class_means(x, target)[target]
         head.A.copy_(torch.linalg.eigh(delta.T @ delta)[1][:, -spec.rank :])
     if spec.basis == 'layer':
         assert layer is not None
         head.A.copy_(torch.linalg.svd(layer.flatten(1), full_matrices=False)[0][:, : spec.rank])
     if spec.v_scale != 1:
-        v = (F.softplus(head.v_raw) + head.v_min) * spec.v_scale
-        head.v_raw.copy_(inverse_softplus((v - head.v_min).clamp(min=1e-6)))
+        _set_variances(head, class_gaussians_of(head).v * spec.v_scale)
     if spec.tied:
         for p in (head.A, head.v_raw):
             p.copy_(p[:1].expand_as(p).clone())
@@ -147,13 +147,16 @@ def _start_from(head: Any, fitted: Any, spec: HeadSpec) -> None:
         head.bias.copy_(fitted.bias)
     if spec.basis == 'fit' and head.A is not None:
         head.A.copy_(fitted.A)
-        theirs, own = (F.softplus(h.sigma2_raw) + h.sigma2_min for h in (fitted, head))
-        v = (F.softplus(fitted.v_raw) + fitted.v_min) / theirs * own
-        head.v_raw.copy_(inverse_softplus((v - head.v_min).clamp(min=1e-6)))
+        theirs, own = class_gaussians_of(fitted), class_gaussians_of(head)
+        _set_variances(head, theirs.v / theirs.sigma2 * own.sigma2)
+
+
+def _set_variances(head: Any, v: Tensor) -> None:
+    head.v_raw.copy_(inverse_softplus((v - head.v_min).clamp(min=1e-6)))
 
 
 def parameter_groups(model: nn.Module, head: nn.Module, spec: HeadSpec, weight_decay: float) -> List[Dict[str, Any]]:
-    """Parameters in groups with timm's ``lr_scale``; what has fewer than two dimensions, and v_raw, is not decayed."""
+    """Group the parameters, with timm's ``lr_scale``; what has fewer than two dimensions, and v_raw, is not decayed."""
     of_head = {id(p): name for name, p in head.named_parameters()}
     groups: Dict[Tuple[float, bool], Dict[str, Any]] = {}
     for p in model.parameters():

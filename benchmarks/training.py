@@ -6,15 +6,18 @@ from typing import Any, Dict, Optional, Tuple
 
 import timm
 import torch
-from head_spec import HeadSpec, build, needs_features, parameter_groups
 from images import Images, batches, center_boxes, crop, jitter, random_boxes
+from starts import HeadSpec, build, needs_features, parameter_groups
 from timm.data import resolve_data_config
 from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timm_zzz.head import ZZZHead
+from timm_zzz.metrics import Predictions, evaluate
 from timm_zzz.optim import mean_decoupling, variance_shrinkage
+from timm_zzz.scores import class_gaussians_of
 
 _EVAL_BATCH = 512
 
@@ -180,21 +183,21 @@ class _Graph:
         self.graph.replay()
 
 
-def head_logits(head: nn.Module, features: Tensor) -> Tensor:
-    """Logits (N, C) of a head for its embeddings, float32."""
-    head.eval()
-    with torch.inference_mode():
-        return torch.cat([head(x).float() for x in features.split(_EVAL_BATCH)])
+def predictions(head: nn.Module, features: Tensor, target: Tensor) -> Predictions:
+    """Predict the classes of embeddings (N, d) with a head."""
+    return evaluate(head, zip(features.split(_EVAL_BATCH), target.split(_EVAL_BATCH), strict=True), features.device)
 
 
-def spectrum(head: Any) -> Dict[str, Any]:
-    """Of a ZZZ head sigma2, the mean cosine between two means, and quantiles over classes of the sorted variances."""
-    if getattr(head, 'sigma2_raw', None) is None:
+def spectrum(head: nn.Module) -> Dict[str, Any]:
+    """Describe a ZZZ head: sigma2, the mean cosine of two means, and quantiles over classes of the sorted variances."""
+    if not isinstance(head, ZZZHead):
         return {}
-    result: Dict[str, Any] = dict(sigma2=(F.softplus(head.sigma2_raw) + head.sigma2_min).item())
-    mu, count = F.normalize(head.weight.detach().double(), dim=1), head.num_classes
-    result['mean_cosine'] = ((mu.sum(0).square().sum() - count) / max(1, count * (count - 1))).item()
-    if head.v_raw is not None:
-        v = (F.softplus(head.v_raw) + head.v_min).detach().sort(1, descending=True)[0]
+    classes, count = class_gaussians_of(head), head.num_classes
+    cosines = classes.mu.double().sum(0).square().sum() - count
+    result: Dict[str, Any] = dict(
+        sigma2=classes.sigma2.item(), mean_cosine=(cosines / max(1, count * (count - 1))).item()
+    )
+    if classes.v is not None:
+        v = classes.v.sort(1, descending=True)[0]
         result['v'] = v.quantile(torch.tensor([0.1, 0.5, 0.9], device=v.device), 0).T.tolist()
     return result

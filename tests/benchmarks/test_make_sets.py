@@ -1,37 +1,30 @@
 """The reduced sets of docs/results.md, from checkouts with a few images."""
 
-import importlib
 import json
-import sys
 
+import make_sets
 import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip('scipy.io')
+savemat = pytest.importorskip('scipy.io').savemat
 SPLITS = ('train', 'validation')
 
 
 @pytest.fixture
-def make_sets(benchmarks):
-    return importlib.import_module('make_sets')
+def run(tmp_path):
+    """Make a set from folders in tmp_path and return the files of each split."""
 
-
-@pytest.fixture
-def run(make_sets, monkeypatch, tmp_path):
-    def run(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['make_sets.py', *map(str, arguments), '--output', str(tmp_path / 'sets')])
-        make_sets.main()
-        out = tmp_path / 'sets' / arguments[0]
-        return {
-            split: sorted(str(p.relative_to(out / split)) for p in (out / split).rglob('*.jpg')) for split in SPLITS
-        }
+    def run(name, *folders):
+        make_sets.main([name, *(str(tmp_path / folder) for folder in folders), '--output', str(tmp_path / 'sets')])
+        out = tmp_path / 'sets' / name
+        return {k: sorted(str(p.relative_to(out / k)) for p in (out / k).rglob('*.jpg')) for k in SPLITS}
 
     return run
 
 
 def image(path, color, size=(60, 40)):
-    """Of one color, and with bytes of its own."""
+    """Write an image of one color, with bytes of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.broadcast_to(np.array(color, np.uint8), (size[1], size[0], 3))
     Image.fromarray(np.ascontiguousarray(pixels)).save(path, quality=95)
@@ -48,73 +41,58 @@ def test_birds_train_where_the_flag_is_0(run, tmp_path):
     )
     for name, values in lists.items():
         (root / f'{name}.txt').write_text(''.join(f'{i + 1}, {value}\n' for i, value in enumerate(values)))
-    files = run('birds', tmp_path)
-    assert files == {'train': [names[0], names[3]], 'validation': [names[1], names[2]]}
+    assert run('birds', '.') == {'train': [names[0], names[3]], 'validation': [names[1], names[2]]}
 
 
-def cars_checkout(folder, copies=False):
-    from scipy.io import savemat
-
-    names = ['Zed Q/7 2012', 'Acme A-1.5 2010']
-    savemat(folder / 'cars_meta.mat', {'class_names': np.array([names], dtype=object)})
-    (folder / 'train_perfect_preds.txt').write_text('1\n2\n' * 10)
-    for i in range(20):
-        image(folder / f'cars_train/{i + 1:05d}.jpg', (200, 20, 60))
-    if copies:
-        files = sorted((folder / 'cars_train').iterdir())
-        for file in files[1:]:
-            file.write_bytes(files[0].read_bytes())
+@pytest.fixture
+def cars(tmp_path):
+    names = np.array([['Zed Q/7 2012', 'Acme A-1.5 2010']], dtype=object)
+    savemat(tmp_path / 'cars_meta.mat', {'class_names': names})
+    (tmp_path / 'train_perfect_preds.txt').write_text('1\n2\n' * 10)
+    files = [tmp_path / f'cars_train/{i + 1:05d}.jpg' for i in range(20)]
+    for file in files:
+        image(file, (200, 20, 60))
+    return files
 
 
-def test_cars_are_split_by_class_and_red_swapped_for_blue(run, tmp_path):
-    cars_checkout(tmp_path)
-    files = run('cars', tmp_path)
+def test_cars_are_split_by_class_and_red_swapped_for_blue(run, cars, tmp_path):
+    files = run('cars', '.')
     for label, own in (('Zed_Q_7_2012', range(1, 21, 2)), ('Acme_A-1.5_2010', range(2, 21, 2))):
         of_class = {split: {f for f in files[split] if f.startswith(f'{label}/')} for split in SPLITS}
         assert len(of_class['train']) == 6 and len(of_class['validation']) == 4
         assert of_class['train'] | of_class['validation'] == {f'{label}/{i:05d}.jpg' for i in own}
     pixels = np.asarray(Image.open(tmp_path / 'sets/cars/train' / files['train'][0])).astype(int)
     assert abs(pixels - (60, 20, 200)).max() < 8
-    assert run('cars2', tmp_path) == {split: [] for split in SPLITS}  # the 101st class and so on
+    assert run('cars2', '.') == {split: [] for split in SPLITS}  # the 101st class and so on
 
 
-def test_training_copies_of_validation_images_are_left_out(run, tmp_path):
-    cars_checkout(tmp_path, copies=True)
-    files = run('cars', tmp_path)
+def test_training_copies_of_validation_images_are_left_out(run, cars):
+    for file in cars[1:]:
+        file.write_bytes(cars[0].read_bytes())
+    files = run('cars', '.')
     assert not files['train'] and len(files['validation']) == 8
 
 
-def flowers_checkout(folder, labels):
-    from scipy.io import savemat
-
-    (folder / 'cat_to_name.json').write_text(json.dumps({'1': "bishop's  Rose", '12': 'iris'}))
-    for key, number in [('1', i) for i in range(1, 72)] + [('12', 72), ('12', 73)]:
-        image(folder / f'dataset/{key}/image_{number:05d}.jpg', 90)
-    savemat(folder / 'setid.mat', dict(trnid=[[1, 72]], valid=[[2]], tstid=[[*range(3, 72), 73]]))
-    savemat(folder / 'imagelabels.mat', dict(labels=[labels]))
-
-
 def test_flowers_have_the_official_split_and_at_most_60_a_class(run, tmp_path):
-    flowers_checkout(tmp_path, [1] * 71 + [12] * 2)
-    files = run('flowers', tmp_path, tmp_path)
-    assert files['train'] == ['001_bishop_s_rose/image_00001.jpg', '001_bishop_s_rose/image_00002.jpg'] + [
-        '012_iris/image_00072.jpg'
-    ]
-    assert len(files['validation']) == 58 + 1 and '012_iris/image_00073.jpg' in files['validation']
-
-
-def test_flowers_with_other_labels_are_refused(run, tmp_path):
-    flowers_checkout(tmp_path, [1] * 70 + [12] * 3)
+    (tmp_path / 'cat_to_name.json').write_text(json.dumps({'1': "bishop's  Rose", '12': 'iris'}))
+    for key, number in [('1', i) for i in range(1, 72)] + [('12', 72), ('12', 73)]:
+        image(tmp_path / f'dataset/{key}/image_{number:05d}.jpg', 90)
+    savemat(tmp_path / 'setid.mat', dict(trnid=[[1, 72]], valid=[[2]], tstid=[[*range(3, 72), 73]]))
+    savemat(tmp_path / 'imagelabels.mat', dict(labels=[[1] * 70 + [12] * 3]))
     with pytest.raises(ValueError, match='labels are not those of'):
-        run('flowers', tmp_path, tmp_path)
+        run('flowers', '.', '.')
+    savemat(tmp_path / 'imagelabels.mat', dict(labels=[[1] * 71 + [12] * 2]))
+    files = run('flowers', '.', '.')
+    rose, iris = '001_bishop_s_rose/image_', '012_iris/image_'
+    assert files['train'] == [f'{rose}00001.jpg', f'{rose}00002.jpg', f'{iris}00072.jpg']
+    assert len(files['validation']) == 58 + 1 and f'{iris}00073.jpg' in files['validation']
 
 
 def test_butterflies_fill_validation_from_train(run, tmp_path):
-    counts = dict(train=60, valid=5, test=5)
-    for split, count in counts.items():
+    for split, count in dict(train=60, valid=5, test=5).items():
         for i in range(count):
             image(tmp_path / f'{split}/RED ADMIRAL/{i:02d}.jpg', 30)
-    files = run('butterflies', tmp_path)
+    files = run('butterflies', '.')
     assert len(files['train']) == 30 and len(files['validation']) == 20
     assert sum('RED_ADMIRAL/train_' in f for f in files['validation']) == 10
     assert not set(files['train']) & set(files['validation'])
@@ -127,7 +105,7 @@ def test_food_keeps_to_the_official_lists(run, tmp_path):
     lists = dict(train=[f'ramen/{i}' for i in range(40)], test=[f'ramen/{i}' for i in range(40, 65)])
     for split, names in lists.items():
         (tmp_path / f'meta/{split}.json').write_text(json.dumps({'ramen': names}))
-    files = run('food', tmp_path, tmp_path / 'meta')
+    files = run('food', '.', 'meta')
     assert len(files['train']) == 29 and len(files['validation']) == 20
     assert all(f[:-4] in lists['train'] for f in files['train'])
     assert all(f[:-4] in lists['test'] for f in files['validation'])
@@ -136,16 +114,15 @@ def test_food_keeps_to_the_official_lists(run, tmp_path):
 @pytest.mark.parametrize(
     'size, expected', [((400, 288), (200, 144)), ((100, 300), (100, 300)), ((145, 900), (144, 894))]
 )
-def test_only_large_images_are_resized(make_sets, tmp_path, size, expected):
+def test_only_large_images_are_resized(tmp_path, size, expected):
     image(tmp_path / 'a.png', 10, size)
     assert make_sets.prepared(tmp_path / 'a.png', False).size == expected
 
 
-def test_what_is_there_stays_and_checkouts_are_counted(run, tmp_path, capsys):
-    cars_checkout(tmp_path)
-    run('cars', tmp_path)
+def test_what_is_there_stays_and_checkouts_are_counted(run, cars, capsys):
+    run('cars', '.')
     with pytest.raises(FileExistsError, match='exists already'):
-        run('cars', tmp_path)
+        run('cars', '.')
     with pytest.raises(SystemExit):
-        run('food', tmp_path)
+        run('food', '.')
     assert 'food is made of 2 checkouts' in capsys.readouterr().err
