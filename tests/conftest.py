@@ -1,4 +1,5 @@
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -9,7 +10,6 @@ from hub_server import HubServer
 
 # Before anything imports huggingface_hub, which reads its settings once: the only Hub there is is our own.
 _server = HubServer()
-_server.start()
 _home = tempfile.TemporaryDirectory()
 for _name in [name for name in os.environ if name.startswith(('HF_', 'HUGGING_FACE_'))]:
     del os.environ[_name]
@@ -30,6 +30,20 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+_OUTSIDE = {'hub', 'run', 'timm_scripts'}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """Mark each test as gpu, integration or unit, by what it needs; a mark of its own goes before."""
+    for item in items:
+        needs = [mark.kwargs.get('reason', '') for mark in item.iter_markers('skipif')]
+        if any(re.search('CUDA|GPU', reason) for reason in needs):
+            item.add_marker('gpu')
+        elif not any(item.get_closest_marker(name) for name in ('gpu', 'integration', 'unit')):
+            item.add_marker('integration' if _OUTSIDE & {*item.fixturenames} else 'unit')
 
 
 @pytest.fixture(autouse=True)

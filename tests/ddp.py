@@ -60,7 +60,8 @@ def main(folder, device, dtype, compiled):
     if device.type == 'cuda':
         device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     torch.set_num_threads(1)
     model = build().to(device)
     average = ModelEmaV3(model, decay=EMA_DECAY)
@@ -72,13 +73,22 @@ def main(folder, device, dtype, compiled):
     torch.distributed.destroy_process_group()
 
 
-def train(rank, name, file):
+def spawned(rank, function, folder, *args):
+    """Call a function in one of two processes that torch.multiprocessing has started, in place of torchrun."""
+    import timm_zzz  # noqa: F401
+
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
+    function(folder, *args)
+
+
+def train(folder, name):
     """What a process of test_families.test_distributed does."""
+    sys.path.append(str(Path(__file__).parent / 'models'))
     from test_families import build, flat, image
 
     from timm_zzz.models.attach import find_classifiers
 
-    torch.distributed.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
+    rank = torch.distributed.get_rank()
     torch.set_num_threads(1)
     model = build(name)[1].train()
     if hasattr(model, 'set_distilled_training'):

@@ -19,7 +19,7 @@ import timm_zzz
 
 pytestmark = pytest.mark.slow
 
-DATA = ('timm_zzz/py.typed', 'timm_zzz/report.html.jinja', 'timm_zzz/train_options.yaml')
+DATA = ('timm_zzz/py.typed', 'timm_zzz/cli/report.html.jinja', 'timm_zzz/cli/train_options.yaml')
 
 
 @pytest.fixture(scope='module')

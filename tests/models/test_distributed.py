@@ -51,9 +51,12 @@ def assert_close(a, b, atol):
         torch.testing.assert_close(value, b[name], rtol=0, atol=atol, msg=lambda m, n=name: f'{n}: {m}')
 
 
-def check(run, folder, processes, device, dtype, form, atol):
-    """Torchrun's processes save the same, and what the plain loop gives."""
-    run(*TORCHRUN, processes, '-m', 'timm_zzz', Path(ddp.__file__), folder, device, dtype, form)
+def torchrun(run, processes, *args):
+    run(*TORCHRUN, processes, '-m', 'timm_zzz', Path(ddp.__file__), *args)
+
+
+def check(folder, processes, device, atol):
+    """The processes have saved the same, and what the plain loop gives."""
     saved = [torch.load(folder / f'rank{rank}.pth', map_location=device) for rank in range(processes)]
     for other in saved[1:]:
         torch.testing.assert_close(other, saved[0], rtol=0, atol=0)
@@ -65,14 +68,24 @@ def check(run, folder, processes, device, dtype, form, atol):
     assert effect > 20 * atol  # so that a missing penalty would be seen
 
 
+@pytest.mark.integration
+def test_two_processes(tmp_path):
+    torch.multiprocessing.spawn(ddp.spawned, (ddp.main, tmp_path, 'cpu', torch.float32, False), nprocs=2)
+    check(tmp_path, 2, 'cpu', 1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('form', ['eager', 'compile'])
-def test_two_processes(form, run, tmp_path):
-    check(run, tmp_path, 2, 'cpu', 'float32', form, 1e-5)
+def test_torchrun(form, run, tmp_path):
+    torchrun(run, 2, tmp_path, 'cpu', 'float32', form)
+    check(tmp_path, 2, 'cpu', 1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize('processes', [1, 2])
 @pytest.mark.parametrize('dtype, atol', [('float32', 1e-4), ('float16', 1.5e-3)])
 def test_nccl(processes, dtype, atol, run, tmp_path):
     if torch.cuda.device_count() < processes:
         pytest.skip(f'needs {processes} CUDA GPU(s)')
-    check(run, tmp_path, processes, 'cuda', dtype, 'eager', atol)
+    torchrun(run, processes, tmp_path, 'cuda', dtype, 'eager')
+    check(tmp_path, processes, 'cuda', atol)

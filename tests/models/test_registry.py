@@ -14,19 +14,15 @@ from timm.models import get_arch_pretrained_cfgs, model_entrypoint, split_model_
 
 import timm_zzz
 from timm_zzz import ZZZHead
-from timm_zzz.models.attach import SIGMA2_INIT
+from timm_zzz.head import SIGMA2_INIT
 from timm_zzz.models.registry import RANKS
 
-# What timm's registry tells of its own names, as JSON; with an argument, once timm_zzz has been imported
-_SNAPSHOT = """
+# As JSON what timm's registry tells of its own names before and after the import of timm_zzz, which modules the import
+# loads, and how timm alone fails to load the model in the folder that is given
+_PROGRAM = """
 import dataclasses, json, sys, warnings
 import timm
 from timm.models import get_arch_pretrained_cfgs, get_deprecated_models, is_model_in_modules, model_entrypoint
-direct = timm.models.vision_transformer.vit_base_patch16_224
-if sys.argv[1:]:
-    warnings.simplefilter('error')
-    import timm_zzz
-assert timm.models.vision_transformer.vit_base_patch16_224 is direct
 
 def own(names):
     return [name for name in names if 'zzz' not in name]
@@ -41,53 +37,69 @@ def cfg(name):
     found = timm.get_pretrained_cfg(name)
     return found and dataclasses.asdict(found)
 
-filters = ['*', '', 'vit_*', '*resnet*', 'test_*', '*_r4*', '*8', '*in1k', 'resnet50*', 'resnet50.*', '*.a1_in1k']
-filters.append(['vit_*', 'resnet*'])
-names = timm.list_models()
-tagged = own(timm.list_models(include_tags=True))
-modules = timm.list_modules()
-deprecated = get_deprecated_models()
-every = sorted({*names, *tagged, *timm.list_pretrained(), *deprecated})
-print(json.dumps(dict(
-    listed={str(f): [timm.list_models(f), timm.list_models(f, pretrained=True), timm.list_pretrained(f),
-                     timm.list_models(f, name_matches_cfg=True), timm.list_models('', exclude_filters=f),
-                     own(timm.list_models(f, include_tags=True)),
-                     timm.list_models(f, pretrained=True, include_tags=False)] for f in filters},
-    modules={m: [timm.list_models(module=m), timm.list_models(module=m, pretrained=True),
-                 timm.list_models('*_*', module=m), own(timm.list_models(module=m, include_tags=True)),
-                 get_deprecated_models(m)] for m in modules},
-    several=timm.list_models(module=['resnet', 'vision_transformer'], pretrained=True),
-    deprecated=deprecated,
-    every=every,
-    pretrained={n: timm.is_model_pretrained(n) for n in every},
-    models={n: timm.is_model(n) for n in every},
-    cfgs={n: called(cfg, n) for n in every},
-    values={n: [called(timm.get_pretrained_cfg_value, n, key) for key in ('tag', 'url', 'hf_hub_id', 'num_classes')]
-            for n in every},
-    tags={n: {k: dataclasses.asdict(c) for k, c in get_arch_pretrained_cfgs(n).items() if 'zzz' not in k}
-          for n in names},
-    order={n: own(get_arch_pretrained_cfgs(n)) for n in names},
-    entrypoints={n: [model_entrypoint(n).__module__, model_entrypoint(n).__qualname__] for n in every},
-    in_modules={n: is_model_in_modules(n, [model_entrypoint(n).__module__.rpartition('.')[2]]) for n in every},
-), default=str))
+def snapshot():
+    filters = ['*', '', 'vit_*', '*resnet*', 'test_*', '*_r4*', '*8', '*in1k', 'resnet50*', 'resnet50.*', '*.a1_in1k']
+    filters.append(['vit_*', 'resnet*'])
+    names = timm.list_models()
+    tagged = own(timm.list_models(include_tags=True))
+    modules = timm.list_modules()
+    deprecated = get_deprecated_models()
+    every = sorted({*names, *tagged, *timm.list_pretrained(), *deprecated})
+    return dict(
+        listed={str(f): [timm.list_models(f), timm.list_models(f, pretrained=True), timm.list_pretrained(f),
+                         timm.list_models(f, name_matches_cfg=True), timm.list_models('', exclude_filters=f),
+                         own(timm.list_models(f, include_tags=True)),
+                         timm.list_models(f, pretrained=True, include_tags=False)] for f in filters},
+        modules={m: [timm.list_models(module=m), timm.list_models(module=m, pretrained=True),
+                     timm.list_models('*_*', module=m), own(timm.list_models(module=m, include_tags=True)),
+                     get_deprecated_models(m)] for m in modules},
+        several=timm.list_models(module=['resnet', 'vision_transformer'], pretrained=True),
+        deprecated=deprecated,
+        every=every,
+        pretrained={n: timm.is_model_pretrained(n) for n in every},
+        models={n: timm.is_model(n) for n in every},
+        cfgs={n: called(cfg, n) for n in every},
+        values={n: [called(timm.get_pretrained_cfg_value, n, key) for key in ('tag', 'url', 'hf_hub_id', 'num_classes')]
+                for n in every},
+        tags={n: {k: dataclasses.asdict(c) for k, c in get_arch_pretrained_cfgs(n).items() if 'zzz' not in k}
+              for n in names},
+        order={n: own(get_arch_pretrained_cfgs(n)) for n in names},
+        entrypoints={n: [model_entrypoint(n).__module__, model_entrypoint(n).__qualname__] for n in every},
+        in_modules={n: is_model_in_modules(n, [model_entrypoint(n).__module__.rpartition('.')[2]]) for n in every},
+    )
+
+try:
+    timm.create_model('local-dir:' + sys.argv[1], pretrained=True)
+    failure = ''
+except Exception as e:
+    failure = str(e)
+before, loaded = snapshot(), set(sys.modules)
+direct = timm.models.vision_transformer.vit_base_patch16_224
+warnings.simplefilter('error')
+import timm_zzz
+warnings.simplefilter('default')
+assert timm.models.vision_transformer.vit_base_patch16_224 is direct
+new = {name.partition('.')[0] for name in set(sys.modules) - loaded}
+result = dict(failure=failure, new=sorted(new), before=before, after=snapshot())
+print(json.dumps(result, default=str))
 """
 
 
 @pytest.fixture(scope='module')
-def snapshots(tmp_path_factory):
-    """The snapshot of processes without and with the plugin."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    found = []
-    for arguments in ([], ['timm_zzz']):
-        command = [sys.executable, '-c', _SNAPSHOT, *arguments]
-        out = subprocess.run(command, cwd=tmp_path_factory.mktemp('away'), env=env, capture_output=True, text=True)
-        assert out.returncode == 0, out.stderr[-4000:]
-        found.append(json.loads(out.stdout))
-    return found
+def found(tmp_path_factory):
+    """What the program prints, in a process of its own."""
+    folder = tmp_path_factory.mktemp('model')
+    model = timm.create_model('test_resnet.zzz_r4', num_classes=7)
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    command, env = [sys.executable, '-c', _PROGRAM, str(folder)], {**os.environ, 'OMP_NUM_THREADS': '1'}
+    out = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-4000:]
+    return json.loads(out.stdout)
 
 
-def test_import_changes_nothing_else(snapshots):
-    before, after = snapshots
+@pytest.mark.integration
+def test_import_changes_nothing_else(found):
+    before, after = found['before'], found['after']
     assert len(before['listed']['*'][0]) > 1000 and len(before['deprecated']) > 100 and len(before['modules']) > 50
     assert before.keys() == after.keys()
     for what, expected in before.items():
@@ -98,12 +110,16 @@ def test_import_changes_nothing_else(snapshots):
         assert expected == after[what], what
 
 
-def test_every_name_has_its_zzz_names(snapshots):
+@pytest.mark.integration
+def test_every_name_has_its_zzz_names(found):
     """By timm's own functions, without building; listed once each, and none of them claims weights."""
     names = timm.list_models()
-    plain, every = snapshots[0]['listed']['*'][0], snapshots[0]['every']
+    plain, every, deprecated = (
+        found['before']['listed']['*'][0],
+        found['before']['every'],
+        found['before']['deprecated'],
+    )
     assert names == plain
-    deprecated = snapshots[0]['deprecated']
     listed = collections.Counter(timm.list_models(include_tags=True))
     assert max(listed.values()) == 1
     for name in every:
@@ -131,16 +147,15 @@ def test_registering_twice_changes_nothing():
     assert timm.list_models('test_*', include_tags=True) == names
 
 
-def test_import_loads_little_else(run):
+@pytest.mark.integration
+def test_import_loads_little_else(found):
     """The rest of import time is measured by benchmarks/import_time.py, on a machine without other work."""
-    program = """
-import sys
-import timm
-before = set(sys.modules)
-import timm_zzz
-print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))
-"""
-    assert set(run('-c', program).stdout.split()) <= {'timm', 'timm_zzz', 'huggingface_hub', 'yaml'}
+    assert {*found['new']} <= {'timm', 'timm_zzz', 'huggingface_hub', 'yaml'}
+
+
+@pytest.mark.integration
+def test_without_the_plugin_a_zzz_folder_fails_by_name(found):
+    assert 'zzz_' in found['failure']
 
 
 def test_names():
@@ -327,11 +342,3 @@ def test_local_dir_round_trip_and_no_trace_of_the_hooks(tmp_path):
     for module in again.modules():
         if not isinstance(module, ZZZHead):
             assert not module._load_state_dict_pre_hooks and not module._load_state_dict_post_hooks
-
-
-def test_without_the_plugin_a_zzz_folder_fails_by_name(tmp_path, run):
-    timm.models.save_for_hf(
-        timm.create_model('test_resnet.zzz_r4', num_classes=7), str(tmp_path), safe_serialization=True
-    )
-    result = run('-c', f'import timm; timm.create_model("local-dir:{tmp_path}", pretrained=True)', check=False)
-    assert result.returncode != 0 and 'zzz_' in result.stderr
