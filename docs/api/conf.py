@@ -21,5 +21,5 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 
 # What is documented elsewhere; without a network there is nothing to link to
-nitpick_ignore = [('py:class', 'timm_zzz.attach.ModelT')]
+nitpick_ignore = [('py:class', 'timm_zzz.models.attach.ModelT')]
 nitpick_ignore_regex = [(r'py:.*', r'(torch|timm|huggingface_hub|os|pathlib)\..*')]
