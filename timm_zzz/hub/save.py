@@ -111,9 +111,13 @@ def _check_labels(labels: _Labels, num_classes: int) -> List[str]:
 
 def _own_memory(module: nn.Module, state_dict: Dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """Give each tensor contiguous memory of its own, which a safetensors file needs of tied or channels-last ones."""
+    seen = set()
     for key, value in state_dict.items():
         if isinstance(value, Tensor):
-            state_dict[key] = value.detach().clone(memory_format=torch.contiguous_format)
+            value = value.detach().contiguous()
+            pointer = value.untyped_storage().data_ptr()
+            state_dict[key] = value.clone() if pointer in seen else value
+            seen.add(pointer)
 
 
 def _check_saved(model: nn.Module, folder: Path) -> None:
