@@ -109,7 +109,7 @@ def run(tmp_path):
             env=env,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=kwargs.pop('timeout', 600),
             **kwargs,
         )
         if check:

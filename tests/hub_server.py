@@ -54,6 +54,10 @@ class _Repo:
     def owner(self) -> str:
         return self.id.split('/')[0]
 
+    @property
+    def main(self) -> Dict[str, _Entry]:
+        return self.commits[self.refs['main']]
+
     def add(self, files: Dict[str, _Entry]) -> str:
         """Add a commit, which no reference points to yet."""
         oid = hashlib.sha1(repr((self.id, len(self.commits), sorted(files.items()))).encode()).hexdigest()
@@ -78,14 +82,6 @@ def _refuse(status: int, message: str, code: Optional[str] = None, **headers: An
     if code:
         headers['X_Error_Code'] = code
     return _Answer(status, {'error': message}, X_Error_Message=message, **headers)
-
-
-@dataclass
-class _Fault:
-    match: str
-    action: str
-    left: float
-    options: Dict[str, Any]
 
 
 class _Listener(ThreadingHTTPServer):
@@ -147,7 +143,7 @@ class HubServer:
             self.redirect_storage = False  # LFS files come from other_origin
             self.xet_dir: Optional[Path] = None  # Xet's chunks are kept there, by the client itself
             self.requests: List[Request] = []
-            self._faults: List[_Fault] = []
+            self._faults: List[Dict[str, Any]] = []
             self._repos: Dict[str, _Repo] = {}
             self._blobs: Dict[str, bytes] = {}
 
@@ -161,15 +157,13 @@ class HubServer:
         """Add a commit to the default branch."""
         with self._lock:
             repo = self._repos[repo_id]
-            there = repo.commits[repo.refs['main']]
-            kept = {name: entry for name, entry in there.items() if name not in set(delete)}
+            kept = {name: entry for name, entry in repo.main.items() if name not in set(delete)}
             repo.refs['main'] = repo.add({**kept, **self._store(files)})
 
     def files(self, repo_id: str) -> Dict[str, bytes]:
         """Names and contents in the default branch."""
         with self._lock:
-            repo = self._repos[repo_id]
-            return {name: self._blobs[entry.oid] for name, entry in repo.commits[repo.refs['main']].items()}
+            return {name: self._blobs[entry.oid] for name, entry in self._repos[repo_id].main.items()}
 
     def exists(self, repo_id: str) -> bool:
         return repo_id in self._repos
@@ -183,18 +177,19 @@ class HubServer:
         """
         assert action in ('drop', 'truncate', 'flip', 'garbage', 'status', 'slow'), action
         with self._lock:
-            self._faults.append(_Fault(match, action, times, options))
+            self._faults.append(dict(match=match, action=action, left=times, **options))
 
     def _answer(self, request: Request, raw_path: str, body: bytes) -> Optional[_Answer]:
         with self._lock:
             self.requests.append(request)
             fault = self._take_fault(request, ('drop', 'status', 'slow'))
-        if fault and fault.action == 'drop':
+        action = fault.get('action')
+        if action == 'drop':
             return None
-        if fault and fault.action == 'slow':  # not time.sleep, which tests take from the client
-            threading.Event().wait(fault.options['delay'])
-        if fault and fault.action == 'status':
-            return _refuse(fault.options['status'], fault.options.get('message', 'a fault was asked for'))
+        if action == 'slow':  # not time.sleep, which tests take from the client
+            threading.Event().wait(fault['delay'])
+        if action == 'status':
+            return _refuse(fault['status'], fault.get('message', 'a fault was asked for'))
         with self._lock:
             try:
                 answer = self._route(request, raw_path, body)
@@ -204,19 +199,19 @@ class HubServer:
                 answer = _refuse(500, f'{type(e).__name__}: {e}')
             if answer.body and answer.status == 200 and request.method != 'HEAD':
                 fault, size = self._take_fault(request, ('truncate', 'flip', 'garbage')), len(answer.body)
-                if fault and fault.action == 'truncate':
+                if fault.get('action') == 'truncate':
                     answer.cut = size // 2
                 elif fault:  # of all bytes, or of one near the end
-                    wrong = range(size) if fault.action == 'garbage' else [size - 1 - min(8, size // 2)]
+                    wrong = range(size) if fault['action'] == 'garbage' else [size - 1 - min(8, size // 2)]
                     answer.body = bytes(byte ^ 0x5A if i in wrong else byte for i, byte in enumerate(answer.body))
         return answer
 
-    def _take_fault(self, request: Request, actions: Tuple[str, ...]) -> Optional[_Fault]:
+    def _take_fault(self, request: Request, actions: Tuple[str, ...]) -> Dict[str, Any]:
         for fault in self._faults:
-            if fault.action in actions and fault.left > 0 and re.search(fault.match, request.path):
-                fault.left -= 1
+            if fault['action'] in actions and fault['left'] > 0 and re.search(fault['match'], request.path):
+                fault['left'] -= 1
                 return fault
-        return None
+        return {}
 
     def _route(self, request: Request, raw_path: str, body: bytes) -> _Answer:
         for pattern, method, name in _ROUTES:

@@ -34,6 +34,7 @@ from timm_zzz.scores import (
 RANKS = [0, 1, 4, 8]
 D = 12
 close = torch.testing.assert_close
+LOGIT_SCORES = (max_logit, max_softmax, energy)
 HEAD_SCORES = (negative_log_density, mahalanobis, relative_mahalanobis)
 
 
@@ -145,7 +146,7 @@ def test_scores_from_logits():
     close(max_softmax(logits), torch.as_tensor(1 - p.max(1)))
     close(energy(logits), torch.as_tensor(-np.log(np.exp(logits.numpy()).sum(1))))
     close(energy(logits, 2.5), torch.as_tensor(-2.5 * np.log(np.exp(logits.numpy() / 2.5).sum(1))))
-    for score in (max_logit, max_softmax, energy):
+    for score in LOGIT_SCORES:
         assert score(logits[:0]).shape == (0,)
         single = score(logits.half())
         assert single.dtype == torch.float32
@@ -193,14 +194,9 @@ def test_outlier_scores(dtype):
     background = Background.of(new_head(2, dtype=dtype))
     with torch.no_grad():
         logits = head(f)
-    expected = dict(
-        relative_mahalanobis=relative_mahalanobis(head, f, background),
-        max_logit=max_logit(logits),
-        max_softmax=max_softmax(logits),
-        energy=energy(logits),
-        mahalanobis=mahalanobis(head, f),
-        negative_log_density=negative_log_density(head, f),
-    )
+    expected = dict(relative_mahalanobis=relative_mahalanobis(head, f, background))
+    expected.update((score.__name__, score(logits)) for score in LOGIT_SCORES)
+    expected.update((score.__name__, score(head, f)) for score in (mahalanobis, negative_log_density))
     found = outlier_scores(head, f, list(expected), background)
     assert list(found) == list(expected) and set(found) == set(METHODS)
     for name, score in found.items():
@@ -216,9 +212,11 @@ def test_linear_layer():
         f = embeddings(dtype=torch.float32)
         found = outlier_scores(linear, f)
         with torch.no_grad():
-            expected = dict(zip(found, [score(linear(f)) for score in (max_logit, max_softmax, energy)], strict=True))
-        assert list(found) == ['max_logit', 'max_softmax', 'energy']
+            expected = {score.__name__: score(linear(f)) for score in LOGIT_SCORES}
+        assert list(found) == list(expected)
         close(found, expected)
+        with torch.autocast('cpu', torch.bfloat16):
+            close(outlier_scores(linear, f), found, rtol=0, atol=0)
         assert list(outlier_scores(linear, f, ['energy'])) == ['energy']
         with pytest.raises(ValueError, match="max_logit, max_softmax, energy for this head, got 'mahalanobis'"):
             outlier_scores(linear, f, ['energy', 'mahalanobis'])
@@ -242,25 +240,13 @@ def test_dtypes_autocast_and_prepared_classes(score):
     close(low, score(head.float(), f.bfloat16().float()))
 
 
-def test_linear_layer_under_autocast():
-    linear, f = nn.Linear(D, 5), embeddings(dtype=torch.float32)
-    expected = outlier_scores(linear, f)
-    with torch.autocast('cpu', torch.bfloat16):
-        close(outlier_scores(linear, f), expected, rtol=0, atol=0)
-
-
 def test_in_parts(monkeypatch):
     """Thousands of embeddings and classes are gone through a few at a time."""
     head, linear, f = new_head(4), nn.Linear(D, 5).double(), embeddings(23)
 
     def everything():
-        own = outlier_scores(head, f)
-        return [
-            *own.values(),
-            log_density(head, f),
-            Background.of(head).factor,
-            *outlier_scores(linear, f).values(),
-        ]
+        of_heads = [*outlier_scores(head, f).values(), *outlier_scores(linear, f).values()]
+        return [*of_heads, log_density(head, f), Background.of(head).factor]
 
     whole, sizes, split = everything(), set(), torch.Tensor.split
     monkeypatch.setattr(torch.Tensor, 'split', lambda t, size: sizes.add(size) or split(t, size))
@@ -319,8 +305,7 @@ def test_fpr95_tiny():
     assert fpr95(list(range(20)), np.array([18.0, 19.0])) == 0.5
 
 
-def test_scikit_learn_is_imported_where_it_is_needed(run, monkeypatch):
-    run('-c', 'import sys, timm_zzz, timm_zzz.scores; assert "sklearn" not in sys.modules')
+def test_scikit_learn_is_imported_where_it_is_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, 'sklearn', None)
     for function in (auroc, fpr95):
         with pytest.raises(ImportError, match=r'scikit-learn: pip install "timm_zzz\[benchmark\]"'):
@@ -382,7 +367,7 @@ def test_wrong_arguments():
     refuses('background: expected one of width 12, got 3', relative_mahalanobis, head, f, narrow)
     for wrong in (0, -1.0, math.inf, math.nan):
         refuses(f'temperature: expected a finite number > 0, got {wrong}', energy, logits, wrong)
-    for score in (max_logit, max_softmax, energy):
+    for score in LOGIT_SCORES:
         refuses('logits: expected a floating-point tensor of shape (N, *), got torch.float64 of shape', score, f[0])
         refuses('got torch.float64 of shape [60, 0]', score, f[:, :0])
     refuses('(N, 12), got torch.float64 of shape [60, 3]', Background.of(head).mahalanobis, logits)
@@ -417,12 +402,10 @@ def test_page(root):
     """Its example runs, and takes what the head gets."""
     pytest.importorskip('sklearn')
     page = (root / 'docs' / 'scores.md').read_text(encoding='utf-8')
-    snippets = re.findall(r'```python\n(.*?)```', page, re.S)
-    assert len(snippets) == 1
+    (snippet,) = re.findall(r'```python\n(.*?)```', page, re.S)
     train, test, other = (torch.randn(count, 3, 64, 64) for count in (24, 6, 8))
     names = dict(train_images=train, train_targets=torch.arange(24) % 5, test_images=test, other_images=other)
-    for snippet in snippets:
-        exec(compile(snippet.replace('pretrained=True', 'pretrained=False'), 'docs/scores.md', 'exec'), names)
+    exec(compile(snippet.replace('pretrained=True', 'pretrained=False'), 'docs/scores.md', 'exec'), names)
     with torch.no_grad():
         close(names['head'](names['features'](test)), names['model'](test))
     assert set(names['inlier']) == set(METHODS) == set(names['table'])

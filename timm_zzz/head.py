@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import logging
 import math
 import weakref
@@ -41,23 +42,15 @@ def _count_step(*args: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-class HeadTag:
-    """On a parameter: its name in a ZZZ head and, weakly, the head.
+# The head that holds a parameter, by the parameter's id; an entry goes when its head does.
+_owners: Dict[int, 'weakref.ref[ZZZHead]'] = {}
 
-    A head tags its parameters whenever it gets new ones, so optimisers find heads by the parameters alone. Copies and
-    pickles of a tag keep the name only.
-    """
 
-    def __init__(self, name: str, head: Optional['ZZZHead'] = None):
-        self.name = name
-        self._head = (lambda: None) if head is None else weakref.ref(head)
-
-    @property
-    def head(self) -> Optional['ZZZHead']:
-        return self._head()
-
-    def __reduce__(self) -> Tuple[Any, ...]:
-        return (HeadTag, (self.name,))
+def owner_of(parameter: Any) -> Optional['ZZZHead']:
+    """Find the ZZZ head that holds a parameter, None if there is none or it is gone."""
+    ref = _owners.get(id(parameter))
+    head = None if ref is None else ref()
+    return head if head is not None and any(p is parameter for p in head._parameters.values()) else None
 
 
 def _raw_variance(name: str, init: Optional[float], minimum: float) -> float:
@@ -375,17 +368,23 @@ class ZZZHead(nn.Module):
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
         super().register_parameter(name, param)
-        if param is not None:
-            param.zzz_tag = HeadTag(name, self)  # type: ignore[attr-defined]
+        self._mark_parameters()
 
-    def _tag_parameters(self) -> None:
-        for name, parameter in self.named_parameters(recurse=False):
-            if getattr(parameter, 'zzz_tag', HeadTag(name)).head is None:  # else another module holds it too
-                parameter.zzz_tag = HeadTag(name, self)  # type: ignore[attr-defined]
+    def _mark_parameters(self) -> None:
+        """Mark the parameters as a head's, for optimisers; copies and what loading puts in their place have no mark."""
+
+        def forget(ref: Any, key: int) -> None:
+            if _owners.get(key) is ref:
+                del _owners[key]
+
+        for name, p in self.named_parameters(recurse=False):
+            p.zzz_role = name  # type: ignore[attr-defined]
+            if owner_of(p) in (None, self):  # else another module holds it too
+                _owners[id(p)] = weakref.ref(self, functools.partial(forget, key=id(p)))
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tag_parameters()
+        self._mark_parameters()
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, '_kept': None}
@@ -397,7 +396,7 @@ class ZZZHead(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'ZZZHead':
         self._kept = None
         super()._apply(fn, recurse)
-        self._tag_parameters()
+        self._mark_parameters()
         return self
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ from timm.optim import OptimInfo
 from torch import Tensor, nn
 
 from .functional import orthonormal_basis
-from .head import HeadTag, ZZZHead
+from .head import ZZZHead, owner_of
 
 __all__ = ['ZZZAdamW', 'mean_decoupling', 'variance_shrinkage']
 
@@ -43,10 +43,6 @@ def mean_decoupling(head: ZZZHead) -> Tensor:
 
 def _full(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def _tag_of(p: Any) -> Optional[HeadTag]:
-    return getattr(p, 'zzz_tag', None)
 
 
 def _check_number(name: str, value: Any, positive: bool = False) -> None:
@@ -135,8 +131,8 @@ class ZZZAdamW(torch.optim.AdamW):
         params = [params] if isinstance(params, Tensor) else list(params)
         parts: Dict[str, List[Any]] = {'rest': [], 'decayed': [], 'kept': []}
         for p in params:
-            tag = _tag_of(p[1] if isinstance(p, tuple) else p)
-            parts['rest' if tag is None else 'decayed' if tag.name in _DECAYED else 'kept'].append(p)
+            role = getattr(p[1] if isinstance(p, tuple) else p, 'zzz_role', None)
+            parts['rest' if role is None else 'decayed' if role in _DECAYED else 'kept'].append(p)
         for part, members in parts.items():
             if members or (part == 'rest' and not params):
                 group = dict(param_group, params=members)
@@ -159,8 +155,7 @@ class ZZZAdamW(torch.optim.AdamW):
         """The heads with those of their parameters that are here."""
         heads: Dict[int, Tuple[ZZZHead, List[nn.Parameter]]] = {}
         for p in [p for group in self.param_groups for p in group['params']]:
-            tag = _tag_of(p)
-            head = None if tag is None else tag.head
+            head = owner_of(p)
             if head is not None:
                 heads.setdefault(id(head), (head, []))[1].append(p)
         if not heads:

@@ -71,13 +71,10 @@ def test_whole_runs(run, kept, tmp_path, capsys):
     assert '| linear | near |' in table and '| zzz_r2 | 1 |' in table and '| cosine | 1 |' in table
 
 
-def test_same_seed_same_figures(run, kept, tmp_path):
-    (row,) = run(tmp_path / 'runs.jsonl', '--heads', 'zzz_r2', '--shots', 2)
-    assert row['nll'] == pytest.approx(kept[1][3]['nll'], rel=1e-4)
-
-
-def test_label_smoothing_tells_runs_apart(run, kept, tmp_path):
+def test_same_seed_same_figures_and_label_smoothing_tells_runs_apart(run, kept, tmp_path):
     path, rows = kept
+    (row,) = run(tmp_path / 'again.jsonl', '--heads', 'zzz_r2', '--shots', 2)
+    assert row['nll'] == pytest.approx(rows[3]['nll'], rel=1e-4)
     shutil.copy(path / 'runs.jsonl', tmp_path)
     found = run(tmp_path / 'runs.jsonl', '--heads', 'linear', '--smoothing', 0.3)
     assert [row['smoothing'] for row in found] == [0.1] * 4 + [0.3]
@@ -119,7 +116,11 @@ def test_table_has_means_and_standard_errors():
     assert expected in accuracy_table.tables(rows)
 
 
-def test_few_shot_table(folder, backbone, tmp_path, capsys, monkeypatch):
+def test_few_shot_draws_and_table(folder, backbone, tmp_path, capsys, monkeypatch):
+    target = torch.tensor([0, 1, 1, 0, 1, 0, 1])
+    index = few_shot.draw(target, 2, seed=0)
+    assert target[index].tolist() == [0, 0, 1, 1] and len(set(index.tolist())) == 4
+    assert sorted(few_shot.draw(target, 0, seed=0).tolist()) == list(range(7))
     monkeypatch.setattr(probe, 'PENALTIES', (1e-3, 1e-1))
     arguments = ('--data', folder, '--backbone', backbone[0], '--checkpoint', backbone[1], '--cache', tmp_path)
     for _ in range(2):  # the second time from the cache
@@ -130,13 +131,6 @@ def test_few_shot_table(folder, backbone, tmp_path, capsys, monkeypatch):
     names = ['linear probe, tuned', 'fit, rank 0', 'fit, rank 8']
     assert [line.split(' | ')[1:3] for line in lines] == [[k, name] for k in ('3', 'all') for name in names]
     assert ' ± ' in lines[0] and ' ± ' not in lines[3]
-
-
-def test_few_shot_draws():
-    target = torch.tensor([0, 1, 1, 0, 1, 0, 1])
-    index = few_shot.draw(target, 2, seed=0)
-    assert target[index].tolist() == [0, 0, 1, 1] and len(set(index.tolist())) == 4
-    assert sorted(few_shot.draw(target, 0, seed=0).tolist()) == list(range(7))
 
 
 def test_plots(kept, tmp_path):

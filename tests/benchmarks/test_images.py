@@ -15,17 +15,13 @@ def one(pixels, aspect):
     return images.Images(pixels, torch.tensor([aspect]), torch.zeros(1, dtype=torch.int64), ('a',))
 
 
-def test_images_are_those_of_the_folder(folder, tmp_path):
+def test_images_and_subsets_are_those_of_the_folder(folder, tmp_path):
     loaded = images.load(folder, 'train', 32, cache=tmp_path)
     assert loaded.classes == tuple(f'class{c}' for c in range(4))
     assert loaded.target.tolist() == [c for c in range(4) for _ in range(6)]
     assert loaded.aspect[:2].tolist() == pytest.approx([60 / 90, 70 / 85])
     again = images.load(folder, 'train', 32, cache=tmp_path)
     assert torch.equal(again.pixels, loaded.pixels) and len(list(tmp_path.iterdir())) == 1
-
-
-def test_subsets(folder):
-    loaded = images.load(folder, 'train', 32)
     chosen = loaded.of_classes([3, 1])
     assert chosen.classes == ('class3', 'class1')
     assert torch.equal(chosen.pixels[chosen.target == 0], loaded.pixels[loaded.target == 3])
@@ -41,9 +37,8 @@ def test_middle_crop_is_timms(smooth_image, width, height):
     loaded = one(transforms.functional.pil_to_tensor(image.resize((256, 256), 2))[None], width / height)
     first = torch.tensor([0])
     got = images.crop(loaded, first, images.center_boxes(loaded, first, 0.875), 84, *PLAIN)[0]
-    transform = timm.data.create_transform(
-        (3, 84, 84), interpolation='bilinear', crop_pct=0.875, mean=(0,) * 3, std=(1,) * 3
-    )
+    plain = dict(interpolation='bilinear', mean=(0,) * 3, std=(1,) * 3)
+    transform = timm.data.create_transform((3, 84, 84), crop_pct=0.875, **plain)
     assert (got - transform(image)).abs().max() < 0.03
 
 

@@ -36,9 +36,8 @@ def test_birds_train_where_the_flag_is_0(run, tmp_path):
     names = ['001.Auk/one.jpg', '001.Auk/two.jpg', '002.Owl/three.jpg', '002.Owl/four.jpg']
     for name in names:
         image(root / 'images' / name, 100)
-    lists = dict(
-        images=names, image_class_labels=[1, 1, 2, 2], train_test_split=[0, 1, 1, 0], classes=['001.Auk', '002.Owl']
-    )
+    lists = dict(images=names, image_class_labels=[1, 1, 2, 2], train_test_split=[0, 1, 1, 0])
+    lists.update(classes=['001.Auk', '002.Owl'])
     for name, values in lists.items():
         (root / f'{name}.txt').write_text(''.join(f'{i + 1}, {value}\n' for i, value in enumerate(values)))
     assert run('birds', '.') == {'train': [names[0], names[3]], 'validation': [names[1], names[2]]}
@@ -111,12 +110,10 @@ def test_food_keeps_to_the_official_lists(run, tmp_path):
     assert all(f[:-4] in lists['test'] for f in files['validation'])
 
 
-@pytest.mark.parametrize(
-    'size, expected', [((400, 288), (200, 144)), ((100, 300), (100, 300)), ((145, 900), (144, 894))]
-)
-def test_only_large_images_are_resized(tmp_path, size, expected):
-    image(tmp_path / 'a.png', 10, size)
-    assert make_sets.prepared(tmp_path / 'a.png', False).size == expected
+def test_only_large_images_are_resized(tmp_path):
+    for size, expected in {(400, 288): (200, 144), (100, 300): (100, 300), (145, 900): (144, 894)}.items():
+        image(tmp_path / 'a.png', 10, size)
+        assert make_sets.prepared(tmp_path / 'a.png', False).size == expected
 
 
 def test_what_is_there_stays_and_checkouts_are_counted(run, cars, capsys):

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import functools
+import json
 import math
 import re
 import shlex
@@ -31,19 +32,8 @@ ZZZ = '.zzz_r8'
 PAIRS = [name.removesuffix(ZZZ) for name in RECIPES if name.endswith(ZZZ)]
 
 # Classes by data set, from the data sets' papers
-CLASSES = {
-    'cub200': 200,
-    'cars196': 196,
-    'aircraft100': 100,
-    'dogs120': 120,
-    'nabirds555': 555,
-    'inat2018': 8142,
-    'inat2021mini': 10000,
-    'flowers102': 102,
-    'pets37': 37,
-    'food101': 101,
-    'imagenet1k': 1000,
-}
+CLASSES = dict(cub200=200, cars196=196, aircraft100=100, dogs120=120, nabirds555=555, inat2018=8142, inat2021mini=10000)
+CLASSES.update(flowers102=102, pets37=37, food101=101, imagenet1k=1000)
 # Weights of each backbone
 BACKBONES = {
     'vit_base_patch16_224': 'augreg_in21k',
@@ -108,14 +98,9 @@ def test_model(name):
 @pytest.mark.parametrize('name', ALL)
 def test_values_have_their_types(name):
     """YAML reads 1e-5 as a word, which timm's optimisers do not take."""
-
-    def walk(value):
-        children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        return [value, *(leaf for child in children for leaf in walk(child))]
-
-    for value in walk(load(name)):
-        with pytest.raises((TypeError, ValueError)):
-            float(value if isinstance(value, str) else None)
+    for text in re.findall('"(.*?)"', json.dumps(load(name))):
+        with pytest.raises(ValueError):
+            float(text)
 
 
 @pytest.mark.parametrize('pair', PAIRS)
@@ -132,15 +117,9 @@ def rates(recipe):
     """Learning rates early, half way and late in the run, and weight decay, by parameter, as train.py sets them."""
     settings = argparse.Namespace(**recipe)
     model = build(recipe)
-    optimizer = timm.optim.create_optimizer_v2(
-        model,
-        opt=settings.opt,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        layer_decay=settings.layer_decay,
-        layer_decay_min_scale=recipe.get('layer_decay_min_scale', 0.0),
-        **recipe.get('opt_kwargs', {}),
-    )
+    options = {key: recipe[key] for key in ('opt', 'lr', 'weight_decay', 'layer_decay')}
+    options.update(recipe.get('opt_kwargs', {}), layer_decay_min_scale=recipe.get('layer_decay_min_scale', 0.0))
+    optimizer = timm.optim.create_optimizer_v2(model, **options)
     scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(settings), updates_per_epoch=10)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {name: [] for name in names.values()}
@@ -178,15 +157,6 @@ def test_adamw_is_zzzadamw_without_options(layer_decay):
     assert decayed == {'weight': 0.05, 'A': 0.05, 'bias': 0.0, 'v_raw': 0.0, 'sigma2_raw': 0.0}
 
 
-def test_head_lr_scale_is_the_heads():
-    recipe = {**load('cub200_vit_base_patch16_224.zzz_r8'), 'opt': 'zzzadamw'}
-    (before, head), (after, _) = rates(recipe), rates({**recipe, 'opt_kwargs': {'head_lr_scale': 2.0}})
-    for name, values in before.items():
-        factor = 2 if name.startswith(head) else 1
-        assert after[name][::2] == pytest.approx([factor * lr for lr in values[::2]], rel=1e-9), name
-
-
-@pytest.fixture(scope='module')
 def validate_parser():
     """What of validate.py's options the recipes use."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -200,15 +170,14 @@ def validate_parser():
 
 
 @pytest.mark.parametrize('name', RECIPES)
-def test_comment_gives_the_commands(name, validate_parser):
+def test_comment_gives_the_commands(name):
     recipe, entries = load(name), comment(name)
     assert {'Data', 'Settings', 'Expected', 'Cost'} < entries.keys()
-    train = f'python train.py --config hparams/{name}.yaml --data-dir DIR --experiment {name}'
-    assert entries['Train'] == train
+    assert entries['Train'] == f'python train.py --config hparams/{name}.yaml --data-dir DIR --experiment {name}'
     plugin = '-m timm_zzz ' if name.endswith(ZZZ) else ''
     command, _, options = entries['Validate'].partition('.py ')
     assert command == f'python {plugin}validate'
-    args = validate_parser.parse_args(shlex.split(options))
+    args = validate_parser().parse_args(shlex.split(options))
     assert (args.model, args.num_classes) == (recipe['model'], recipe['num_classes'])
     assert (args.dataset, args.split) == (recipe.get('dataset', ''), recipe['val_split'])
     assert (args.amp, args.amp_dtype) == (recipe['amp'], recipe['amp_dtype'])
@@ -241,13 +210,9 @@ def test_folders_from_lists(page, tmp_path, monkeypatch):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text)
     exec(compile(re.search(r'```python\n(from pathlib.*?)```', page, re.S)[1], 'recipes.md', 'exec'), {})
-    assert {str(path.relative_to('DIR')): path.read_text() for path in Path('DIR').rglob('*.jpg')} == {
-        'train/F-A-18/11.jpg': '11',
-        'train/Gulfstream IV/12.jpg': '12',
-        'test/F-A-18/13.jpg': '13',
-        'train/817/a1.jpg': 'a1',
-        'test/817/b2.jpg': 'b2',
-    }
+    expected = ['train/F-A-18/11', 'train/Gulfstream IV/12', 'test/F-A-18/13', 'train/817/a1', 'test/817/b2']
+    made = {str(path.relative_to('DIR').with_suffix('')): path.read_text() for path in Path('DIR').rglob('*.jpg')}
+    assert made == {path: path.rpartition('/')[2] for path in expected}
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import math
 import random
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,11 +138,11 @@ def dense_gaussians(head):
 
 @pytest.fixture(scope='module')
 def by_hand(made):
-    """File names, labels, probabilities (N, C) and log-densities (N, C), an image at a time and without the head."""
+    """The head's Gaussians; file names, labels, probabilities (N, C) and log-densities (N, C), an image at a time."""
     folder, model, _ = made
     cfg = {key: model.pretrained_cfg[key] for key in ('mean', 'std', 'interpolation')}
     transform = create_transform((3, SIZE, SIZE), crop_pct=1.0, **cfg)
-    mu, cov, _ = dense_gaussians(model.get_classifier())
+    mu, cov, basis = dense_gaussians(model.get_classifier())
     files, labels, densities = [], [], []
     for label, name in enumerate(NAMES):
         for path in sorted((folder / 'birds' / 'validation' / name).iterdir()):
@@ -152,17 +153,18 @@ def by_hand(made):
             labels.append(label)
             densities.append(MultivariateNormal(mu, cov).log_prob(f / f.norm()))
     densities = torch.stack(densities)
-    p = (densities + model.get_classifier().bias.detach()).softmax(1)
-    return files, np.array(labels), p.numpy(), densities.numpy()
+    p = (densities + model.get_classifier().bias.detach()).softmax(1).numpy()
+    found = SimpleNamespace(mu=mu, cov=cov, basis=basis, files=files, labels=np.array(labels), p=p, page=made[2])
+    found.densities = densities.numpy()
+    return found
 
 
 def close(text, value, digits):
     return abs(float(text.rstrip(' %').replace(',', '')) - value) <= 0.5001 * 10**-digits + 2e-5 * abs(value)
 
 
-def test_accuracy_and_calibration(made, by_hand):
-    _, _, page = made
-    _, labels, p, _ = by_hand
+def test_accuracy_and_calibration(by_hand):
+    page, labels, p = by_hand.page, by_hand.labels, by_hand.p
     tiles, correct, confidence = page.tiles(), p.argmax(1) == labels, p.max(1)
     assert 0 < correct.sum() < len(labels)
     assert (tiles['Images'], tiles['Classes'], tiles['Rank']) == ('42', '7', '4 of 64')
@@ -179,12 +181,10 @@ def test_accuracy_and_calibration(made, by_hand):
         assert int(row[1]) == count and close(row[2], 100 * mean, 1) and close(row[3], 100 * accuracy, 1)
 
 
-def test_pairs_of_classes(made, by_hand):
-    _, model, page = made
-    _, labels, p, _ = by_hand
+def test_pairs_of_classes(by_hand):
+    page, labels, p, mu, basis = by_hand.page, by_hand.labels, by_hand.p, by_hand.mu, by_hand.basis
     counts = confusion_matrix(labels, p.argmax(1), labels=range(7))
     wrong = sorted((-counts[t, c], t, c) for t in range(7) for c in range(7) if t != c and counts[t, c])
-    mu, _, basis = dense_gaussians(model.get_classifier())
     cosine = (mu @ mu.T).fill_diagonal_(-2).numpy()
     table = page.table('True class', 'Predicted')
     assert [(row[0], row[1]) for row in table] == [(NAMES[t], NAMES[c]) for _, t, c in wrong]
@@ -201,11 +201,9 @@ def test_pairs_of_classes(made, by_hand):
     assert [(int(row[4]), int(row[5])) for row in table] == [(counts[a, b], counts[b, a]) for a, b in closest]
 
 
-def test_maps(made, by_hand):
+def test_maps(by_hand):
     """The opacity of a cell is linear in its value; the diagonal is grey, a share of 0 invisible."""
-    _, model, page = made
-    _, labels, p, _ = by_hand
-    mu, _, _ = dense_gaussians(model.get_classifier())
+    page, labels, p, mu = by_hand.page, by_hand.labels, by_hand.p, by_hand.mu
     order, off = order_of(mu), ~np.eye(7, dtype=bool)
     cosine = (mu @ mu.T).numpy()[order][:, order][off]
     share = confusion_matrix(labels, p.argmax(1), labels=order)[off] / 6
@@ -221,10 +219,8 @@ def test_maps(made, by_hand):
         assert page.text.count(f'\n{name}\n') >= 4
 
 
-def test_spectra(made, by_hand):
-    _, model, page = made
-    _, labels, p, _ = by_hand
-    _, cov, _ = dense_gaussians(model.get_classifier())
+def test_spectra(by_hand):
+    page, labels, p, cov = by_hand.page, by_hand.labels, by_hand.p, by_hand.cov
     total = cov.diagonal(dim1=1, dim2=2).sum(1)
     order = total.argsort(descending=True).tolist()
     table = page.table('Class', 'Variance')
@@ -239,9 +235,8 @@ def test_spectra(made, by_hand):
 
 
 def test_outliers(made, by_hand):
-    folder, _, page = made
-    files, labels, p, densities = by_hand
-    score = densities.max(1)
+    folder, page, files, labels, p = made[0], made[2], by_hand.files, by_hand.labels, by_hand.p
+    score = by_hand.densities.max(1)
     order = np.argsort(score, kind='stable')[:24]
     shown = page.attributes('img')
     alt = [f'{files[i]}: {NAMES[labels[i]]}, predicted {NAMES[p[i].argmax()]}' for i in order]
@@ -314,12 +309,10 @@ def test_mistakes(made, capsys, tmp_path):
     torch.nn.init.constant_(broken.get_classifier().bias, math.nan)
     save(tmp_path / 'broken', broken)
     fails(capsys, 'the logits of image 0 are NaN', folder, run=tmp_path / 'broken')
-
-
-@pytest.mark.parametrize('name', ['matplotlib', 'jinja2'])
-def test_missing_extra(made, capsys, monkeypatch, name):
-    monkeypatch.setitem(sys.modules, name, None)
-    fails(capsys, f'report needs {name}: pip install "timm_zzz[report]"', made[0], run='nothing')
+    for name in ('matplotlib', 'jinja2'):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            fails(capsys, f'report needs {name}: pip install "timm_zzz[report]"', folder, run='nothing')
 
 
 def test_rank_0(tmp_path):

@@ -1,4 +1,4 @@
-"""The public names and their signatures are those of tests/docs/public_api.txt; ``python tests/docs/test_api.py`` writes it anew.
+"""The public names and their signatures are those of public_api.txt; ``python tests/docs/test_api.py`` writes it anew.
 
 Signatures are read from the source, so that they do not depend on how a Python version prints types.
 """

@@ -21,11 +21,5 @@ def test_python_snippets_run(hub, readme, tmp_path, monkeypatch):
     assert namespace['model'].pretrained_cfg['label_names'] == namespace['names']
 
 
-def test_commands_exist(readme, run):
-    for command in set(re.findall(r'-m timm_zzz (\w+)(?=\s|`|$)', readme)) - {'SCRIPT'}:
-        run('-m', 'timm_zzz', command, '--help')
-
-
 def test_ci_runs_the_readmes_test_command(readme, root):
-    assert 'tests/test_readme.py' not in readme
     assert len(re.findall(r'^python3\.11 .*pytest.*$', readme, re.M)) == 1

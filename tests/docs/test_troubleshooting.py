@@ -9,7 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # Calls that take a message first: exceptions, warnings, and what prints one and exits
-CALLS = re.compile(r'(.*\.)?(\w*Error|Corrupt|fail|_refuse|warn|warning|unsupported|parser\.error|(notes|error_msgs)\.append)')
+CALLS = re.compile(
+    r'(.*\.)?(\w*Error|Corrupt|fail|_refuse|warn|warning|unsupported|parser\.error|(notes|error_msgs)\.append)'
+)
 # Caught where it is raised, or a protocol of Python
 INTERNAL = {'not arithmetic', 'fuse'}
 

@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union, cast
 
 import timm
-import torch
 import yaml
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from timm.utils import unwrap_model
