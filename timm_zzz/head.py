@@ -70,7 +70,7 @@ class FusedZZZHead(nn.Module):
     hundreds of nats, would lose the digits that tell the classes apart.
 
     Args:
-        rows, offsets, precision: A linear layer and 1 / sigma2, see :func:`timm_zzz.ops.reference.fuse`.
+        rows, offsets, precision: A linear layer and 1 / sigma2, see ``timm_zzz.ops.reference.fuse``.
         num_classes: Number of classes C.
         impl: What computes it, as in :class:`~timm_zzz.ZZZHead`.
 

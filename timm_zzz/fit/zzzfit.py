@@ -58,7 +58,9 @@ class ZZZFit:
     Attributes:
         n_samples_: Number of examples so far.
         class_count_: Those of each class, int64, shape (C,).
-        shrinkage_, prior_count_, temperature_: Chosen or given, from :meth:`fit` or :meth:`to_head` on.
+        shrinkage_: The shrinkage that was chosen, or given; from :meth:`fit` or :meth:`to_head` on.
+        prior_count_: The prior count, likewise.
+        temperature_: The temperature, likewise.
 
     Raises:
         ValueError: For an argument out of its range.

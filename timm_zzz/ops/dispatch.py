@@ -250,7 +250,7 @@ def _kernel_logits(features: Tensor, p: Parameters, v_min: float, sigma2_min: fl
 def fused_logits(
     features: Tensor, rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, rank: int
 ) -> Tensor:
-    """Compute logits from a fused head's tensors in plain PyTorch; see :func:`timm_zzz.ops.reference.fuse`.
+    """Compute logits from a fused head's tensors in plain PyTorch; see ``timm_zzz.ops.reference.fuse``.
 
     Raises:
         ValueError: If the last dimension of the features is not d.
