@@ -78,7 +78,7 @@ def test_version_is_in_one_place(root, dist, wheel):
     text = ('.py', '.md', '.toml', '.cfg', '.rst')
     literal = re.compile(rf'(?<![\w.]){re.escape(version)}(?![\w.])')
     found = [path for path in paths if path.suffix in text and literal.search(path.read_text(encoding='utf-8'))]
-    assert found == [root / 'timm_zzz' / 'version.py']
+    assert found == [root / 'timm_zzz' / '__init__.py']
 
 
 def test_contents_of_the_wheel(root, wheel):
@@ -134,6 +134,8 @@ def test_sdist_has_all_tests_and_passes_some(root, sdist, run):
     assert run('-c', 'import timm_zzz; print(timm_zzz.__file__)', env=env).stdout.startswith(str(sdist))
     tests = collected(run, sdist, env=env)
     assert len(tests) > 1000 and tests == collected(run, root)
-    fast = [sdist / 'tests' / f'test_{name}.py' for name in ('api', 'cards', 'docs', 'head')]
+    fast = [
+        sdist / 'tests' / f'{name}.py' for name in ('docs/test_api', 'docs/test_docs', 'hub/test_cards', 'test_head')
+    ]
     summary = run('-m', 'pytest', '-q', '-p', 'no:cacheprovider', *fast, env=env).stdout.splitlines()[-1]
     assert ' passed' in summary and 'failed' not in summary, summary
