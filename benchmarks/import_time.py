@@ -1,4 +1,4 @@
-"""What ``import timm_zzz`` adds to ``import timm``, in fresh processes, the two in turn.
+"""Measure what ``import timm_zzz`` adds to ``import timm``, in fresh processes, in alternation.
 
     python benchmarks/import_time.py [--rounds 7] [--limit 0.3]
 

@@ -80,7 +80,7 @@ def birds(checkout: Path) -> List[Item]:
 
 
 def cars(checkout: Path, first: int = 0, last: int = 100) -> List[Item]:
-    """Of the 196 classes by name; 60 % of each for training, as the official test part is not there."""
+    """List images of some of the 196 classes by name, 60 % for training: the official test part is missing."""
     from scipy.io import loadmat
 
     names = [folder_name(str(name[0])) for name in loadmat(checkout / 'cars_meta.mat')['class_names'][0]]
@@ -131,7 +131,7 @@ def butterflies(checkout: Path) -> List[Item]:
 
 
 def food(checkout: Path, lists: Path) -> List[Item]:
-    """Of Food-101's official lists 29 and 20 images a class."""
+    """List 29 training and 20 validation images per class from Food-101's official lists."""
     official = {}
     for split in ('train', 'test'):
         names = json.loads(find(lists, f'{split}.json').read_text()).values()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, memory, the machine's ceilings, markdown tables."""
+"""Measure time, memory and the machine's ceilings, and print markdown tables; shared by the benchmarks."""
 
 import gc
 import os
