@@ -60,15 +60,6 @@ def _no_network():
     assert log.read_text() == ''
 
 
-@pytest.fixture(scope='module')
-def benchmarks():
-    """The benchmarks' modules can be imported."""
-    path = str(Path(__file__).parent.parent / 'benchmarks')
-    sys.path.insert(0, path)
-    yield
-    sys.path.remove(path)
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hub without repositories, and an empty cache."""

@@ -379,7 +379,7 @@ class ZZZHead(nn.Module):
 
         for name, p in self.named_parameters(recurse=False):
             p.zzz_role = name  # type: ignore[attr-defined]
-            if owner_of(p) in (None, self):  # else another module holds it too
+            if owner_of(p) is None:  # else it is known already, or another module holds it too
                 _owners[id(p)] = weakref.ref(self, functools.partial(forget, key=id(p)))
 
     def __setstate__(self, state: Dict[str, Any]) -> None:

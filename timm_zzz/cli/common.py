@@ -1,13 +1,24 @@
-"""Arguments that several commands take."""
+"""What several commands share: arguments, and how they end with an error."""
 
 import argparse
-from typing import Any, Dict, Optional
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, Optional
 
 import torch
 
 from ..data import eval_loader
+from ..errors import HubError
 
-__all__ = ['add_loader_arguments', 'amp_dtype_of', 'device_of', 'loader_of', 'positive_int']
+__all__ = ['add_loader_arguments', 'amp_dtype_of', 'device_of', 'exit_on_error', 'loader_of', 'positive_int']
+
+
+@contextmanager
+def exit_on_error(parser: argparse.ArgumentParser, status: int = 2) -> Iterator[None]:
+    """Print an error that a user can mend in one line, and exit with a status."""
+    try:
+        yield
+    except (HubError, ValueError, OSError) as e:
+        parser.exit(status, f'timm_zzz: error: {e}\n')
 
 
 def positive_int(text: str) -> int:

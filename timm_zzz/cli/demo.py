@@ -25,11 +25,11 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data import eval_loader
-from ..errors import CheckpointError, HubError
+from ..errors import CheckpointError
 from ..hub import save_pretrained
 from ..metrics import Predictions, evaluate, predict
 from ..models.registry import RANKS
-from .common import device_of, positive_int
+from .common import device_of, exit_on_error, positive_int
 
 __all__ = ['draw_dataset', 'main', 'run_demo', 'train', 'validation_loader']
 
@@ -226,11 +226,10 @@ def main(arguments: Optional[List[str]] = None) -> None:
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='device to train on')
     options = parser.parse_args(arguments)
     try:
-        results = run_demo(**{**vars(options), 'device': device_of(options)})
+        with exit_on_error(parser):
+            results = run_demo(**{**vars(options), 'device': device_of(options)})
     except KeyboardInterrupt:
         parser.exit(130, '\ninterrupted, nothing was saved\n')
-    except (HubError, ValueError, OSError) as e:
-        parser.exit(2, f'timm_zzz: error: {e}\n')
     print(f'\n{"model":24}{"top-1 %":>9}{"NLL":>9}{"seconds":>9}')
     for name, (result, seconds) in results.items():
         print(f'{name:24}{result.top1:9.1f}{result.mean_nll:9.3f}{seconds:9.1f}')

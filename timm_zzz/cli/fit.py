@@ -17,12 +17,11 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..data import Split, open_split
-from ..errors import HubError
 from ..fit import fit_model
 from ..fit.zzzfit import OBJECTIVES
 from ..metrics import evaluate
 from ..models.checkpoint import build_model, load_weights
-from .common import add_loader_arguments, amp_dtype_of, device_of, loader_of, positive_int
+from .common import add_loader_arguments, amp_dtype_of, device_of, exit_on_error, loader_of, positive_int
 
 __all__ = ['main']
 
@@ -76,10 +75,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Optional[List[str]] = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
-    try:
+    with exit_on_error(parser):
         _fit(options)
-    except (HubError, ValueError, OSError) as e:
-        parser.exit(2, f'timm_zzz: error: {e}\n')
 
 
 def _fit(options: argparse.Namespace) -> None:

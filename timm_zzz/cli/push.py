@@ -13,9 +13,9 @@ import timm
 import yaml
 from huggingface_hub import ModelCard
 
-from ..errors import HubError
 from ..hub import push_to_hub, save_pretrained
 from ..hub.cards import model_card, top1
+from .common import exit_on_error
 from .run import Run, class_names, load_run
 
 __all__ = ['main', 'public_args', 'push_run', 'run_card']
@@ -145,7 +145,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     recipe: Optional[Path] = options.recipe
-    try:
+    with exit_on_error(parser, status=1):
         if recipe and not recipe.is_file():
             raise ValueError(f'--recipe: no such file: {recipe}')
         run = load_run(options.checkpoint, use_ema=options.use_ema, model_name=options.model)
@@ -158,5 +158,3 @@ def main(arguments: Optional[List[str]] = None) -> None:
             print(f'No result on the card: {note}.', file=sys.stderr)
         commit = {key: getattr(options, key) for key in ('revision', 'private', 'create_pr', 'commit_message')}
         print(push_run(run, options.repo_id, card, names=names, recipe=recipe, output=options.output, **commit))
-    except (HubError, ValueError, OSError) as e:
-        parser.exit(1, f'timm_zzz: error: {e}\n')

@@ -24,13 +24,12 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..data import Split, open_split
-from ..errors import HubError
 from ..head import ZZZHead, heads_of, record_inputs
 from ..metrics import Predictions, evaluate, reliability
 from ..scores import ClassGaussians, class_gaussians_of, log_density
-from .common import add_loader_arguments, amp_dtype_of, device_of, loader_of
+from .common import add_loader_arguments, amp_dtype_of, device_of, exit_on_error, loader_of
 from .figures import STYLE, draw_bars, draw_histogram, draw_map, draw_reliability, draw_spectra, shorten
-from .run import Run, class_names, load_run
+from .run import Run, class_names, load_run, mapped_names
 
 __all__ = ['main', 'write_report']
 
@@ -280,9 +279,7 @@ def open_data(options: argparse.Namespace, run: Run, channels: int) -> Split:
         ValueError: If they can't be opened or can't be numbered so.
     """
     dataset = options.dataset if options.dataset is not None else run.args.get('dataset') or ''
-    if options.class_map is None and run.args.get('class_map'):
-        raise ValueError(f'--class-map: the model was trained with one ({run.args["class_map"]}); give it again')
-    mapped = class_names(run, options.class_map, None)
+    mapped = mapped_names(run, options.class_map)
     settings: Dict[str, Any] = dict(dataset=dataset, channels=channels, batch_size=options.batch_size)
     data = open_split(options.data_dir, options.split, class_map=options.class_map, **settings)
     count, train = run.model.num_classes, run.args.get('train_split') or 'train'
@@ -325,10 +322,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Optional[List[str]] = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
-    try:
+    with exit_on_error(parser):
         _report(options)
-    except (HubError, ValueError, OSError) as e:
-        parser.exit(2, f'timm_zzz: error: {e}\n')
     print(options.output)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..data import open_split, read_class_map
 from ..models.checkpoint import build_model, load_weights
 
-__all__ = ['Run', 'class_names', 'load_run']
+__all__ = ['Run', 'class_names', 'load_run', 'mapped_names']
 
 # Options of train.py that say how test images are prepared
 _DATA_OPTIONS = ('input_size', 'img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
@@ -129,15 +129,28 @@ def _read_metric(run: Run, metric: Any) -> None:
     run.top1 = value
 
 
+def mapped_names(run: Run, class_map: Optional[Path]) -> Optional[List[str]]:
+    """Read the class names of a class map, None without one.
+
+    Raises:
+        ValueError: If it can't be read, or the run had one and it is not given again.
+    """
+    if class_map is None and run.args.get('class_map'):
+        raise ValueError(f'--class-map: the model was trained with one ({run.args["class_map"]}); give it again')
+    return None if class_map is None else read_class_map(class_map)
+
+
 def class_names(run: Run, class_map: Optional[Path], data_dir: Optional[Path]) -> Optional[List[str]]:
     """Read the class names by index, as timm numbers them, from a class map or the folders of the training images.
 
     Raises:
         ValueError: If the file or the folder can't be read, or the run had a class map and only the folder is given.
     """
-    names = None if class_map is None else read_class_map(class_map)
-    if data_dir is None:
-        return names
-    if names is None and run.args.get('class_map'):
-        raise ValueError(f'--class-map: the model was trained with one ({run.args["class_map"]}); give it again')
-    return open_split(data_dir, run.args.get('train_split') or 'train', class_map=class_map).class_names
+    if class_map is None and data_dir is None:
+        return None
+    names = mapped_names(run, class_map)
+    return (
+        names
+        if data_dir is None
+        else open_split(data_dir, run.args.get('train_split') or 'train', class_map=class_map).class_names
+    )
