@@ -185,8 +185,8 @@ def prepare(name: str, build: Callable[[], Any], device: torch.device) -> Timed:
 
 
 def impl_of(model: nn.Module) -> Optional[str]:
-    """What the ZZZ head in the model says it uses."""
-    return next((m.impl for m in model.modules() if isinstance(getattr(m, 'impl', None), str)), None)
+    """Return what computes the logits of the ZZZ head in the model."""
+    return next((m.active_impl for m in model.modules() if hasattr(m, 'active_impl')), None)
 
 
 def memory_of(step: Any, device: torch.device) -> Tuple[Optional[float], Optional[float]]:

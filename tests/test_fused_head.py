@@ -1,14 +1,18 @@
 import copy
 import pickle
 import shutil
+import warnings
 
 import pytest
 import timm
 import torch
+from sklearn.linear_model import LogisticRegression
 from timm.utils import reparameterize_model
 from torch import nn
+from torch.nn import functional as F
 
 from timm_zzz import ZZZHead, attach
+from timm_zzz.fit import fit_head
 from timm_zzz.head import FusedZZZConvHead, FusedZZZHead, ZZZConvHead
 from timm_zzz.models.attach import find_classifiers
 
@@ -53,7 +57,7 @@ def test_attributes():
     for name in ('num_classes', 'feat_dim', 'in_features', 'out_features', 'rank', 'training'):
         assert getattr(fused, name) == getattr(head, name)
     assert fused.weight.shape == head.weight.shape and fused.bias.shape == head.bias.shape
-    assert not list(fused.parameters()) and not any(b.requires_grad for b in fused.buffers())
+    assert not any(t.requires_grad for t in [*fused.parameters(), *fused.buffers()])
     x = torch.randn(4, 33)
     assert torch.equal(fused.train()(x), fused.eval()(x))
     with pytest.raises(ValueError, match='features: expected a last dimension of 33'):
@@ -92,7 +96,7 @@ def test_float64():
     assert fused.float()(x).dtype == torch.float32 and fused.double()(x).dtype == torch.float64
     assert fused.float()(x.double()).dtype == torch.float64
     assert random_head(device='meta').fuse()(torch.randn(4, 33, device='meta')).shape == (4, 20)
-    assert head.fuse().to('meta').rows.is_meta
+    assert head.fuse().to('meta').weight.is_meta
 
 
 def onnx_logits(file, x):
@@ -114,6 +118,83 @@ def test_onnx(kind, shape, fuse, dynamo, tmp_path):
     torch.onnx.export(module, (x[:2],), str(file), input_names=['input'], dynamo=dynamo, **batch)
     for count in (4, 7):
         assert_same_logits(onnx_logits(file, x[:count]), head(x[:count]).detach())
+
+
+class _Calibration:
+    def __init__(self, x):
+        self.batches = iter([{'input': part.numpy()} for part in x.split(50)])
+
+    def get_next(self):
+        return next(self.batches, None)
+
+
+@pytest.fixture(scope='module')
+def task():
+    """Features of 20 classes that vary along directions of their own, and three heads that were made for them."""
+    generator = torch.Generator().manual_seed(0)
+    means = 0.3 * torch.randn(20, 1, 256, generator=generator) + torch.randn(256, generator=generator)
+    directions = 0.2 * torch.randn(20, 4, 256, generator=generator)
+
+    def draw(count):
+        along = torch.randn(20, count, 4, generator=generator) @ directions
+        x = means + along + torch.randn(20, count, 256, generator=generator)
+        return x.flatten(0, 1), torch.arange(20).repeat_interleave(count)
+
+    train, test = draw(100), draw(50)
+    linear = nn.Linear(256, 20)
+    x = F.normalize(train[0])
+    fitted = LogisticRegression(C=100, max_iter=500).fit(x.numpy(), train[1].numpy())
+    linear.weight.data, linear.bias.data = (
+        torch.tensor(t, dtype=torch.float32) for t in (fitted.coef_, fitted.intercept_)
+    )
+    zzz = fit_head(*train, rank=4, sigma2=1 / 16).eval()  # as after fine-tuning
+    density = ZZZHead(20, 256, 4, log_density=True).eval()
+    density.load_state_dict(zzz.state_dict())
+
+    class Normalized(nn.Module):
+        def forward(self, x):
+            return F.normalize(x)
+
+    heads = {'linear': nn.Sequential(Normalized(), linear), 'zzz': zzz.fuse(), 'log-density': density.fuse()}
+    return heads, train[0], test
+
+
+def accuracy(logits, target):
+    return (logits.argmax(1) == target).double().mean().item()
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_exports_of_few_bits_classify_as_well_as_a_linear_layers(task, tmp_path):
+    """In float16, inputs and outputs too, and static int8, by onnxruntime; the log-density does not survive int8."""
+    onnx, quantization = pytest.importorskip('onnx'), pytest.importorskip('onnxruntime.quantization')
+    float16 = pytest.importorskip('onnxruntime.transformers.float16')
+    heads, calibration, (x, target) = task
+    lost = {}
+    for name, head in heads.items():
+        files = [str(tmp_path / f'{name}-{form}.onnx') for form in ('float32', 'float16', 'int8')]
+        torch.onnx.export(
+            head, (x[:2],), files[0], input_names=['input'], dynamo=False, dynamic_axes={'input': {0: 'batch'}}
+        )
+        onnx.save(float16.convert_float_to_float16(onnx.load(files[0])), files[1])
+        quantization.quantize_static(files[0], files[2], _Calibration(calibration))
+        exact, half, int8 = (
+            accuracy(onnx_logits(file, x.half() if 'float16' in file else x), target) for file in files
+        )
+        assert exact == accuracy(head(x), target)
+        lost[name] = exact - half, exact - int8
+    assert lost['zzz'][0] < 0.005 and lost['zzz'][1] < 0.02, lost
+    assert lost['log-density'][1] > 0.1, lost
+
+
+def test_dynamic_quantisation_reaches_the_fused_head(task):
+    heads, _, (x, target) = task
+    fused = nn.Sequential(copy.deepcopy(heads['zzz']))
+    before = len(pickle.dumps(fused.state_dict()))
+    with warnings.catch_warnings(action='ignore'):
+        quantised = torch.ao.quantization.quantize_dynamic(fused, {nn.Linear}, torch.qint8)
+    assert accuracy(quantised(x), target) > accuracy(fused(x), target) - 0.02
+    assert not torch.equal(quantised(x), fused(x))
+    assert len(pickle.dumps(quantised.state_dict())) < 0.4 * before
 
 
 def heads_of(model):

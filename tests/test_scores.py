@@ -79,8 +79,9 @@ def test_log_density(rank):
         U = torch.linalg.qr(head.A.detach())[0] * (F.softplus(head.v_raw.detach()) + head.v_min).sqrt()[:, None]
         s2 = (F.softplus(head.sigma2_raw.detach()) + head.sigma2_min).expand(5, D)
         close(actual, LowRankMultivariateNormal(mu, U, s2).log_prob(x[:, None]), rtol=1e-12, atol=1e-11)
-    logits = actual + D / 2 * math.log(2 * math.pi) + head.bias
-    close(head(f), logits, rtol=1e-12, atol=1e-11)
+    head.log_density = True
+    close(head(f), actual + D / 2 * math.log(2 * math.pi) + head.bias, rtol=1e-12, atol=1e-11)
+    close(head.fuse()(f), head(f), rtol=1e-12, atol=1e-11)
 
 
 @pytest.mark.parametrize('rank', RANKS)
@@ -93,7 +94,9 @@ def test_negative_log_density(rank):
     with torch.no_grad():
         shift = actual - energy(head(f))
         close(shift, shift[:1].expand(7), rtol=0, atol=1e-11)  # docs/scores.md: a constant
-        close(shift[0], D / 2 * math.log(2 * math.pi) + head.bias.logsumexp(0), rtol=1e-12, atol=1e-11)
+        s2 = F.softplus(head.sigma2_raw).squeeze() + head.sigma2_min
+        constant = 0.5 / s2 + D / 2 * torch.log(2 * math.pi * s2) + head.bias.logsumexp(0)
+        close(shift[0], constant, rtol=1e-12, atol=1e-11)
         head.bias += 3.0
     close(negative_log_density(head, f), expected, rtol=1e-12, atol=1e-11)
 

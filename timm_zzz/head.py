@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 import math
 import weakref
@@ -13,7 +14,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .ops import reference
-from .ops.dispatch import check_impl, choose_for_head, class_gaussians, fused_logits, fused_plan, zzz_logits
+from .ops.dispatch import (
+    autocasts,
+    check_impl,
+    choose_for_head,
+    class_gaussians,
+    fused_embeddings,
+    fused_logits,
+    fused_plan,
+    zzz_logits,
+)
 from .ops.reference import Parameters
 from .ops.tracing import is_plain
 
@@ -26,31 +36,37 @@ SIGMA2_INIT = 1 / 16  # of the heads of named models
 
 # In the order in which the linear classifier's come first
 _PARAMETERS = Parameters._fields
+# Weight decay would pull these towards a variance of 0.69 rather than towards zero
+NOT_DECAYED = ('v_raw', 'sigma2_raw')
 
 # Leaves for symbolic tracing: their argument checks look at shapes, which a traced value has not got.
 torch.fx.wrap('zzz_logits')
+torch.fx.wrap('fused_embeddings')
 torch.fx.wrap('fused_logits')
 
 # Steps of all optimisers so far: some write to a parameter's data, which its version counter does not see.
+_steps = itertools.count(1)  # never the same number twice, whatever threads step at once
 _optimizer_steps = [0]
 
 
 def _count_step(*args: Any) -> None:
-    _optimizer_steps[0] += 1
+    _optimizer_steps[0] = next(_steps)
 
 
 register_optimizer_step_post_hook(_count_step)
 
 
-# The head that holds a parameter, by the parameter's id; an entry goes when its head does.
-_owners: Dict[int, 'weakref.ref[ZZZHead]'] = {}
+# The heads that hold a parameter, by the parameter's id, the first first; an entry goes when its head does.
+_owners: Dict[int, List['weakref.ref[ZZZHead]']] = {}
 
 
 def owner_of(parameter: Any) -> Optional['ZZZHead']:
-    """Find the ZZZ head that holds a parameter, None if there is none or it is gone."""
-    ref = _owners.get(id(parameter))
-    head = None if ref is None else ref()
-    return head if head is not None and any(p is parameter for p in head._parameters.values()) else None
+    """Find the ZZZ head that holds a parameter, the first of several; None if there is none or it is gone."""
+    for ref in tuple(_owners.get(id(parameter), ())):
+        head = ref()
+        if head is not None and any(p is parameter for p in head._parameters.values()):
+            return head
+    return None
 
 
 def _raw_variance(name: str, init: Optional[float], minimum: float) -> float:
@@ -63,16 +79,18 @@ def _raw_variance(name: str, init: Optional[float], minimum: float) -> float:
 
 
 class FusedZZZHead(nn.Module):
-    """A ZZZ head for inference: no parameters, one matrix product, the same logits.
+    """A ZZZ head for inference: one linear layer and a sum of squares, the same logits.
 
     Made by :meth:`timm_zzz.ZZZHead.fuse`. For embeddings of shape (..., d) logits of shape (..., C), float32 or wider.
-    Its tensors stay at least float32 through ``.half()`` and ``.to(torch.bfloat16)``: in 16 bits the constants,
-    hundreds of nats, would lose the digits that tell the classes apart.
+    Its tensors stay at least float32 through ``.half()`` and ``.to(torch.bfloat16)``, as they take part in a difference
+    of large numbers where sigma2 is small. Quantisation that replaces ``nn.Linear`` reaches ``linear``.
 
     Args:
-        rows, offsets, precision: A linear layer and 1 / sigma2, see ``timm_zzz.ops.reference.fuse``.
+        rows, offsets: Weight and bias of the linear layer, see ``timm_zzz.ops.reference.fuse``.
+        sigma2: Isotropic variance, shape ().
         num_classes: Number of classes C.
         impl: What computes it, as in :class:`~timm_zzz.ZZZHead`.
+        log_density: As in :class:`~timm_zzz.ZZZHead`.
 
     Raises:
         ValueError: In ``forward`` for input whose last dimension is not d.
@@ -84,32 +102,41 @@ class FusedZZZHead(nn.Module):
         True
     """
 
-    rows: Tensor
-    offsets: Tensor
-    precision: Tensor
+    sigma2: Tensor
+    __jit_unused_properties__ = ['weight', 'bias']
 
-    def __init__(self, rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, impl: str = 'auto'):
+    def __init__(
+        self,
+        rows: Tensor,
+        offsets: Tensor,
+        sigma2: Tensor,
+        num_classes: int,
+        impl: str = 'auto',
+        log_density: bool = False,
+    ):
         super().__init__()
         # in_features and out_features as on nn.Linear, for code that reads them off a classifier
         self.num_classes = self.out_features = num_classes
         self.feat_dim = self.in_features = rows.shape[1]
         self.rank = rows.shape[0] // num_classes - 1
-        self.register_buffer('rows', rows)
-        self.register_buffer('offsets', offsets)
-        self.register_buffer('precision', precision)
+        self.log_density = log_density
+        self.linear = nn.Linear(rows.shape[1], rows.shape[0], device='meta')
+        self.linear.weight = nn.Parameter(rows, requires_grad=False)
+        self.linear.bias = nn.Parameter(offsets, requires_grad=False)
+        self.register_buffer('sigma2', sigma2)
         self._impl = check_impl(impl)
-        # How the kernels compute it, and for which buffers and features
+        # How the kernels compute it, and for which tensors and features
         self._plan = cast(Optional[Tuple[Any, Any]], None)
 
     @property
     def weight(self) -> Tensor:
         """The class means over sigma2, shape (C, d), as the rows of a linear layer on normalised embeddings."""
-        return self.rows[: self.num_classes]
+        return self.linear.weight[: self.num_classes]
 
     @property
     def bias(self) -> Tensor:
         """What is added to the logits class by class, shape (C,)."""
-        return self.offsets[: self.num_classes]
+        return self.linear.bias[: self.num_classes]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of shape (..., C) for embeddings of shape (..., d)."""
@@ -117,27 +144,38 @@ class FusedZZZHead(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits of shape (..., C) for embeddings of shape (..., d), whatever kind of classifier this replaces."""
+        logits: Optional[Tensor] = None
         if not torch.jit.is_scripting():
             logits = self._kernel_logits(x)
-            if logits is not None:
-                return logits
-        return fused_logits(x, self.rows, self.offsets, self.precision, self.num_classes, self.rank)
+            if logits is None and isinstance(x, Tensor) and autocasts(x):
+                with torch.autocast(x.device.type, enabled=False):
+                    logits = self._linear_logits(x)
+        if logits is None:
+            logits = self._linear_logits(x)
+        return logits + reference.shared_log_density(x, self.sigma2) if self.log_density else logits
+
+    def _linear_logits(self, x: Tensor) -> Tensor:
+        outputs = self.linear(fused_embeddings(x, self.feat_dim, self.sigma2.dtype))
+        return fused_logits(outputs, x, self.num_classes, self.rank)
 
     @torch.jit.unused
     def _kernel_logits(self, x: Tensor) -> Optional[Tensor]:
         """None where the kernels can't run, or would lose a gradient."""
-        buffers = [b for b in self._buffers.values() if b is not None]  # faster than by attributes
-        if not is_plain([x, *buffers]) or not (x.is_cuda or self._impl == 'triton'):
+        linear: Any = self._modules['linear']
+        if type(linear) is not nn.Linear:  # quantised
+            return None
+        tensors = [linear.weight, linear.bias]
+        if not is_plain([x, *tensors]) or not (x.is_cuda or self._impl == 'triton'):
             return None
         if x.requires_grad and torch.is_grad_enabled():
             return None
         # Unlike parameters these are not written to but as a whole, so it is enough to know them by their addresses.
-        state = [(b.data_ptr(), 0 if b.is_inference() else b._version) for b in buffers]
+        state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         key = (x.device, x.dtype, torch.is_autocast_enabled(x.device.type), state)
         if self._plan is not None and self._plan[0] == key:
             plan = self._plan[1]
         else:
-            plan = fused_plan(x, self.rows, self.offsets, self.precision, self.num_classes, self._impl)
+            plan = fused_plan(x, linear.weight, linear.bias, self.num_classes, self._impl)
             if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self._plan = key, plan
         return None if plan is None else plan(x)
@@ -146,11 +184,11 @@ class FusedZZZHead(nn.Module):
         return {**self.__dict__, '_plan': None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'FusedZZZHead':
-        before: Dict[str, Any] = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
-                self._buffers[name] = before[name].to(buffer.device)
+        def wide(t: Tensor) -> Tensor:
+            new = fn(t)
+            return t.to(new.device) if new.dtype in (torch.float16, torch.bfloat16) else new
+
+        super()._apply(wide, recurse)
         return self
 
     def extra_repr(self) -> str:
@@ -170,10 +208,12 @@ class ZZZHead(nn.Module):
 
     The logit of class c for an embedding f is, with ``x = f / |f|`` and ``mu_c = weight_c / |weight_c|``::
 
-        -1/2 (x - mu_c)^T Sigma_c^-1 (x - mu_c) - 1/2 log|Sigma_c| + bias_c
+        log N(x; mu_c, Sigma_c) - log N(x; 0, sigma2 I) + bias_c
 
     where ``Sigma_c = U_c diag(v_c) U_c^T + sigma2 I``, U_c is the Q factor of A_c, ``v_c = softplus(v_raw_c) + v_min``
     and ``sigma2 = softplus(sigma2_raw) + sigma2_min``. With rank 0 it is a cosine classifier with temperature sigma2.
+    The density about the origin is the same for all classes: no softmax sees it, and without it the logits are small
+    enough for sigmoids, 16 bits and int8.
 
     A drop-in replacement for ``nn.Linear(feat_dim, num_classes)``: ``weight`` and ``bias`` have the same shapes and the
     state dict of a linear layer loads, its rows becoming the class means. Logits are float32 (float64 for float64
@@ -191,6 +231,7 @@ class ZZZHead(nn.Module):
         sigma2_min: Lower bound of the isotropic variance, > 0.
         v_init: Initial variance along the basis, > v_min; softplus(0) + v_min = 0.69 if None.
         sigma2_init: Initial isotropic variance, > sigma2_min; softplus(0) + sigma2_min = 0.69 if None.
+        log_density: Give log N(x; mu_c, Sigma_c) + d/2 log(2 pi) + bias_c as logits instead.
         impl: What computes it, as in :func:`timm_zzz.functional.zzz_logits`: ``'torch'``, ``'triton'`` or ``'auto'``.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
@@ -199,7 +240,7 @@ class ZZZHead(nn.Module):
         weight: Class means before normalisation, shape (C, d); also readable as ``mu``.
         A: Matrices whose columns span the class subspaces, shape (C, d, r); None at rank 0.
         v_raw: Unconstrained variances along the basis, shape (C, r); None at rank 0.
-        sigma2_raw: Unconstrained isotropic variance, shape ().
+        sigma2_raw: Unconstrained isotropic variance, shape (1,).
         bias: Class offsets, log-priors up to a constant, shape (C,).
 
     Raises:
@@ -214,7 +255,7 @@ class ZZZHead(nn.Module):
     A: Optional[Tensor]
     v_raw: Optional[Tensor]
     _fused_type = FusedZZZHead
-    __jit_unused_properties__ = ['impl']
+    __jit_unused_properties__ = ['impl', 'active_impl']
 
     def __init__(
         self,
@@ -225,6 +266,7 @@ class ZZZHead(nn.Module):
         sigma2_min: float = 1e-4,
         v_init: Optional[float] = None,
         sigma2_init: Optional[float] = None,
+        log_density: bool = False,
         impl: str = 'auto',
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
@@ -242,10 +284,13 @@ class ZZZHead(nn.Module):
         for name, minimum in (('v_min', v_min), ('sigma2_min', sigma2_min)):
             if not 0 < minimum < math.inf:
                 raise ValueError(f'{name}: expected a finite value > 0, got {minimum}')
+        if not isinstance(log_density, bool):
+            raise ValueError(f'log_density: expected a bool, got {log_density!r}')
         # in_features and out_features as on nn.Linear, for code that reads them off a classifier
         self.num_classes = self.out_features = num_classes
         self.feat_dim = self.in_features = feat_dim
         self.rank = rank
+        self.log_density = log_density
         self.v_min = float(v_min)
         self.sigma2_min = float(sigma2_min)
         self._impl = check_impl(impl)
@@ -260,7 +305,7 @@ class ZZZHead(nn.Module):
         else:
             self.register_parameter('A', None)
             self.register_parameter('v_raw', None)
-        self.sigma2_raw = nn.Parameter(torch.empty((), **dd))
+        self.sigma2_raw = nn.Parameter(torch.empty(1, **dd))  # FSDP can't shard a scalar
         self.bias = nn.Parameter(torch.empty(num_classes, **dd))
         self._kept = cast(Optional['_Kept'], None)
         self.register_load_state_dict_pre_hook(_adapt_state_dict)
@@ -283,23 +328,26 @@ class ZZZHead(nn.Module):
 
     @property
     def impl(self) -> str:
-        """What computes the logits of float32 features where the parameters are now, ``'torch'`` or ``'triton'``.
-
-        Set it to ``'torch'``, ``'triton'`` or ``'auto'``.
-
-        Raises:
-            ValueError: For another value; on reading, if ``'triton'`` was asked for and can't run.
-        """
-        return choose_for_head(self._impl, self.weight[:0], self._parameter_tuple())
+        """What is asked to compute the logits: ``'torch'``, ``'triton'`` or ``'auto'``; another raises a ValueError."""
+        return self._impl
 
     @impl.setter
     def impl(self, value: str) -> None:
         self._impl = check_impl(value)
 
+    @property
+    def active_impl(self) -> str:
+        """What computes the logits of float32 features where the parameters are now, ``'torch'`` or ``'triton'``.
+
+        Raises:
+            ValueError: If ``'triton'`` is asked for and can't run.
+        """
+        return choose_for_head(self._impl, self.weight[:0], self._parameter_tuple())
+
     @torch.jit.ignore
     def no_weight_decay(self) -> List[str]:
         """Names of the parameters that weight decay would pull towards a variance of 0.69 rather than towards zero."""
-        return ['v_raw', 'sigma2_raw'] if self.rank else ['sigma2_raw']
+        return [name for name in NOT_DECAYED if getattr(self, name) is not None]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of shape (..., C) for embeddings of shape (..., d)."""
@@ -312,7 +360,16 @@ class ZZZHead(nn.Module):
                 if kept is not None:
                     return kept.logits(x)
         return zzz_logits(
-            x, self.weight, self.bias, self.A, self.v_raw, self.sigma2_raw, self.v_min, self.sigma2_min, self._impl
+            x,
+            self.weight,
+            self.bias,
+            self.A,
+            self.v_raw,
+            self.sigma2_raw,
+            self.v_min,
+            self.sigma2_min,
+            self._impl,
+            self.log_density,
         )
 
     def _kept_fused(self, x: Tensor) -> Optional[FusedZZZHead]:
@@ -331,7 +388,8 @@ class ZZZHead(nn.Module):
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
         dtype = torch.float64 if torch.float64 in (x.dtype, self.weight.dtype) else torch.float32
         versions = [t._version for t in tensors]
-        key = (dtype, stream, self._impl, self.v_min, self.sigma2_min, _optimizer_steps[0], versions)
+        options = self._impl, self.v_min, self.sigma2_min, self.log_density
+        key = (dtype, stream, options, _optimizer_steps[0], versions)
         kept = self._kept
         if kept is None or kept.key != key or not _same_memory(tensors, kept.tensors):
             with torch.inference_mode(False):
@@ -348,7 +406,7 @@ class ZZZHead(nn.Module):
         """The head for inference, as ``timm.utils.reparameterize_model`` asks for it: no QR, one matrix product.
 
         Returns:
-            A new module without parameters that gives the same logits, on the same device.
+            A new module, with nothing to train, that gives the same logits, on the same device.
         """
         return self._fuse()
 
@@ -363,8 +421,9 @@ class ZZZHead(nn.Module):
 
     @torch.no_grad()
     def _fuse(self, dtype: Optional[torch.dtype] = None) -> FusedZZZHead:
-        tensors = reference.fuse(*self.gaussians(dtype))
-        return self._fused_type(*tensors, self.num_classes, impl=self._impl).train(self.training)
+        gaussians = self.gaussians(dtype)
+        tensors = (*reference.fuse(*gaussians), gaussians[3])
+        return self._fused_type(*tensors, self.num_classes, self._impl, self.log_density).train(self.training)
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
         super().register_parameter(name, param)
@@ -374,13 +433,20 @@ class ZZZHead(nn.Module):
         """Mark the parameters as a head's, for optimisers; copies and what loading puts in their place have no mark."""
 
         def forget(ref: Any, key: int) -> None:
-            if _owners.get(key) is ref:
-                del _owners[key]
+            others = [other for other in _owners.get(key, ()) if other is not ref]
+            _owners[key] = others
+            if not others:
+                _owners.pop(key, None)
 
         for name, p in self.named_parameters(recurse=False):
             p.zzz_role = name  # type: ignore[attr-defined]
-            if owner_of(p) is None:  # else it is known already, or another module holds it too
-                _owners[id(p)] = weakref.ref(self, functools.partial(forget, key=id(p)))
+            if not any(ref() is self for ref in tuple(_owners.get(id(p), ()))):
+                ref = weakref.ref(self, functools.partial(forget, key=id(p)))
+                _owners[id(p)] = [*_owners.get(id(p), ()), ref]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Where a module has this of its own, fully_shard goes through register_parameter with what it puts in place.
+        super().__setattr__(name, value)
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -444,34 +510,34 @@ def _adapt_state_dict(
 ) -> None:
     """Load-state-dict hook: reads linear classifiers and old names, and explains what can't be read.
 
-    - ``mu`` is read as ``weight``.
+    - ``mu`` is read as ``weight``, and sigma2_raw of shape () as (1,).
     - A linear classifier (weight and bias, nothing of the ZZZ head) becomes the class means and the bias.
-    - A ZZZ head without weight and bias is what timm leaves of one when it adapts a checkpoint to other classes: its
-      remains are dropped too. A strict load still fails, on the missing weight and bias.
     - Another number of classes, width or rank is an error that gives both sides' figures.
+
+    Any other part of a head is loaded as it is: shards, the trainable parameters alone, a pruned head.
     """
     head._kept = None
     name = prefix.rstrip('.') or 'head'
     if f'{prefix}mu' in state_dict and f'{prefix}weight' not in state_dict:
         state_dict[f'{prefix}weight'] = state_dict.pop(f'{prefix}mu')
     found = {k: state_dict[f'{prefix}{k}'] for k in _PARAMETERS if f'{prefix}{k}' in state_dict}
-    zzz_only = [k for k in found if k not in ('weight', 'bias')]
-
+    if 'sigma2_raw' in found and found['sigma2_raw'].ndim == 0:
+        state_dict[f'{prefix}sigma2_raw'] = found['sigma2_raw'].reshape(1)
     if 'weight' not in found:
-        if zzz_only and 'bias' not in found:
-            _keep_own(head, state_dict, prefix, _PARAMETERS[2:])
-            _logger.info(f'{name}: the checkpoint is for other classes, the ZZZ head starts anew.')
         return
 
     weight = found['weight']
-    if not zzz_only and weight.shape[2:].numel() == 1:  # a linear layer, maybe written as a 1x1 convolution
+    keys = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+    linear = keys <= {'weight', 'bias'}
+    if linear and weight.shape[2:].numel() == 1:  # maybe written as a 1x1 convolution
         weight = state_dict[f'{prefix}weight'] = weight.flatten(1)
     kind, shape, expected = 'linear classifier', list(weight.shape), list(head.weight.shape)
     labels = ['classes', 'features']
-    if zzz_only:
+    ranked = found.get('A', found.get('v_raw'))
+    if not linear:
         kind = 'ZZZ head'
-        ranked = found.get('A', found.get('v_raw'))
-        shape.append(0 if ranked is None else ranked.shape[-1])
+    if ranked is not None:
+        shape.append(ranked.shape[-1])
         expected.append(head.rank)
         labels.append('rank')
     if shape != expected:
@@ -480,7 +546,7 @@ def _adapt_state_dict(
             figures = f'weight shape {shape} -> {expected}'
         error_msgs.append(f'{name}: a {kind} of another size (checkpoint -> model): {figures}.')
         _keep_own(head, state_dict, prefix, _PARAMETERS)
-    elif not zzz_only:
+    elif linear:
         _keep_own(head, state_dict, prefix, _PARAMETERS[2:])
 
 

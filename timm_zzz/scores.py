@@ -113,7 +113,8 @@ def _per_row(classes: ClassGaussians) -> int:
 def log_density(head: Head, features: Tensor) -> Tensor:
     """Compute the log-densities of the classes, log N(x; mu_c, Sigma_c), for ``x = f / |f|``.
 
-    They are densities on R^d, at points of the unit sphere. The head's logits are these plus d/2 log(2 pi) plus bias_c.
+    They are densities on R^d, at points of the unit sphere. The logits of a head with ``log_density=True`` are these
+    plus d/2 log(2 pi) plus bias_c; those of others are less by what all classes and embeddings share.
 
     Args:
         head: A ZZZ head, or its :func:`class_gaussians_of`.
@@ -225,13 +226,15 @@ def mahalanobis(head: Head, features: Tensor) -> Tensor:
     """
     classes, x = _prepare(head, features)
     mu, basis, v, sigma2, _ = classes
-    # In units of sigma the density's d log sigma2, which may be in the thousands, is 0 and costs no digits.
+    # In units of sigma, log N(x; 0, I) is -|x|^2 / 2 but for a constant, and log|Sigma_c| is small.
     sigma, one = sigma2.sqrt(), torch.ones_like(sigma2)
     mu, v = mu / sigma, v if v is None else v / sigma2
     log_det = 0.0 if v is None else v.log1p().sum(1)
 
     def smallest(part: Tensor) -> Tensor:
-        return (-2 * gaussian_logits(part / sigma, mu, basis, v, one) - log_det).amin(1)
+        part = part / sigma
+        norm2 = part.square().sum(1, keepdim=True)
+        return (norm2 - 2 * gaussian_logits(part, mu, basis, v, one) - log_det).amin(1)
 
     return _in_parts(smallest, x, _per_row(classes)).clamp(min=0)
 
@@ -302,10 +305,10 @@ def outlier_scores(
         logits = _linear_logits(head, features)
         return {method: _LOGIT_SCORES[method](logits) for method in methods}
 
-    head, _ = _prepare(head, features)
+    head, x = _prepare(head, features)
     scores: Dict[str, Tensor] = {}
     if any(method in _LOGIT_SCORES for method in methods):
-        logits = log_density(head, features) + (0.5 * features.shape[1] * math.log(2 * math.pi) + head.bias)
+        logits = _in_parts(lambda part: gaussian_logits(part, *head[:4]) + head.bias, x, _per_row(head))
     for method in methods:
         if method in _LOGIT_SCORES:
             scores[method] = _LOGIT_SCORES[method](logits)

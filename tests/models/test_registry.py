@@ -165,7 +165,7 @@ def test_malformed_tags(base):
     """The error shows the name that was asked for and the right one, with the base tag."""
     for tag in MALFORMED:
         right = base if tag != 'zzz_r8.5' else 'test_vit'
-        asked = f'Invalid tag in {base}.{tag}: a ZZZ head is asked for as {right}.zzz_r8, with rank 4, 8 or 16'
+        asked = f'Invalid tag in {base}.{tag}: a ZZZ head is asked for as {right}.zzz_r8, with rank 0, 4, 8 or 16'
         with pytest.raises(ValueError, match=f'^{re.escape(asked)}$'):
             timm.create_model(f'{base}.{tag}')
     for tag in ('zzz_r8.r160_in1k', 'r160_in1k_zzz_r8', 'nope.zzz_x', 'zzz_r8.zzz_r8'):  # in the wrong place

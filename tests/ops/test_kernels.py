@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -57,8 +58,8 @@ def inputs(b, c, d, r, sigma2=1 / 16, v=0.7):
     return args
 
 
-def triton_logits(*args):
-    return zzz_logits(*args, impl='triton')
+def triton_logits(*args, **options):
+    return zzz_logits(*args, impl='triton', **options)
 
 
 def derivatives(function, args, dtype, weights, autocast=None):
@@ -321,7 +322,7 @@ def _parameters(head):
 def plan_of(fused, split):
     from timm_zzz.ops.triton_ops import FusedLogits
 
-    return FusedLogits(fused.rows, fused.offsets, fused.precision, fused.num_classes, split)
+    return FusedLogits(fused.linear.weight, fused.linear.bias, fused.num_classes, split)
 
 
 @pytest.mark.parametrize('r', further([(1,), (3,), (8,)], quick=[(3,)]))
@@ -333,6 +334,17 @@ def test_fused(r, half):
     expected = zzz_logits(x.double(), *(p.detach().double() for p in _parameters(head)))
     tolerance = 1e-3 if half else 1e-5
     torch.testing.assert_close(logits.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_log_density():
+    """The same kernels, and a term that they don't see."""
+    args, weights = inputs(3, 7, 67, 3), torch.randn(3, 7)
+    functions = (partial(triton_logits, log_density=True), partial(low_rank_logits, log_density=True))
+    actual, truth = (
+        derivatives(f, args, dtype, weights) for f, dtype in zip(functions, (torch.float32, torch.float64), strict=True)
+    )
+    for name, expected in truth.items():
+        assert (actual[name].double() - expected).norm() <= 1e-5 * expected.norm(), name
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])
@@ -385,7 +397,7 @@ def test_fused_launches_see_changes():
     check(x, other)
     fused.cpu().cuda()
     check(x, other)
-    fused.rows[:20].mul_(0)
+    fused.linear.weight[:20].mul_(0)
     assert not torch.allclose(fused(x), other(x), atol=1e-3)
     for _ in range(40):
         check_shape = torch.randn(torch.randint(1, 99, ()).item(), 40)
@@ -399,18 +411,19 @@ def test_choice(caplog):
     dispatch._log_once.cache_clear()
     head = ZZZHead(5, 12, 5)
     with caplog.at_level(logging.DEBUG, 'timm_zzz'):
-        assert head.impl == ('torch' if INTERPRETED else 'triton')  # the interpreter only where it is asked for
+        # The interpreter only where it is asked for
+        assert head.impl == 'auto' and head.active_impl == ('torch' if INTERPRETED else 'triton')
         head(torch.randn(2, 12))
     assert len([r for r in caplog.records if r.message.startswith('impl: ')]) == 1
     for impl in ('triton', 'torch'):
         head.impl = impl
-        assert head.impl == impl
+        assert head.impl == head.active_impl == impl
     with pytest.raises(ValueError, match="impl: expected one of auto, torch, triton, got 'cuda'"):
         head.impl = 'cuda'
     refused = {'rank 0': dict(rank=0), 'rank 33': dict(rank=33), 'float64': dict(rank=3, dtype=torch.float64)}
     for reason, options in refused.items():
         other = ZZZHead(5, 40, **options)
-        assert other.impl == 'torch'
+        assert other.active_impl == 'torch'
         other.impl = 'triton'
         with pytest.raises(ValueError, match=f"impl='triton' can't run: .*{reason}"):
             other(torch.randn(2, other.feat_dim))
@@ -468,7 +481,7 @@ def test_training_never_synchronises(half):
         step()
     finally:
         torch.cuda.set_sync_debug_mode('default')
-    assert head.impl == 'triton' and all(p.grad.isfinite().all() for p in head.parameters())
+    assert head.active_impl == 'triton' and all(p.grad.isfinite().all() for p in head.parameters())
 
 
 @gpu

@@ -2,6 +2,7 @@
 
 ``_model_args`` of a model: the keyword arguments that ``create_model`` built it with; timm writes them to config.json.
 ``default_cfgs`` of a module of models: what its weights need, by architecture and tag; ``register_model`` reads it.
+``_model_entrypoints`` of the registry: the functions that build models, by name; deprecated names have no other way in.
 """
 
 import sys
@@ -9,7 +10,7 @@ from typing import Any, Callable, Dict, Optional
 
 from torch import nn
 
-__all__ = ['default_cfgs', 'record_args', 'recorded_args']
+__all__ = ['default_cfgs', 'entrypoints', 'record_args', 'recorded_args']
 
 
 def recorded_args(model: nn.Module) -> Optional[Dict[str, Any]]:
@@ -27,3 +28,10 @@ def record_args(model: nn.Module, args: Dict[str, Any]) -> None:
 def default_cfgs(entrypoint: Callable[..., Any]) -> Dict[str, Any]:
     """The configurations in the module of an entrypoint, by architecture; the dict itself, to be added to."""
     return getattr(sys.modules[entrypoint.__module__], 'default_cfgs', {})
+
+
+def entrypoints() -> Dict[str, Callable[..., Any]]:
+    """The entrypoints by name, deprecated ones too; the dict itself, to be added to."""
+    from timm.models._registry import _model_entrypoints
+
+    return _model_entrypoints

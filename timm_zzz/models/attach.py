@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Set, Tuple, TypeVar, Union, cast
 import torch
 from torch import Tensor, nn
 
-from ..head import SIGMA2_INIT, ZZZConvHead, ZZZHead
+from ..head import NOT_DECAYED, SIGMA2_INIT, FusedZZZHead, ZZZConvHead, ZZZHead
 from . import _timm
 
 __all__ = ['attach', 'find_classifiers', 'HEAD_OPTIONS', 'OPTION_PREFIX']
@@ -131,8 +131,8 @@ def _last_layers(root: Any) -> List[Classifier]:
         return [root]
     if isinstance(root, nn.ModuleList):
         return [layer for part in root for layer in _last_layers(part)]
-    if not isinstance(root, nn.Module):
-        return []
+    if not isinstance(root, nn.Module) or any(isinstance(module, FusedZZZHead) for module in root.modules()):
+        return []  # a fused head is linear within, and to stay as it is
     pair = [getattr(root, name) for name in ('head', 'head_dist') if isinstance(getattr(root, name, None), nn.Module)]
     if pair:
         return [layer for part in pair for layer in _last_layers(part)]
@@ -224,15 +224,16 @@ class _ZZZModel(_Mixin):
         if num_classes > 0:
             attach(self, warm_start=False, **self.zzz_options)
 
+
+def _no_weight_decay_of(base: type) -> Callable[[Any], Set[str]]:
     @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        inherited: Callable[[], Any] = getattr(super(), 'no_weight_decay', set)
-        return set(inherited()) | {
-            f'{path}.{name}'
-            for path, module in self.named_modules()
-            if isinstance(module, ZZZHead)
-            for name in module.no_weight_decay()
-        }
+    def no_weight_decay(self: Any) -> Set[str]:
+        # A scripted model calls it too: no instance of these classes, so neither super() nor isinstance() would do.
+        inherited: Callable[[Any], Any] = getattr(base, 'no_weight_decay', lambda model: ())
+        names = (name for name, _ in self.named_parameters())
+        return set(inherited(self)) | {name for name in names if name.rpartition('.')[2] in NOT_DECAYED}
+
+    return no_weight_decay
 
 
 def _mix(mixin: type, module: nn.Module) -> None:
@@ -246,7 +247,9 @@ def _mixed_class(mixin: type, base: type) -> type:
     annotations: Dict[str, Any] = {}
     for cls in (*reversed(base.__mro__), mixin):
         annotations.update(inspect.get_annotations(cls))
-    body = dict(__module__=base.__module__, __doc__=base.__doc__, __annotations__=annotations)
+    body: Dict[str, Any] = dict(__module__=base.__module__, __doc__=base.__doc__, __annotations__=annotations)
+    if mixin is _ZZZModel:
+        body['no_weight_decay'] = _no_weight_decay_of(base)
     return type(f'ZZZ{base.__name__}', (mixin, base), body)
 
 

@@ -3,7 +3,7 @@
 timm's entrypoints build a model and load its weights in one go. A ZZZ head has to be there in between, so that timm's
 own code (download, key remapping, adaptation of the class count) fills it like any other layer. PyTorch's hooks allow
 that without replacing a function of timm or torch: the first runs when a module gets a child, which tells the root of a
-model apart from its parts; the others run when that root loads a state dict.
+model apart from its parts, and does nothing outside of ``on_load``; the others run when that root loads a state dict.
 """
 
 import threading
@@ -16,6 +16,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 __all__ = ['on_load']
 
 
+Before = Callable[[nn.Module, Dict[str, Any]], None]
+After = Callable[[nn.Module, List[str]], None]
+
+
 class _Watch(threading.local):
     current: Any = None
 
@@ -26,7 +30,7 @@ _watch = _Watch()
 class _Loading:
     """The models under construction in one thread, and what to do when one of them loads weights."""
 
-    def __init__(self, before: Callable[[nn.Module], None], after: Callable[[nn.Module, List[str]], None]):
+    def __init__(self, before: Before, after: After):
         self.before = before
         self.after = after
         self.children: Set[int] = set()
@@ -53,9 +57,9 @@ class _Loading:
 
 
 # Plain functions: a hook that is part of a model when it is copied or pickled must not drag the watch along.
-def _before(module: nn.Module, *args: Any) -> None:
+def _before(module: nn.Module, state_dict: Dict[str, Any], *args: Any) -> None:
     if _watch.current is not None and id(module) in _watch.current.handles:
-        _watch.current.before(module)
+        _watch.current.before(module, state_dict)
 
 
 def _after(module: nn.Module, incompatible_keys: Any) -> None:
@@ -68,20 +72,23 @@ def _registered(parent: nn.Module, name: str, child: Any) -> None:
         _watch.current.registered(parent, child)
 
 
+# Once for all: threads that build modules go through torch's hooks, and stumble over one that comes or goes.
+register_module_module_registration_hook(_registered)
+
+
 @contextmanager
-def on_load(before: Callable[[nn.Module], None], after: Callable[[nn.Module, List[str]], None]) -> Iterator[None]:
+def on_load(before: Before, after: After) -> Iterator[None]:
     """Within the context, in this thread, a model built there meets two callbacks when it loads a state dict.
 
     Args:
-        before: Called with the model before any tensor is copied; may still change its submodules.
+        before: Called with the model and the state dict before any tensor is copied; may still change the model's
+            submodules and the state dict.
         after: Called with the model and the keys that the state dict did not have.
     """
     outer, _watch.current = _watch.current, _Loading(before, after)
-    hook = register_module_module_registration_hook(_registered)
     try:
         yield
     finally:
-        hook.remove()
         loading, _watch.current = _watch.current, outer
         for module in loading.modules:
             loading.release(module)

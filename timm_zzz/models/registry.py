@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import re
 import warnings
 from collections import deque
@@ -12,6 +13,7 @@ from timm.models import (
     DefaultCfg,
     PretrainedCfg,
     get_arch_pretrained_cfgs,
+    get_deprecated_models,
     get_pretrained_cfg,
     list_models,
     model_entrypoint,
@@ -19,13 +21,16 @@ from timm.models import (
 )
 from torch import nn
 
-from ._timm import default_cfgs
+from ..head import heads_of
+from ._timm import default_cfgs, entrypoints
 from .attach import HEAD_OPTIONS, OPTION_PREFIX, attach, find_classifiers
 from .loading import on_load
 
 __all__ = ['register', 'RANKS', 'SOURCE_KEYS', 'TAG']
 
-RANKS = (4, 8, 16)
+_logger = logging.getLogger(__name__)
+
+RANKS = (0, 4, 8, 16)
 DEFAULT_RANK = 8
 
 TAG = re.compile(r'(?:(?P<base>.+)\.)?zzz_r(?P<rank>0|[1-9]\d*)')
@@ -44,9 +49,10 @@ class _Request(NamedTuple):
 
 
 def register(names: Union[str, Iterable[str], None] = None, ranks: Sequence[int] = RANKS) -> None:
-    """Make timm know ``NAME.zzz_rN`` and ``NAME.TAG.zzz_rN``; importing timm_zzz did, for all names and ranks 4, 8, 16.
+    """Make timm know ``NAME.zzz_rN`` and ``NAME.TAG.zzz_rN``; importing timm_zzz did, for all names and RANKS.
 
-    Plain names, their tags and default weights, and every listing that leaves tags out stay as they are.
+    Plain names, their tags and default weights, and every listing that leaves tags out stay as they are. A deprecated
+    name gives the ZZZ twin of what timm maps it to.
 
     Args:
         names: Architectures, e.g. ``'resnet50'``; all that timm lists if None.
@@ -74,6 +80,10 @@ def register(names: Union[str, Iterable[str], None] = None, ranks: Sequence[int]
         warnings.filterwarnings('ignore', message='Overwriting .* in registry')
         for name in names:
             _register(name, ranks)
+    for name, current in get_deprecated_models().items():
+        shim = entrypoints()[name]
+        if current is not None and not hasattr(shim, 'zzz_original'):
+            entrypoints()[name] = _wrap_deprecated(name, current, shim)
 
 
 def _register(name: str, ranks: Sequence[int]) -> None:
@@ -107,6 +117,26 @@ def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         return _create(original, request, pretrained, kwargs)
 
     entrypoint.zzz_original = original  # type: ignore[attr-defined]
+    return entrypoint
+
+
+def _wrap_deprecated(name: str, current: str, shim: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Wrap timm's function for a deprecated name, which calls the present one as it was without this package."""
+    architecture, _, current_tag = current.partition('.')
+
+    @functools.wraps(shim)
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        tag = kwargs.get('pretrained_cfg')
+        meant = isinstance(tag, str) and _is_meant(tag)
+        if not meant and not any(key.startswith(OPTION_PREFIX) for key in kwargs):
+            return shim(pretrained=pretrained, **kwargs)
+        if current_tag and (tag is None or meant and TAG.fullmatch(tag) and '.' not in tag):
+            tag = f'{current_tag}.{tag}' if tag else current_tag
+        present = f'{architecture}.{tag}' if isinstance(tag, str) else current
+        warnings.warn(f'Mapping deprecated model name {name} to current {present}.', stacklevel=2)
+        return model_entrypoint(architecture)(pretrained=pretrained, **{**kwargs, 'pretrained_cfg': tag})
+
+    entrypoint.zzz_original = shim  # type: ignore[attr-defined]
     return entrypoint
 
 
@@ -223,8 +253,10 @@ def _create(
     if kwargs.get('features_only', False):  # timm's feature extractor, without any classifier
         return original(pretrained=pretrained, **kwargs)
 
-    def swap(model: nn.Module) -> None:
+    def swap(model: nn.Module, state_dict: Dict[str, Any]) -> None:
         attach(model, warm_start=False, **request.options)
+        for path in heads_of(model):
+            _restart(path, state_dict)
 
     def check(model: nn.Module, missing_keys: List[str]) -> None:
         _check_backbone(model, missing_keys, kwargs.get('in_chans'))
@@ -241,6 +273,15 @@ def _create(
     if request.tag:
         model.pretrained_cfg['tag'] = request.tag
     return model
+
+
+def _restart(path: str, state_dict: Dict[str, Any]) -> None:
+    """Leave a head as it starts if its weight and bias are not there: timm takes them out where class counts differ."""
+    rest = [key for key in state_dict if key.startswith(f'{path}.')]
+    if rest and not any(key.rpartition('.')[2] in ('weight', 'mu', 'bias') for key in rest):
+        for key in rest:
+            del state_dict[key]
+        _logger.info(f'{path}: the checkpoint is for other classes, the ZZZ head starts anew.')
 
 
 def _check_backbone(model: nn.Module, missing_keys: List[str], in_chans: Optional[int]) -> None:

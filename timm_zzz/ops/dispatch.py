@@ -16,9 +16,11 @@ from .reference import Parameters
 from .tracing import is_plain
 
 __all__ = [
+    'autocasts',
     'check_impl',
     'choose',
     'class_gaussians',
+    'fused_embeddings',
     'fused_logits',
     'fused_plan',
     'orthonormal_basis',
@@ -74,7 +76,8 @@ def choose_for_head(impl: str, features: Tensor, p: Parameters) -> str:
     if p.A is None or p.v_raw is None:
         return choose(impl, [features], d, 0)
     r = p.A.shape[2]
-    if p.A.shape[:2] != (C, d) or p.bias.shape != (C,) or p.v_raw.shape != (C, r) or p.sigma2_raw.shape != ():
+    shapes = p.A.shape[:2] == (C, d), p.bias.shape == (C,), p.v_raw.shape == (C, r), p.sigma2_raw.shape in ((1,), ())
+    if not all(shapes):
         return choose(impl, [features], d, r, 'the shapes of the parameters disagree')
     return choose(impl, [features, p.weight, p.bias, p.A, p.v_raw, p.sigma2_raw], d, r)
 
@@ -198,6 +201,7 @@ def zzz_logits(
     v_min: float = 1e-4,
     sigma2_min: float = 1e-4,
     impl: str = 'auto',
+    log_density: bool = False,
 ) -> Tensor:
     """Compute the logits of a ZZZ head from its unconstrained parameters.
 
@@ -205,10 +209,9 @@ def zzz_logits(
     ``v_c = softplus(v_raw_c) + v_min`` and ``sigma2 = softplus(sigma2_raw) + sigma2_min``, the logit of class c is
     :func:`gaussian_logits` plus bias_c.
 
-    Computed in float32, or in float64 if the features or the weight are, whatever autocast says: the terms that all
-    classes share are in the hundreds once sigma2 is small and must not be rounded to 16 bits. Triton rounds the factors
-    of the largest matrix products, which are unit vectors, to float16 if autocast is on or the features have 16 bits,
-    and adds in float32. It gives first derivatives only; higher ones, and torch.func, take ``impl='torch'``.
+    Computed in float32, or in float64 if the features or the weight are, whatever autocast says. Triton rounds the
+    factors of the largest matrix products, which are unit vectors, to float16 if autocast is on or the features have 16
+    bits, and adds in float32. It gives first derivatives only; higher ones, and torch.func, take ``impl='torch'``.
 
     Args:
         features: Pooled embeddings, shape (..., d).
@@ -216,11 +219,13 @@ def zzz_logits(
         bias: Shape (C,).
         A: Matrices whose columns span the class subspaces, shape (C, d, r); None for rank 0.
         v_raw: Unconstrained variances, shape (C, r); None for rank 0.
-        sigma2_raw: Unconstrained isotropic variance, shape ().
+        sigma2_raw: Unconstrained isotropic variance, shape (1,) or ().
         v_min: Lower bound of the variances along the basis.
         sigma2_min: Lower bound of the isotropic variance.
         impl: ``'torch'``, ``'triton'`` or ``'auto'``, which takes Triton where it can run: on an NVIDIA GPU of compute
             capability 8.0 or higher, for ranks 1 to 32, and no float64. Traced, scripted and exported code is torch's.
+        log_density: Give log N(x; mu_c, Sigma_c) + d/2 log(2 pi) + bias_c instead, which has the same softmax. The term
+            that all classes share is hundreds of nats: not for sigmoids, 16 bits or int8.
 
     Returns:
         Logits, shape (..., C), float32 or float64.
@@ -231,13 +236,19 @@ def zzz_logits(
     """
     _check_width(features, weight.shape[-1])
     p = Parameters(weight, bias, A, v_raw, sigma2_raw)
+    logits: Optional[Tensor] = None
     if not torch.jit.is_scripting():
         if choose_for_head(impl, features, p) == 'triton':
-            return _kernel_logits(features, p, v_min, sigma2_min)
-        if _autocasts(features):
+            logits = _kernel_logits(features, p, v_min, sigma2_min)
+        elif autocasts(features):
             with torch.autocast(features.device.type, enabled=False):
-                return reference.logits(features, p, v_min, sigma2_min)
-    return reference.logits(features, p, v_min, sigma2_min)
+                logits = reference.logits(features, p, v_min, sigma2_min)
+    if logits is None:
+        logits = reference.logits(features, p, v_min, sigma2_min)
+    if log_density:
+        sigma2 = reference.sigma2_of(sigma2_raw.to(logits.dtype), sigma2_min)
+        logits = logits + reference.shared_log_density(features, sigma2)
+    return logits
 
 
 def _kernel_logits(features: Tensor, p: Parameters, v_min: float, sigma2_min: float) -> Tensor:
@@ -247,37 +258,42 @@ def _kernel_logits(features: Tensor, p: Parameters, v_min: float, sigma2_min: fl
     return triton_ops.logits(features, parameters, v_min, sigma2_min, not _half_products(features))
 
 
-def fused_logits(
-    features: Tensor, rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, rank: int
-) -> Tensor:
-    """Compute logits from a fused head's tensors in plain PyTorch; see ``timm_zzz.ops.reference.fuse``.
+def fused_embeddings(features: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Normalise embeddings (..., d) for a fused head's linear layer of a dtype, in the wider one of the two.
 
     Raises:
-        ValueError: If the last dimension of the features is not d.
+        ValueError: If the last dimension of the features is not the width.
     """
-    _check_width(features, rows.shape[-1])
-    if not torch.jit.is_scripting():
-        if _autocasts(features):
-            with torch.autocast(features.device.type, enabled=False):
-                return reference.fused_logits(features, rows, offsets, precision, num_classes, rank)
-    return reference.fused_logits(features, rows, offsets, precision, num_classes, rank)
+    _check_width(features, width)
+    x = features.to(torch.float64 if features.dtype == torch.float64 else dtype)
+    return reference.normalize(x).to(dtype)
 
 
-def fused_plan(
-    features: Tensor, rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, impl: str = 'auto'
-) -> Any:
+def fused_logits(outputs: Tensor, features: Tensor, num_classes: int, rank: int) -> Tensor:
+    """Sum up the outputs of a fused head's linear layer, see ``timm_zzz.ops.reference.fused_logits``.
+
+    In float64 if the features are.
+    """
+    logits = reference.fused_logits(outputs, num_classes, rank)
+    return logits.to(torch.float64) if features.dtype == torch.float64 else logits
+
+
+def fused_plan(features: Tensor, rows: Tensor, offsets: Tensor, num_classes: int, impl: str = 'auto') -> Any:
     """Make what computes a fused head's logits by the kernels, as a function of features like these.
+
+    Args:
+        rows, offsets: See ``timm_zzz.ops.reference.fuse``.
 
     Returns:
         A function of features, see :class:`timm_zzz.ops.triton_ops.FusedLogits`; None where the kernels can't run.
     """
     rank, d = rows.shape[0] // num_classes - 1, rows.shape[1]
     _check_width(features, d)
-    if choose(impl, [features, rows, offsets, precision], d, rank) != 'triton':
+    if choose(impl, [features, rows, offsets], d, rank) != 'triton':
         return None
     from . import triton_ops
 
-    return triton_ops.FusedLogits(rows, offsets, precision, num_classes, not _half_products(features))
+    return triton_ops.FusedLogits(rows, offsets, num_classes, not _half_products(features))
 
 
 def _check_width(features: Tensor, width: int) -> None:
@@ -285,6 +301,7 @@ def _check_width(features: Tensor, width: int) -> None:
         raise ValueError(f'features: expected a last dimension of {width} (feat_dim), got shape {list(features.shape)}')
 
 
-def _autocasts(features: Tensor) -> bool:
+def autocasts(features: Tensor) -> bool:
+    """Tell whether autocast is on where the features are."""
     # Asking autocast whether it knows the meta device would break the graph of torch.compile in torch 2.11.
     return features.device.type != 'meta' and torch.is_autocast_enabled(features.device.type)

@@ -34,6 +34,8 @@ __all__ = [
     'logits',
     'normalize',
     'orthonormal_rows',
+    'shared_log_density',
+    'sigma2_of',
 ]
 
 
@@ -44,7 +46,7 @@ class Parameters(NamedTuple):
     bias: Tensor  # (C,)
     A: Optional[Tensor]  # (C, d, r)
     v_raw: Optional[Tensor]  # (C, r)
-    sigma2_raw: Tensor  # ()
+    sigma2_raw: Tensor  # (1,) or ()
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -248,7 +250,10 @@ def gaussian_logits(
     v: Optional[Tensor],
     sigma2: Tensor,
 ) -> Tensor:
-    """Log-densities of Gaussians with low-rank covariance, up to the constant d/2 log(2 pi).
+    """Compare Gaussians with the isotropic one about the origin: log N(x; mu_c, Sigma_c) - log N(x; 0, sigma2 I).
+
+    The log-densities of the classes less a term that all of them share, hundreds of nats or more: with the same
+    softmax, and small enough for a sigmoid, for 16 bits and for int8.
 
     Args:
         x: Embeddings, shape (..., d).
@@ -258,16 +263,15 @@ def gaussian_logits(
         sigma2: Isotropic variance, shape (), > 0.
 
     Returns:
-        -1/2 (x - mu_c)^T Sigma_c^-1 (x - mu_c) - 1/2 log|Sigma_c|, shape (..., C).
+        Nats, shape (..., C).
 
     Example:
         >>> x, sigma2 = torch.tensor([[1., 0.]]), torch.tensor(0.5)
-        >>> gaussian_logits(x, torch.eye(2), None, None, sigma2)  # the squared distances are 0 and 2
-        tensor([[ 0.6931, -1.3069]])
+        >>> gaussian_logits(x, torch.eye(2), None, None, sigma2)  # (x mu - |mu|^2 / 2) / sigma2
+        tensor([[ 1., -1.]])
     """
     precision = 1 / sigma2
-    distance2 = (x * x).sum(-1, keepdim=True) + (mu * mu).sum(-1) - 2 * F.linear(x, mu)
-    logits = -0.5 * (precision * distance2 + mu.shape[-1] * torch.log(sigma2))
+    logits = precision * F.linear(x, mu, -0.5 * (mu * mu).sum(-1))
     if basis is not None and v is not None:
         rows = basis.transpose(-1, -2)
         # t = U^T x - U^T mu, for all classes and directions in one matrix product
@@ -288,12 +292,24 @@ def log_density(
     sigma2: Tensor,
 ) -> Tensor:
     """Log-densities log N(x; mu_c, Sigma_c) in nats. Arguments and shapes as in :func:`gaussian_logits`."""
-    return gaussian_logits(x, mu, basis, v, sigma2) - 0.5 * mu.shape[-1] * math.log(2 * math.pi)
+    shared = (x * x).sum(-1, keepdim=True) / sigma2 + mu.shape[-1] * torch.log(2 * math.pi * sigma2)
+    return gaussian_logits(x, mu, basis, v, sigma2) - 0.5 * shared
+
+
+def shared_log_density(features: Tensor, sigma2: Tensor) -> Tensor:
+    """Compute log N(x; 0, sigma2 I) + d/2 log(2 pi) of the normalised embeddings (..., d), as a column (..., 1)."""
+    norm2 = (features.abs().amax(-1, keepdim=True) > 0).to(sigma2.dtype)  # 0 only where the embedding is
+    return -0.5 * (norm2 / sigma2 + features.shape[-1] * torch.log(sigma2))
 
 
 def inverse_softplus(x: Tensor) -> Tensor:
     """Invert softplus for values > 0."""
     return x + (-torch.expm1(-x)).log()
+
+
+def sigma2_of(sigma2_raw: Tensor, sigma2_min: float) -> Tensor:
+    """Compute sigma2, shape (), from the unconstrained one of shape (1,) or ()."""
+    return F.softplus(sigma2_raw).reshape(()) + sigma2_min
 
 
 def class_gaussians(
@@ -306,7 +322,7 @@ def class_gaussians(
 ) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor], Tensor]:
     """Compute the means, bases, variances and sigma2 of the classes from their bases and unconstrained parameters."""
     v = None if v_raw is None else F.softplus(v_raw) + v_min
-    return normalize(weight), basis, v, F.softplus(sigma2_raw) + sigma2_min
+    return normalize(weight), basis, v, sigma2_of(sigma2_raw, sigma2_min)
 
 
 def logits(features: Tensor, p: Parameters, v_min: float, sigma2_min: float) -> Tensor:
@@ -327,43 +343,36 @@ def logits(features: Tensor, p: Parameters, v_min: float, sigma2_min: float) -> 
 
 def fuse(
     mu: Tensor, basis: Optional[Tensor], v: Optional[Tensor], sigma2: Tensor, bias: Tensor
-) -> Tuple[Tensor, Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor]:
     """Fold the classes' Gaussians and offsets into a linear layer and a sum of squares.
 
     With ``a = 1 / sigma2``, x normalised and ``s_ci = a (a v_ci) / (1 + a v_ci)``, the logit of class c is::
 
-        a mu_c^T x + sum_i [sqrt(s_ci / 2) (u_ci^T x - u_ci^T mu_c)]^2 + constant_c - a/2 |x|^2.
+        a mu_c^T x + sum_i [sqrt(s_ci / 2) (u_ci^T x - u_ci^T mu_c)]^2 + constant_c
 
     Returns:
         rows ((1 + r) C, d) and offsets ((1 + r) C,) of the linear layer, first the C means, then direction by direction
-        C basis vectors, and the precision 1 / sigma2 (). Not differentiable: call it under ``torch.no_grad()``.
+        C basis vectors. Not differentiable: call it under ``torch.no_grad()``.
     """
     num_classes, dim = mu.shape
     rank = 0 if v is None else v.shape[1]
     precision = 1 / sigma2
     rows = mu.new_empty(1 + rank, num_classes, dim)
     torch.mul(mu, precision, out=rows[0])
-    offsets = bias - 0.5 * (precision * (mu * mu).sum(-1) + dim * torch.log(sigma2))
+    offsets = bias - 0.5 * precision * (mu * mu).sum(-1)
     if basis is not None and v is not None:
         ratio = v * precision
         scale = torch.sqrt(0.5 * precision * (ratio / (1 + ratio)))
         torch.mul(basis.permute(2, 0, 1), scale.T.unsqueeze(-1), out=rows[1:])
         along = scale * (basis * mu.unsqueeze(-1)).sum(-2)
         offsets = torch.cat([offsets - 0.5 * torch.log1p(ratio).sum(-1), -along.T.flatten()])
-    return rows.flatten(0, 1), offsets, precision
+    return rows.flatten(0, 1), offsets
 
 
-def fused_logits(
-    features: Tensor, rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, rank: int
-) -> Tensor:
-    """Compute the logits (..., C) of embeddings (..., d) from what :func:`fuse` returns, in float32 or wider."""
-    dtype = torch.float32
-    if features.dtype == torch.float64 or rows.dtype == torch.float64:
-        dtype = torch.float64
-    x = normalize(features.to(dtype))
-    y = F.linear(x, rows.to(dtype), offsets.to(dtype))
-    result = y[..., :num_classes] - 0.5 * precision.to(dtype) * (x * x).sum(-1, keepdim=True)
+def fused_logits(outputs: Tensor, num_classes: int, rank: int) -> Tensor:
+    """Sum up the logits (..., C) from the outputs (..., (1 + r) C) of the linear layer that :func:`fuse` describes."""
+    result = outputs[..., :num_classes]
     if rank > 0:
-        t = y[..., num_classes:].unflatten(-1, (rank, num_classes))
+        t = outputs[..., num_classes:].unflatten(-1, (rank, num_classes))
         result = result + (t * t).sum(-2)
     return result

@@ -97,9 +97,8 @@ def _gram(rows, G, half, SPLIT: tl.constexpr):
 
 @triton.jit
 def _precision(S2RAW, s2_min):
-    """1 / sigma2 and log sigma2."""
-    sigma2 = _softplus(tl.load(S2RAW).to(tl.float32)) + s2_min
-    return 1.0 / sigma2, tl.log(sigma2)
+    """1 / sigma2."""
+    return 1.0 / (_softplus(tl.load(S2RAW).to(tl.float32)) + s2_min)
 
 
 @triton.jit
@@ -121,11 +120,11 @@ def _scale_to_8(x):
 
 
 @triton.jit
-def _embed(F, XH, XL, XX, b, d, dp, EXACT: tl.constexpr, BLOCK: tl.constexpr):
-    """Normalise one embedding: hi and lo halves of SCALE x, and |x|^2.
+def _embed(F, XH, XL, XF, b, d, dp, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+    """Normalise one embedding: hi and lo halves of SCALE x.
 
     EXACT, for features of 16 bits: in XH the features times a power of two, which float16 holds to 2^-28 of
-    their norm, and in XX the factor that makes them SCALE x; it is negative where x is zero.
+    their norm, and in XF the factor that makes them SCALE x.
     """
     i = tl.arange(0, BLOCK)
     x = tl.load(F + b * d + i, mask=i < d, other=0.0).to(tl.float32)
@@ -133,11 +132,10 @@ def _embed(F, XH, XL, XX, b, d, dp, EXACT: tl.constexpr, BLOCK: tl.constexpr):
         x = x * _scale_to_8(tl.max(tl.abs(x), 0))  # so that no square leaves float32's range
         x = x * _scale_to_8(tl.sqrt(tl.sum(x * x, 0)))
         norm = tl.sqrt(tl.sum(x * x, 0))
-        tl.store(XX + b, tl.where(norm == 0, -_S, _S / tl.where(norm == 0, 1.0, norm)))
+        tl.store(XF + b, 1.0 / tl.where(norm == 0, 1.0, norm) * _S)
         tl.store(XH + b * dp + i, x.to(tl.float16), mask=i < dp)
     else:
         x, _, _ = _unit(x)
-        tl.store(XX + b, tl.sum(x * x, 0))
         x = x * _S
         hi = x.to(tl.float16)
         tl.store(XH + b * dp + i, hi, mask=i < dp)
@@ -146,20 +144,20 @@ def _embed(F, XH, XL, XX, b, d, dp, EXACT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _embedding_grad(
-    F, XX, DX, S2RAW, AMAX, DPREC, DF, DS2, s2_min, grad_top, b, B, C, d, dp, EXACT: tl.constexpr,
+    F, XF, DX, S2RAW, AMAX, DPREC, DF, DS2, s2_min, grad_top, b, B, C, d, dp, EXACT: tl.constexpr,
     BLOCK: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
-    """The gradient of embedding b from that of its normalised form, DX = SCALE s / a dL/dx, EXACT: times its factor XX.
+    """The gradient of embedding b from that of its normalised form, DX = SCALE s / a dL/dx, EXACT: times its factor XF.
 
     At b = B, the sum of the classes' parts of dL/da gives the gradient of sigma2_raw.
     """
-    a, _ = _precision(S2RAW, s2_min)
+    a = _precision(S2RAW, s2_min)
     if b < B:
         i = tl.arange(0, BLOCK)
         x, largest, norm = _unit(tl.load(F + b * d + i, mask=i < d, other=0.0).to(tl.float32))
         unscale = a / (_S * _grad_scale(AMAX, grad_top))
         if EXACT:
-            unscale = unscale / tl.load(XX + b)
+            unscale = unscale / tl.load(XF + b)
         dx = tl.load(DX + b * dp + i, mask=i < d, other=0.0) * unscale
         df = (dx - x * tl.sum(x * dx, 0)) / norm / largest
         tl.store(DF + b * d + i, df, mask=i < d)
@@ -256,7 +254,7 @@ def factor_kernel(
     at_a, at_w, c_ok = (row // R) * (d * r) + j, (row // R) * d, c < C
 
     if not BASIS_ONLY:
-        a, _ = _precision(S2RAW, s2_min)
+        a = _precision(S2RAW, s2_min)
         raw = tl.load(VRAW + c * r + j, mask=ok, other=0.0).to(tl.float32)
         bias = tl.load(BIAS + c, mask=c_ok, other=0.0).to(tl.float32)
     G = tl.zeros([N, N], tl.float32)
@@ -454,21 +452,21 @@ def _repair(
 
 @triton.jit
 def rows_kernel(
-    A, W, OUT, COEF, SCRATCH, F, XH, XL, XX, programs, C, cp, d, dp, r, R: tl.constexpr, CLASSES: tl.constexpr,
+    A, W, OUT, COEF, SCRATCH, F, XH, XL, XF, programs, C, cp, d, dp, r, R: tl.constexpr, CLASSES: tl.constexpr,
     SPLIT: tl.constexpr, BASIS_ONLY: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
     """Whole rows: the bases of flagged classes in the first programs, one embedding in each of the others."""
     _wait(OVERLAP)
     pid = tl.program_id(0).to(tl.int64)
     if pid >= programs:
-        _embed(F, XH, XL, XX, pid - programs, d, dp, EXACT, BLOCK)
+        _embed(F, XH, XL, XF, pid - programs, d, dp, EXACT, BLOCK)
     else:
         _repair(A, W, OUT, COEF, SCRATCH, pid, C, cp, d, dp, r, R, CLASSES, SPLIT, BASIS_ONLY, BLOCK)
 
 
 @triton.jit
 def logits_kernel(
-    XH, XL, XX, CLS, COEF, S2RAW, LOGITS, T, XM, s2_min, B, C, cp, d, dp, ldl, R: tl.constexpr, SPLIT: tl.constexpr,
+    XH, XL, XF, CLS, COEF, S2RAW, LOGITS, T, XM, s2_min, B, C, cp, dp, ldl, R: tl.constexpr, SPLIT: tl.constexpr,
     SAVE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
     OVERLAP: tl.constexpr
 ):  # fmt: skip
@@ -489,8 +487,7 @@ def logits_kernel(
     rho = tl.load(COEF + cp * R + n, mask=n_ok1, other=0.0)
     mm = tl.load(COEF + 2 * cp * R + c, mask=c_ok1, other=0.0)
     const = tl.load(COEF + 2 * cp * R + cp + c, mask=c_ok1, other=0.0)
-    xx = tl.load(XX + b, mask=b < B, other=0.0)
-    a, log_s2 = _precision(S2RAW, s2_min)
+    a = _precision(S2RAW, s2_min)
     t = tl.zeros([BM, BN], tl.float32)
     # hi and lo halves of the means side by side: [BM, 2 BC]
     half = tl.arange(0, 2 * BC)
@@ -511,7 +508,7 @@ def logits_kernel(
             t += tl.dot(xh, uh, tl.dot(xl, uh, tl.dot(xh, ul)))
             ml = tl.load(MEANS + start + cp.to(tl.int64) * dp + m_at, mask=c_ok & k_ok[:, None], other=0.0)
             x, mu = xh.to(tl.float32) + xl.to(tl.float32), mh.to(tl.float32) + ml.to(tl.float32)
-            # What is left of |x|^2 + |mu|^2 - 2 m near a class is small
+            # What tells near classes apart is small
             m += tl.dot(x, mu, input_precision='ieee')
         else:
             mhl = tl.load(MEANS + start + m2_at, mask=m2_ok & k_ok[:, None], other=0.0)
@@ -523,8 +520,7 @@ def logits_kernel(
         m += tl.sum(tl.reshape(m2, [BM, 2, BC]), 1)
     unscale = tl.full([BM], 1.0 / (_S * _S), tl.float32)
     if EXACT:
-        unscale = xx * (1.0 / (_S * _S))
-        xx = tl.where(xx < 0, 0.0, 1.0)
+        unscale = tl.load(XF + b, mask=b < B, other=0.0) * (1.0 / (_S * _S))
     t = t * unscale[:, None] - offset[None, :]
     if SAVE:
         at = (b.to(tl.int64) * (cp * R))[:, None] + n[None, :]
@@ -533,8 +529,7 @@ def logits_kernel(
     m = m * unscale[:, None]
     if SAVE:
         tl.store(XM + (b.to(tl.int64) * cp)[:, None] + c[None, :], m, mask=b_ok & c_ok)
-    distance2 = xx[:, None] + mm[None, :] - 2.0 * m
-    logits = 0.5 * a * (explained - distance2) - 0.5 * d * log_s2 + const[None, :]
+    logits = 0.5 * a * (explained - mm[None, :] + 2.0 * m) + const[None, :]
     tl.store(LOGITS + (b.to(tl.int64) * ldl)[:, None] + c[None, :], logits, mask=b_ok & c_ok1[None, :])
 
 
@@ -556,7 +551,7 @@ def amax_kernel(G, AMAX, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
 
 @triton.jit
 def logits_grad_kernel(
-    G, T, XM, XX, VRAW, S2RAW, COEF, AMAX, GRADS, PARTIAL, DV, DBIAS, DPREC, v_min, s2_min, grad_top, B, C, cp, d,
+    G, T, XM, XF, VRAW, S2RAW, COEF, AMAX, GRADS, PARTIAL, DV, DBIAS, DPREC, v_min, s2_min, grad_top, B, C, cp,
     ldg, ldk, r: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, BB: tl.constexpr,
     BC: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
@@ -575,7 +570,7 @@ def logits_grad_kernel(
     row, col = tl.arange(0, BN), tl.arange(0, BN)
     same = (row // R)[:, None] == (col // R)[None, :]
     eye = row[:, None] == col[None, :]
-    a, _ = _precision(S2RAW, s2_min)
+    a = _precision(S2RAW, s2_min)
     MM = COEF + 2 * cp * R
     at_m = ((n // R) * (R * R) + n % R)[:, None] + ((col % R) * R)[None, :]
     Mt = tl.load(MM + 5 * cp + at_m, mask=same, other=0.0)
@@ -587,7 +582,6 @@ def logits_grad_kernel(
     h = tl.zeros([BN], tl.float32)
     outer = tl.zeros([BN, BN], tl.float32)
     total = tl.zeros([BC], tl.float32)
-    total_xx = tl.zeros([BC], tl.float32)
     total_xm = tl.zeros([BC], tl.float32)
     MEANS = GRADS + (2 if SPLIT else 1) * cp * R
     for start in range(0, B, BB):
@@ -595,14 +589,11 @@ def logits_grad_kernel(
         b_ok = (b < B)[:, None]
         t = tl.load(T + (b * (cp * R))[:, None] + n[None, :], mask=b_ok, other=0.0).to(tl.float32) * (1.0 / _S)
         g = tl.load(G + (b * ldg)[:, None] + c[None, :], mask=b_ok & (c < C)[None, :], other=0.0).to(tl.float32)
-        xx = tl.load(XX + b, mask=b < B, other=0.0)
         row_s = tl.full([BB], 1.0, tl.float32) * s
         if EXACT:
-            row_s = xx * s
-            xx = tl.where(xx < 0, 0.0, 1.0)
+            row_s = tl.load(XF + b, mask=b < B, other=0.0) * s
         xm = tl.load(XM + (b * cp)[:, None] + c[None, :], mask=b_ok, other=0.0)
         total += tl.sum(g, 0)
-        total_xx += tl.sum(g * xx[:, None], 0)
         total_xm += tl.sum(g * xm, 0)
         at = (b * ldk)[:, None] + c[None, :]
         gs = g * row_s[:, None]
@@ -646,9 +637,8 @@ def logits_grad_kernel(
     tl.store(DV + at_v, 0.5 * a * shrink * (a * shrink * q2 - total_n) * _sigmoid(raw), mask=ok)
     tl.store(DBIAS + c, total, mask=c < C)
     explained = tl.where(ok, q2 * (rho + rho * shrink) - total_n * v * shrink, 0.0)
-    distance2 = total_xx + total * mm - 2.0 * total_xm
     explained = tl.sum(tl.reshape(explained, [BC, R]), 1)
-    tl.store(DPREC + c, 0.5 * (explained - distance2 + total * (d / a)), mask=c < C)
+    tl.store(DPREC + c, 0.5 * (explained - total * mm + 2.0 * total_xm), mask=c < C)
 
 
 @triton.jit
@@ -721,7 +711,7 @@ def _class_grad(
     mu_dmu = tl.load(PARTIAL + cp * (2 * R + R * R + 1) + cm, mask=m_ok, other=0.0)
     largest = tl.load(COEF + cp * (2 * R + 3) + cm, mask=m_ok, other=1.0)
     wnorm = tl.load(COEF + cp * (2 * R + 4) + cm, mask=m_ok, other=1.0)
-    a, _ = _precision(S2RAW, s2_min)
+    a = _precision(S2RAW, s2_min)
     unscale = a / (_S * _grad_scale(AMAX, grad_top))
 
     # dU and q, which were float16, are exact in TF32 unless SPLIT
@@ -740,7 +730,7 @@ def _class_grad(
 
 @triton.jit
 def class_grad_kernel(
-    S2RAW, AMAX, CLS, COEF, PARTIAL, DU, P, DA, DW, F, XX, DX, DPREC, DF, DS2, s2_min, grad_top, tiles, B, C,
+    S2RAW, AMAX, CLS, COEF, PARTIAL, DU, P, DA, DW, F, XF, DX, DPREC, DF, DS2, s2_min, grad_top, tiles, B, C,
     all_classes, cp, d, dp, r: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
     WIDTH: tl.constexpr, NC: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
@@ -755,7 +745,7 @@ def class_grad_kernel(
         )  # fmt: skip
     else:
         _embedding_grad(
-            F, XX, DX, S2RAW, AMAX, DPREC, DF, DS2, s2_min, grad_top, pid - tiles, B, all_classes, d, dp, EXACT,
+            F, XF, DX, S2RAW, AMAX, DPREC, DF, DS2, s2_min, grad_top, pid - tiles, B, all_classes, d, dp, EXACT,
             WIDTH, 1024
         )  # fmt: skip
 

@@ -40,15 +40,15 @@ class Classes(NamedTuple):
 
 
 class Embeddings(NamedTuple):
-    """Normalised embeddings as sums of two halves, float16 (B, dp), and their squared norms, float32 (B,).
+    """Normalised embeddings as sums of two halves, float16 (B, dp).
 
-    From features of 16 bits, unless float32's precision is asked for, ``hi`` alone times a float32 factor in place of
-    the norm, which is exact; see triton_kernels._embed.
+    From features of 16 bits, unless float32's precision is asked for, ``hi`` alone times a float32 factor (B,), which
+    is exact; see triton_kernels._embed.
     """
 
     hi: Tensor
     lo: Tensor
-    norm2: Tensor
+    factor: Tensor
 
     @property
     def exact(self) -> bool:
@@ -218,7 +218,7 @@ def _new_embeddings(features: Tensor, split: bool) -> Embeddings:
     hi = torch.empty((B, _pad(d, 8)), dtype=_FP16, device=features.device)
     exact = features.dtype != _FP32 and not split
     lo = torch.empty((0,) if exact else hi.shape, dtype=_FP16, device=features.device)
-    return Embeddings(hi, lo, torch.empty(B, dtype=_FP32, device=features.device))
+    return Embeddings(hi, lo, torch.empty(B if exact else 0, dtype=_FP32, device=features.device))
 
 
 def _new_products(B: int, classes: Classes) -> Tuple[Tensor, Tensor]:
@@ -270,13 +270,13 @@ def _fill_rows(
         per_program = max(16, triton.next_power_of_2(triton.cdiv(C, _REPAIR_PROGRAMS)))
         programs = triton.cdiv(C, per_program)
         scratch = torch.empty(programs * r * width, dtype=_FP32, device=A.device)
-    B, exact, f, (hi, lo, norm2) = 0, False, coef, (out, out, coef)
+    B, exact, f, (hi, lo, factor) = 0, False, coef, (out, out, coef)
     if features is not None and x is not None:
-        exact, f, (hi, lo, norm2) = x.exact, features, x
+        exact, f, (hi, lo, factor) = x.exact, features, x
         B, d = f.shape
     _launch(
         kernels.rows_kernel, (programs + B,),
-        (A, weight, out, coef, scratch, f, hi, lo, norm2,
+        (A, weight, out, coef, scratch, f, hi, lo, factor,
          programs, C, cp, d, dp, r, R, per_program, split, basis_only, exact),
         dict(BLOCK=width, num_warps=_row_warps(width)),
     )  # fmt: skip
@@ -289,7 +289,6 @@ def _fill_logits(
     classes: Classes,
     sigma2_raw: Tensor,
     sigma2_min: float,
-    d: int,
     saved: Sequence[Tensor],
 ) -> None:
     """Write the logits of some classes into columns of ``out`` from ``start``, and t and x mu into ``saved``."""
@@ -301,17 +300,18 @@ def _fill_logits(
     _launch(
         kernels.logits_kernel, (triton.cdiv(cp, options['BC']), triton.cdiv(B, options['BM'])),
         (*x, classes.operand, classes.coef, sigma2_raw, chunk, t, xm, sigma2_min,
-         B, classes.num_classes, cp, d, dp, out.stride(0), R, classes.split, bool(saved), x.exact), options,
+         B, classes.num_classes, cp, dp, out.stride(0), R, classes.split, bool(saved), x.exact), options,
     )  # fmt: skip
 
 
-def _fold(rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, split: bool) -> Tuple[Classes, Tensor]:
-    """The classes, and sigma2_raw for a sigma2_min of 0, of a fused head."""
+def _fold(rows: Tensor, offsets: Tensor, num_classes: int, split: bool) -> Tuple[Classes, Tensor]:
+    """The classes, and sigma2_raw for a sigma2_min of 0, of a fused head: the sigma2 by which no mean is beyond 1."""
     C, d = num_classes, rows.shape[1]
     rank = rows.shape[0] // C - 1
     R, cp, dp = triton.next_power_of_2(rank), _pad(C, 16), _pad(d, 8)
-    rows, offsets, precision = rows.float(), offsets.float(), precision.double()
-    sigma2 = 1 / precision
+    rows, offsets = rows.float(), offsets.float()
+    largest = torch.linalg.vector_norm(rows[:C].double(), dim=1).amax()
+    sigma2 = 1 / torch.where(largest > 0, largest, torch.ones_like(largest))
     scaled = rows[C:].view(rank, C, d).transpose(0, 1)
     norm = torch.linalg.vector_norm(scaled, dim=-1)
     bases = rows.new_zeros(cp, R, dp)
@@ -328,8 +328,7 @@ def _fold(rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, sp
     sections = coef[: 2 * cp * R].view(2, cp, R)
     sections[0, :C, :rank] = -offsets[C:].view(rank, C).T / norm
     sections[1, :C, :rank] = (2 * norm.double().square() * sigma2).float()
-    # The kernel takes d/2 log sigma2 off again
-    coef[(2 * R + 1) * cp :][:C] = (offsets[:C].double() + 0.5 * d * torch.log(sigma2)).float()
+    coef[(2 * R + 1) * cp :][:C] = offsets[:C]
     classes = Classes(torch.cat(parts), coef, C, cp, R, split)
     return classes, torch.log(torch.expm1(sigma2)).float()
 
@@ -361,7 +360,7 @@ def _class_logits(features: Tensor, classes: Classes, sigma2_raw: Tensor, sigma2
         x = _new_embeddings(flat, classes.split)
         with _device(flat):
             _fill_rows(classes, None, flat, x)
-            _fill_logits(out, 0, x, classes, sigma2_raw, sigma2_min, d, ())
+            _fill_logits(out, 0, x, classes, sigma2_raw, sigma2_min, ())
     return out.reshape(features.shape[:-1] + out.shape[1:])
 
 
@@ -369,14 +368,14 @@ class FusedLogits:
     """The logits of a fused head, without a gradient, as a function of its features.
 
     Args:
-        rows, offsets, precision: What timm_zzz.ops.reference.fuse returns, of rank >= 1.
+        rows, offsets: What timm_zzz.ops.reference.fuse returns, of rank >= 1.
         num_classes: Number of classes C.
         split: Keep float32's precision in the matrix products; otherwise their operands are rounded to float16.
     """
 
-    def __init__(self, rows: Tensor, offsets: Tensor, precision: Tensor, num_classes: int, split: bool):
+    def __init__(self, rows: Tensor, offsets: Tensor, num_classes: int, split: bool):
         with torch.inference_mode(False), torch.no_grad():
-            self.classes, self.sigma2_raw = _fold(rows, offsets, precision, num_classes, split)
+            self.classes, self.sigma2_raw = _fold(rows, offsets, num_classes, split)
         self._repeated: Dict[Any, _Repeated] = {}
 
     def __call__(self, features: Tensor) -> Tensor:
@@ -399,12 +398,12 @@ class _Repeated:
     def __init__(self, features: Tensor, classes: Classes, sigma2_raw: Tensor):
         self.shape = *features.shape[:-1], classes.num_classes
         self.classes = classes
-        tensors = f, hi, lo, norm2, out = self._tensors(features)
+        tensors = f, hi, lo, factor, out = self._tensors(features)
         token = _record.set([])
         try:
-            x = Embeddings(hi, lo, norm2)
+            x = Embeddings(hi, lo, factor)
             _fill_rows(classes, None, f, x)
-            _fill_logits(out, 0, x, classes, sigma2_raw, 0.0, f.shape[1], ())
+            _fill_logits(out, 0, x, classes, sigma2_raw, 0.0, ())
             record = _record.get()
         finally:
             _record.reset(token)
@@ -480,7 +479,7 @@ def forward(
                 _fill_coef(classes.coef, part, v_min, sigma2_min, split)
                 _fill_operand(classes, part)
                 _fill_rows(classes, part, features if start == 0 else None, x)
-                _fill_logits(out, start, x, classes, p.sigma2_raw, sigma2_min, d, saved)
+                _fill_logits(out, start, x, classes, p.sigma2_raw, sigma2_min, saved)
     return [out, *x, *kept] if save else [out]
 
 
@@ -530,9 +529,9 @@ def backward(
             options = _logits_grad_options(R, split)
             _launch(
                 kernels.logits_grad_kernel, (cp // options['BC'],),
-                (grad[:, start:stop], t, xm, x.norm2, part.v_raw, p.sigma2_raw, classes.coef, amax, operands, partial,
+                (grad[:, start:stop], t, xm, x.factor, part.v_raw, p.sigma2_raw, classes.coef, amax, operands, partial,
                  dpart.v_raw, dpart.bias, dprec[start:stop], v_min, sigma2_min, top,
-                 B, n_classes, cp, d, C, operands.stride(0), r, R, split, x.exact), options,
+                 B, n_classes, cp, C, operands.stride(0), r, R, split, x.exact), options,
             )  # fmt: skip
             del t, xm
             product = _exact_product(operands, classes) if split else _mm(operands, classes.operand, _FP32)
@@ -551,7 +550,7 @@ def backward(
             _launch(
                 kernels.class_grad_kernel, (tiles + rest,),
                 (p.sigma2_raw, amax, classes.operand, classes.coef, partial, dU, P, dpart.A, dpart.weight,
-                 features, x.norm2, dx, dprec, dfeatures, g.sigma2_raw, sigma2_min, top,
+                 features, x.factor, dx, dprec, dfeatures, g.sigma2_raw, sigma2_min, top,
                  tiles, B, n_classes, C, cp, d, dp, r, R, split, x.exact), options,
             )  # fmt: skip
             del classes, dU, P
