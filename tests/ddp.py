@@ -1,7 +1,7 @@
 """What the processes of distributed tests do; in a module that a spawned process can import.
 
 Also a script for torchrun, of which test_distributed.py compares what it saves with a plain loop in one process:
-torchrun --nproc-per-node N -m timm_zzz tests/ddp.py FOLDER DEVICE DTYPE compile|eager
+torchrun --nproc-per-node N -m timm_zzz tests/ddp.py FOLDER DEVICE DTYPE compile|eager|fsdp1|fsdp2
 It leaves it to timm_zzz's command line to import the plugin.
 """
 
@@ -15,6 +15,14 @@ import timm.optim
 import torch
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, NativeScaler
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -73,6 +81,57 @@ def main(folder, device, dtype, compiled):
     torch.distributed.destroy_process_group()
 
 
+def shard(kind, model):
+    if kind == 'fsdp1':
+        device, policy = next(model.parameters()).device, ModuleWrapPolicy({type(model.head)})
+        return FullyShardedDataParallel(model, use_orig_params=True, auto_wrap_policy=policy, device_id=device)
+    for module in (*model.blocks, model.head, model):
+        fully_shard(module)
+    return model
+
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def sharded(folder, kind, device):
+    """Steps, a checkpoint as torch.distributed writes it, and further steps with a model and optimiser made anew."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.set_num_threads(1)
+    # FSDP1 makes flat parameters: timm would take none for a matrix, and the regularisers refuse them. On the CPU torch
+    # 2.14 does not restore the state of its optimisers, so all steps are taken before the checkpoint.
+    flat = kind == 'fsdp1'
+    options = dict(OPTIONS, weight_decay=0.0) if flat else dict(OPTIONS, **PENALTIES)
+    model_state, optimizer_state = None, None
+    for steps in (range(STEPS), range(0)) if flat else (range(STEPS // 2), range(STEPS // 2, STEPS)):
+        model = shard(kind, build().to(device))
+        optimizer = timm.optim.create_optimizer_v2(model, 'zzzadamw', **options)
+        if model_state is not None:
+            set_model_state_dict(model, model_state, options=WHOLE)
+            if not flat:
+                set_optimizer_state_dict(model, optimizer, optimizer_state, options=WHOLE)
+        for step in steps:
+            x, y = (t.chunk(world_size)[rank].to(device) for t in batch(step))
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        saved = [*get_state_dict(model, optimizer, options=WHOLE)]
+        torch.distributed.broadcast_object_list(saved, 0)  # only the first process has got it
+        model_state, optimizer_state = saved
+    with torch.no_grad():
+        logits = [model.train(mode)(batch(0)[0].to(device)).cpu() for mode in (True, False)]
+    torch.save(dict(model=model_state, logits=logits), Path(folder) / f'rank{rank}.pth')
+    torch.distributed.barrier()
+
+
+def main_sharded(folder, kind):
+    """What torchrun calls, on GPUs."""
+    device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+    torch.cuda.set_device(device)
+    torch.distributed.init_process_group('nccl')
+    sharded(folder, kind, device)
+    torch.distributed.destroy_process_group()
+
+
 def spawned(rank, function, folder, *args):
     """Call a function in one of two processes that torch.multiprocessing has started, in place of torchrun."""
     import timm_zzz  # noqa: F401
@@ -106,5 +165,7 @@ def train(folder, name):
     torch.distributed.destroy_process_group()
 
 
-if __name__ == '__main__':
+if __name__ == '__main__' and sys.argv[4].startswith('fsdp'):
+    main_sharded(sys.argv[1], sys.argv[4])
+elif __name__ == '__main__':
     main(sys.argv[1], sys.argv[2], getattr(torch, sys.argv[3]), sys.argv[4] == 'compile')

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from timm.optim import OptimInfo
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .functional import orthonormal_basis
 from .head import ZZZHead, owner_of
@@ -22,26 +23,34 @@ _DECAYED = ('weight', 'A')
 def variance_shrinkage(head: ZZZHead) -> Tensor:
     """The mean over classes of the sum of the variances v along the basis, (), to keep them from growing without bound.
 
-    Add a multiple of it to the loss; ``zzzadamw`` takes the multiple as ``v_shrinkage``. 0 at rank 0.
+    Add a multiple of it to the loss; ``zzzadamw`` takes the multiple as ``v_shrinkage``. 0 at rank 0. Where
+    ``fully_shard`` has split the classes over processes, each gets its classes' part of the sum.
     """
     if head.v_raw is None:
-        return head.weight.new_zeros(())
-    return (nn.functional.softplus(_full(head.v_raw)) + head.v_min).sum(1).mean()
+        return torch.zeros((), device=head.weight.device)
+    return (nn.functional.softplus(_rows(head.v_raw)) + head.v_min).sum() / head.num_classes
 
 
 def mean_decoupling(head: ZZZHead) -> Tensor:
     """The mean over classes of ``|U_c^T mu_c|^2``, (), 0 to 1: how much of the mean lies in its class's subspace.
 
-    Add a multiple of it to the loss; ``zzzadamw`` takes the multiple as ``mu_decoupling``. 0 at rank 0.
+    Add a multiple of it to the loss; ``zzzadamw`` takes the multiple as ``mu_decoupling``. 0 at rank 0. Under
+    ``fully_shard`` as :func:`variance_shrinkage`.
     """
     if head.A is None:
-        return head.weight.new_zeros(())
+        return torch.zeros((), device=head.weight.device)
     with torch.autocast(head.A.device.type, enabled=False):
-        mu = nn.functional.normalize(_full(head.weight), dim=1)
-        return torch.einsum('cdr,cd->cr', orthonormal_basis(_full(head.A)), mu).square().sum(1).mean()
+        mu = nn.functional.normalize(_rows(head.weight), dim=1)
+        along = torch.einsum('cdr,cd->cr', orthonormal_basis(_rows(head.A)), mu)
+        return along.square().sum() / head.num_classes
 
 
-def _full(t: Tensor) -> Tensor:
+def _rows(t: Tensor) -> Tensor:
+    """The rows of a parameter in at least float32; of a sharded one those of this process."""
+    if isinstance(t, DTensor):
+        if not all(placement.is_replicate() or placement.is_shard(0) for placement in t.placements):
+            raise ValueError(f'zzzadamw: the regularisers need parameters sharded by class, got {t.placements}')
+        t = t.to_local()
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
@@ -160,13 +169,16 @@ class ZZZAdamW(torch.optim.AdamW):
                 heads.setdefault(id(head), (head, []))[1].append(p)
         if not heads:
             raise ValueError('zzzadamw: the regularisers need the ZZZ head as a module, not a scripted or copied one')
+        for head, _ in heads.values():
+            if head.weight.ndim != 2:
+                raise ValueError('zzzadamw: the regularisers need whole classes: take fully_shard in place of FSDP1')
         return list(heads.values())
 
     @torch.no_grad()
     def _add_penalties(self) -> None:
         """Add the regularisers' gradients: not by backward(), which would run hooks on gradients, DDP's too, again."""
         for head, parameters in self._heads():
-            penalty = head.weight.new_zeros(())
+            penalty = torch.zeros((), device=head.weight.device)
             with torch.enable_grad():
                 if self._penalties['v_shrinkage']:
                     penalty = penalty + self._penalties['v_shrinkage'] * variance_shrinkage(head)

@@ -81,6 +81,51 @@ def test_torchrun(form, run, tmp_path):
     check(tmp_path, 2, 'cpu', 1e-5)
 
 
+def check_sharded(folder, kind, device, atol):
+    """The same in both processes, and what AdamW gives in one; decay and regularisers as ddp.sharded has them."""
+    saved = [torch.load(folder / f'rank{rank}.pth', weights_only=False) for rank in range(2)]
+    torch.testing.assert_close(saved[1], saved[0], rtol=0, atol=0)
+    model, o = ddp.build().to(device), ddp.OPTIONS
+    groups = []
+    for name, p in model.named_parameters():
+        head = name.startswith('head.')
+        decayed = name in ('head.weight', 'head.A') if head else p.ndim > 1 and name not in ('cls_token', 'pos_embed')
+        decay = o['head_weight_decay'] if head else o['weight_decay'] if kind == 'fsdp2' else 0.0
+        lr = o['lr'] * (o['head_lr_scale'] if head else 1.0)
+        groups.append(dict(params=[p], weight_decay=decay if decayed else 0.0, lr=lr))
+    optimizer = torch.optim.AdamW(groups, eps=o['eps'])
+    for step in range(ddp.STEPS):
+        x, y = (t.to(device) for t in ddp.batch(step))
+        optimizer.zero_grad()
+        penalty = penalty_by_hand(model.head, **ddp.PENALTIES) if kind == 'fsdp2' else 0.0
+        (F.cross_entropy(model(x), y) + penalty).backward()
+        optimizer.step()
+    actual = {name.replace('_fsdp_wrapped_module.', ''): value for name, value in saved[0]['model'].items()}
+    assert_close(actual, {name: value.cpu() for name, value in model.state_dict().items()}, atol)
+    with torch.no_grad():
+        expected = model(ddp.batch(0)[0].to(device)).cpu()
+    for logits in saved[0]['logits']:
+        torch.testing.assert_close(logits, expected, rtol=0, atol=20 * atol)
+    fresh = ddp.build()
+    fresh.load_state_dict(actual)  # as a plain checkpoint
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize('kind', ['fsdp1', 'fsdp2'])
+def test_sharded(kind, tmp_path):
+    torch.multiprocessing.spawn(ddp.spawned, (ddp.sharded, tmp_path, kind, 'cpu'), nprocs=2)
+    check_sharded(tmp_path, kind, 'cpu', 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('kind', ['fsdp1', 'fsdp2'])
+def test_sharded_over_nccl(kind, run, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip('needs 2 CUDA GPUs')
+    torchrun(run, 2, tmp_path, 'cuda', 'float32', kind)
+    check_sharded(tmp_path, kind, 'cuda', 1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('processes', [1, 2])
 @pytest.mark.parametrize('dtype, atol', [('float32', 1e-4), ('float16', 1.5e-3)])
