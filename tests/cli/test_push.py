@@ -110,6 +110,14 @@ def test_output_folder_pushes_nothing(hub, tmp_path, beetles, capsys):
     assert not hub.requests
 
 
+def test_output_has_the_mode_of_new_files(hub, tmp_path, beetles, umask):
+    write_run(tmp_path / 'run', beetles)
+    (tmp_path / 'mine.yaml').write_text('lr: 1.0e-3\n')
+    main(list(map(str, [tmp_path / 'run', REPO, '--output', tmp_path / 'out', '--recipe', tmp_path / 'mine.yaml'])))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / 'out').iterdir()}
+    assert len(modes) == 6 and set(modes.values()) == {0o666 & ~umask}, modes
+
+
 @pytest.mark.parametrize('kwargs', [dict(model_kwargs=dict(img_size=96)), dict(img_size=96), dict(in_chans=1)])
 def test_input_as_trained(hub, tmp_path, beetles, kwargs):
     size = {k: v for k, v in kwargs.items() if k != 'model_kwargs'}

@@ -76,6 +76,7 @@ def save_pretrained(
         config = json.loads((new / CONFIG).read_text(encoding='utf-8'))
         config[SECTION] = dict(version=__version__, weights_sha256=sha256(new / WEIGHTS))
         (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        shutil.copymode(new / CONFIG, new / WEIGHTS)  # the umask's: safetensors writes for the owner only
         _check_saved(model, new)
         for name in (WEIGHTS, CONFIG):
             os.replace(new / name, folder / name)
