@@ -141,6 +141,11 @@ def test_models_changed_after_create_model(tmp_path):
     assert tied.layer1[0].bn1.bias is tied.layer1[0].bn2.bias
 
 
+def test_files_have_the_mode_of_new_files(tmp_path, umask):
+    save_pretrained(create(), tmp_path)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
 def test_wrapped_and_non_finite(tmp_path):
     model = create()
     model.head.bias.data[:3] = torch.tensor([float('nan'), float('inf'), -float('inf')])
@@ -496,14 +501,40 @@ def test_configs_that_do_not_fit_the_weights(pushed, key, value):
         from_pretrained(REPO)
 
 
-def test_local_folder_is_checked_too(tmp_path):
+def rewrite(folder, **values):
+    """Set tensors in the weights of a folder."""
+    save_file({**load_file(folder / 'model.safetensors'), **values}, folder / 'model.safetensors')
+
+
+def test_a_folder_whose_weights_were_changed(pushed, tmp_path):
+    """Refused, with the way on for its owner; what was downloaded has none, and shapes are checked in any case."""
     save_pretrained(create(), tmp_path)
-    state = load_file(tmp_path / 'model.safetensors')
-    state['head.bias'] += 1
-    save_file(state, tmp_path / 'model.safetensors')
-    with pytest.raises(CheckpointError, match='SHA-256') as e:
+    bias = torch.arange(5.0)
+    rewrite(tmp_path, **{'head.bias': bias})
+    with pytest.raises(CheckpointError, match='SHA-256.*changed it yourself, pass check_sha256=False') as e:
         from_pretrained(tmp_path)
     assert 'cache' not in str(e.value) and (tmp_path / 'model.safetensors').exists()
+    assert torch.equal(from_pretrained(tmp_path, check_sha256=False).head.bias, bias)
+    pushed.commit(REPO, {'model.safetensors': (tmp_path / 'model.safetensors').read_bytes()})
+    with pytest.raises(CheckpointError, match='SHA-256.*dropped from the cache') as e:
+        from_pretrained(REPO)
+    assert 'check_sha256' not in str(e.value)
+    with pytest.raises(ValueError, match='check_sha256: .* owner/birds-zzz is not a folder'):
+        from_pretrained(REPO, check_sha256=False)
+    rewrite(tmp_path, **{'head.bias': torch.zeros(6)})
+    with pytest.raises(CheckpointError, match='does not hold the model'):
+        from_pretrained(tmp_path, check_sha256=False)
+
+
+@pytest.mark.parametrize('shape', [(), (1,)])
+def test_sigma2_of_either_shape(tmp_path, shape):
+    """Files hold it as a scalar or as a vector of one, by the version that wrote them."""
+    save_pretrained(create(), tmp_path)
+    rewrite(tmp_path, **{'head.sigma2_raw': torch.full(shape, 0.25)})
+    assert from_pretrained(tmp_path, check_sha256=False).head.sigma2_raw.item() == 0.25
+    rewrite(tmp_path, **{'head.sigma2_raw': torch.full((2,), 0.25)})
+    with pytest.raises(CheckpointError, match='sigma2_raw'):
+        from_pretrained(tmp_path, check_sha256=False)
 
 
 # --- failures while pushing -------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, ConfigError
 from ..models.attach import HEAD_OPTIONS, OPTION_PREFIX, find_classifiers
 from ..models.registry import SOURCE_KEYS, TAG
 
-__all__ = ['CONFIG', 'SECTION', 'WEIGHTS', 'Corrupt', 'check_weights', 'read_config', 'sha256', 'some']
+__all__ = ['CONFIG', 'SECTION', 'WEIGHTS', 'Changed', 'Corrupt', 'check_weights', 'read_config', 'sha256', 'some']
 
 _logger = logging.getLogger(__name__)
 
@@ -50,6 +50,10 @@ _CFG_KEYS = {f.name for f in fields(PretrainedCfg)} - {'architecture'}
 
 class Corrupt(CheckpointError):
     """The bytes of the weights are wrong, which a new download may mend."""
+
+
+class Changed(Corrupt):
+    """The weights are not those that config.json was written for, which the owner of a folder may have meant."""
 
 
 def read_config(path: Path) -> Dict[str, Any]:
@@ -133,11 +137,11 @@ def _check_value(name: str, value: Any, maximum: int, depth: int = 0) -> None:
         )
 
 
-def check_weights(folder: Path, config: Dict[str, Any]) -> None:
+def check_weights(folder: Path, config: Dict[str, Any], *, check_sha256: bool = True) -> None:
     """Compare the weights of a folder with its config, which has been read: shapes first, then the SHA-256.
 
     Raises:
-        Corrupt: If the file is incomplete or its bytes are not those that were written.
+        Corrupt: If the file is incomplete; Changed if its bytes are not those that were written.
         CheckpointError: If it holds another model.
         ConfigError: If no model can be built from the config.
     """
@@ -150,8 +154,8 @@ def check_weights(folder: Path, config: Dict[str, Any]) -> None:
     expected = config.get(SECTION, {}).get('weights_sha256')
     if expected is None:
         _logger.info(f'{folder}: {CONFIG} has no SHA-256 of the weights, so they were not compared with it.')
-    elif sha256(folder / WEIGHTS) != expected:
-        raise Corrupt(f'the SHA-256 of {WEIGHTS} is not the one in {CONFIG}: the file was changed')
+    elif check_sha256 and sha256(folder / WEIGHTS) != expected:
+        raise Changed(f'the SHA-256 of {WEIGHTS} is not the one in {CONFIG}: the file was changed')
 
 
 def _check_shapes(folder: Path, config: Dict[str, Any], shapes: Dict[str, Tuple[int, ...]]) -> None:
@@ -168,7 +172,7 @@ def _check_shapes(folder: Path, config: Dict[str, Any], shapes: Dict[str, Tuple[
     wrong = [
         f'{key} {list(shapes[key])}, expected {list(shape)}'
         for key, shape in expected.items()
-        if shapes.get(key, shape) != shape
+        if not _same_shape(key, shapes.get(key, shape), shape)
     ]
     wrong += [f'no {key}' for key in expected if key not in shapes and key.startswith(heads)]
     wrong += [f'unexpected {key}' for key in shapes if key not in expected and key.startswith(heads)]
@@ -179,6 +183,11 @@ def _check_shapes(folder: Path, config: Dict[str, Any], shapes: Dict[str, Tuple[
         raise CheckpointError(
             f'{folder / WEIGHTS} has {sizes[1]} values, the model that {CONFIG} describes has {sizes[0]}'
         )
+
+
+def _same_shape(key: str, *shapes: Tuple[int, ...]) -> bool:
+    """Compare the shapes of a tensor in two models; sigma2_raw has been () and (1,)."""
+    return len({*shapes}) == 1 or key.endswith('sigma2_raw') and {*shapes} == {(), (1,)}
 
 
 def sha256(path: Path) -> str:
