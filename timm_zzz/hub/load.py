@@ -99,7 +99,12 @@ def load_folder(
 ) -> nn.Module:
     """Build and fill a model from a folder whose config has been read, after checking the weights."""
     check_weights(folder, config, check_sha256=check_sha256)
-    return timm.create_model(f'local-dir:{folder}', pretrained=True, **model_args)
+    try:
+        return timm.create_model(f'local-dir:{folder}', pretrained=True, **model_args)
+    except RuntimeError as e:
+        if model_args:  # which may not fit what was saved
+            raise
+        raise CheckpointError(f'{folder / WEIGHTS} does not hold the model of {CONFIG}: {e}') from e
 
 
 def _locate(location: Union[str, os.PathLike], revision: Optional[str]) -> Tuple[Union[Path, str], Optional[str]]:

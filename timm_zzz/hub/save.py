@@ -18,7 +18,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..head import ZZZHead
 from ..models._timm import recorded_args
 from ..models.attach import find_classifiers
@@ -122,7 +122,11 @@ def _own_memory(module: nn.Module, state_dict: Dict[str, Any], prefix: str, loca
 
 def _check_saved(model: nn.Module, folder: Path) -> None:
     """Load a saved folder as from_pretrained would and compare it with the model."""
-    config = read_config(folder / CONFIG)
+    try:
+        config = read_config(folder / CONFIG)
+    except ConfigError as e:
+        message = f'from_pretrained would refuse this model: {e.__cause__}. timm.models.push_to_hf_hub takes it.'
+        raise ConfigError(message) from e
     try:
         loaded = load_folder(folder, config, {}).state_dict()
     except Exception as e:
