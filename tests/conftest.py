@@ -72,6 +72,14 @@ def hub(tmp_path, monkeypatch):
     return _server
 
 
+@pytest.fixture(params=[0o022, 0o027], ids=oct)
+def umask(request):
+    """Run a test under each of two umasks."""
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
 @pytest.fixture(scope='session')
 def root():
     """The checkout that the tests belong to."""

@@ -89,6 +89,11 @@ def test_fit(command, colours, backbone, capsys):
         assert {'format': 'pt', 'model': NAME, 'objective': 'discriminant'}.items() <= f.metadata().items()
 
 
+def test_output_has_the_mode_of_new_files(command, monkeypatch, umask):
+    monkeypatch.setattr('timm_zzz.cli.fit.fit_model', lambda model, loader, **options: None)
+    assert command('--val-split', '').stat().st_mode & 0o777 == 0o666 & ~umask
+
+
 def test_options_arrive(command, monkeypatch):
     seen = {}
     monkeypatch.setattr('timm_zzz.cli.fit.fit_model', lambda model, loader, **options: seen.update(options))

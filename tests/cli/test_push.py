@@ -1,6 +1,7 @@
 """``python -m timm_zzz push`` on what train.py writes; test_end_to_end.py does the same after the real train.py."""
 
 import argparse
+import json
 
 import pytest
 import timm
@@ -110,6 +111,14 @@ def test_output_folder_pushes_nothing(hub, tmp_path, beetles, capsys):
     assert not hub.requests
 
 
+def test_output_has_the_mode_of_new_files(hub, tmp_path, beetles, umask):
+    write_run(tmp_path / 'run', beetles)
+    (tmp_path / 'mine.yaml').write_text('lr: 1.0e-3\n')
+    main(list(map(str, [tmp_path / 'run', REPO, '--output', tmp_path / 'out', '--recipe', tmp_path / 'mine.yaml'])))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / 'out').iterdir()}
+    assert len(modes) == 6 and set(modes.values()) == {0o666 & ~umask}, modes
+
+
 @pytest.mark.parametrize('kwargs', [dict(model_kwargs=dict(img_size=96)), dict(img_size=96), dict(in_chans=1)])
 def test_input_as_trained(hub, tmp_path, beetles, kwargs):
     size = {k: v for k, v in kwargs.items() if k != 'model_kwargs'}
@@ -125,6 +134,43 @@ def test_input_as_trained(hub, tmp_path, beetles, kwargs):
     expected = timm.data.resolve_input_data_config(run.model, run.data_config)
     config = timm.data.resolve_model_data_config(from_pretrained(REPO))
     assert config['input_size'] == expected['input_size'] and expected['input_size'][0] == built.get('in_chans', 3)
+
+
+@pytest.mark.parametrize(
+    'arguments, change, expected',
+    [
+        ([], {}, 'apache-2.0'),
+        (['--license', 'mit'], {}, 'mit'),
+        ([], dict(pretrained=False), 'unknown'),
+        ([], dict(pretrained_path='backbone.safetensors'), 'unknown'),
+    ],
+)
+def test_licence(hub, tmp_path, beetles, arguments, change, expected):
+    """On the card and in config.json; that of timm's weights only where the run started from these."""
+    write_run(tmp_path / 'run', beetles, **change)
+    main([str(tmp_path / 'run'), REPO, *arguments])
+    main([str(tmp_path / 'run'), REPO, *arguments, '--output', str(tmp_path / 'out')])
+    for files in (hub.files(REPO), {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}):
+        card = yaml.safe_load(files['README.md'].decode().split('---')[1])
+        assert card['license'] == json.loads(files['config.json'])['pretrained_cfg']['license'] == expected
+        assert ('base_model' in card) == (not change)
+
+
+def test_card_says_what_acted(hub, tmp_path, beetles):
+    """Options that had no effect are not listed, and the image size is that of the run."""
+    args = dict(
+        img_size=128, lr_base=0.1, weight_decay=0.05, sched='cosine', epochs=2, smoothing=0.0, mixup=0.2, cutmix=0.0
+    )
+    for mixup_prob, mixup in ((1.0, ', mixup 0.2'), (0.0, '')):
+        write_run(tmp_path / f'run {mixup_prob}', beetles, mixup_prob=mixup_prob, **args)
+        main([str(tmp_path / f'run {mixup_prob}'), REPO])
+        card = hub.files(REPO)['README.md'].decode()
+        assert f'with opt adamw, lr 0.001, weight_decay 0.05, sched cosine, epochs 2{mixup}.' in card
+        assert '| image size | 128 x 128 |' in card
+        assert timm.data.resolve_model_data_config(from_pretrained(REPO))['input_size'][1:] == (128, 128)
+    write_run(tmp_path / 'scaled', beetles, lr=None, lr_base=0.1)
+    main([str(tmp_path / 'scaled'), REPO])
+    assert 'with opt adamw, lr_base 0.1.' in hub.files(REPO)['README.md'].decode()
 
 
 def fails(capsys, what, *arguments):

@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,12 @@ from timm_zzz import push_to_hub
 from timm_zzz.hub.cards import main, model_card, top1
 
 REPO = 'owner/birds-zzz'
+
+# Identifiers of https://huggingface.co/docs/hub/repositories-licenses that occur here
+HUB_LICENSES = (
+    'apache-2.0 apple-amlr apple-ascl bsd-3-clause cc-by-4.0 cc-by-nc-4.0 fair-noncommercial-research-license gemma '
+    'mit other unknown'
+).split()
 
 
 @pytest.fixture
@@ -49,7 +56,50 @@ def test_card_without_results_says_so(hub, model):
     card = model_card(model, REPO, published=False)
     card.validate()
     assert 'Not measured.' in card.text and 'have not been published' in card.text and 'Not recorded.' in card.text
-    assert 'not recorded' in card.text and 'model-index' not in str(card)
+    assert 'starting weights are not recorded' in card.text and 'model-index' not in str(card)
+
+
+def published_license(hub, repo_id):
+    """The licences that a repository's card and its config.json name."""
+    card = ModelCard(hub.files(repo_id)['README.md'].decode())
+    config = json.loads(hub.files(repo_id)['config.json'])
+    return card.data.get('license_name') or card.data.license, config['pretrained_cfg'].get('license'), card.text
+
+
+def test_card_and_config_name_one_licence(hub, model):
+    """What is given, else what timm records for the weights of the backbone, and says so."""
+    assert timm.get_pretrained_cfg('test_vit').license == 'apache-2.0'
+    own_card = '---\nlicense: other\nlicense_name: mine\n---\n'
+    for kwargs, expected, text in (
+        ({}, 'apache-2.0', "| licence | apache-2.0, that of the backbone's weights |"),
+        (dict(license='mit'), 'mit', '| licence | mit |'),
+        (dict(license='unknown'), 'unknown', "| licence | not recorded: see the backbone's and the data's |"),
+        (dict(card='---\nlicense: mit\n---\n'), 'mit', ''),
+        (dict(card=own_card), 'mine', ''),
+    ):
+        hub.reset()
+        push_to_hub(model, REPO, **kwargs)
+        *names, card = published_license(hub, REPO)
+        assert names == [expected] * 2 and text in card, kwargs
+    model.pretrained_cfg['license'] = 'dinov3-license'  # which the Hub does not know
+    push_to_hub(model, 'owner/other')
+    assert published_license(hub, 'owner/other')[:2] == ('dinov3-license',) * 2
+    del model.pretrained_cfg['license']
+    push_to_hub(model, 'owner/none')
+    assert published_license(hub, 'owner/none')[:2] == ('unknown', None)
+
+
+def test_every_licence_that_timm_records_can_be_pushed(hub, model):
+    for name in {timm.get_pretrained_cfg(name).license for name in timm.list_pretrained()} - {None}:
+        model.pretrained_cfg['license'] = name
+        data = model_card(model, REPO).data
+        assert data.license in HUB_LICENSES and name in (data.license, data.license_name)
+
+
+def test_image_size_is_that_of_the_preprocessing(hub, model):
+    push_to_hub(timm.create_model('test_resnet.zzz_r4', num_classes=5), REPO, data_config=dict(input_size=(3, 96, 128)))
+    assert '| image size | 96 x 128 |' in hub.files(REPO)['README.md'].decode()
+    assert json.loads(hub.files(REPO)['config.json'])['pretrained_cfg']['input_size'] == [3, 96, 128]
 
 
 def test_results_need_their_command_and_numbers(model):

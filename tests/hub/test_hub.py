@@ -2,7 +2,10 @@
 
 import errno
 import json
+import resource
 import struct
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -125,6 +128,25 @@ def test_other_input_and_rank_on_reload(hub):
         from_pretrained(REPO, zzz_rank=4)
 
 
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        ('test_vit.zzz_r8', dict(depth=2, embed_dim=96, num_heads=4, mlp_ratio=2.5)),
+        ('test_vit.zzz_r8', dict(depth=20)),
+        ('test_convnext.zzz_r8', dict(depths=[1, 1, 3, 1], dims=[16, 16, 32, 32])),
+        ('resnet10t.zzz_r8', dict(stem_width=16, layers=[1, 2, 1, 1], channels=[16, 16, 32, 64])),
+        ('swin_tiny_patch4_window7_224.zzz_r8', dict(embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=14)),
+    ],
+)
+def test_models_of_other_sizes(hub, name, kwargs):
+    """Arguments that size the backbone are held against the weights."""
+    model = timm.create_model(name, num_classes=5, **kwargs)
+    push_to_hub(model, REPO)
+    assert_same(from_pretrained(REPO), model)
+    assert_same(from_timm(REPO), model)
+    assert from_pretrained(REPO, num_classes=7).num_classes == 7
+
+
 def test_models_changed_after_create_model(tmp_path):
     attached = timm_zzz.attach(timm.create_model('test_resnet', num_classes=5), rank=3, v_min=1e-3)
     resized = create()
@@ -139,6 +161,11 @@ def test_models_changed_after_create_model(tmp_path):
         assert_same(again, model)
         assert again.get_classifier().v_min == model.get_classifier().v_min
     assert tied.layer1[0].bn1.bias is tied.layer1[0].bn2.bias
+
+
+def test_files_have_the_mode_of_new_files(tmp_path, umask):
+    save_pretrained(create(), tmp_path)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
 
 
 def test_wrapped_and_non_finite(tmp_path):
@@ -166,13 +193,18 @@ def test_label_names(hub, tmp_path):
 def test_wrong_models(hub, tmp_path):
     replaced, shortened = create(), create()
     replaced.head = torch.nn.Linear(64, 5)
+    dicts = timm.create_model('resnet10t.zzz_r8', block_args=dict(attn_layer='se'))
     shortened.blocks = shortened.blocks[:1]
     for model, error, what in (
         (timm.create_model('test_resnet'), ValueError, 'ResNet has no ZZZ head'),
         (torch.nn.Linear(2, 2), ValueError, 'made by timm.create_model'),
         (replaced, ValueError, 'replaced by Linear'),
         (shortened, CheckpointError, 'model_args'),
-        (timm.create_model('test_vit.zzz_r8', depth=2), ConfigError, 'model_args: depth is not allowed'),
+        (
+            dicts,
+            ConfigError,
+            "^from_pretrained would refuse this model: model_args.block_args: got {'attn_layer': 'se'}",
+        ),
     ):
         with pytest.raises(error, match=what):
             save_pretrained(model, tmp_path / 'folder')
@@ -274,11 +306,18 @@ def test_xet(hub, tmp_path, monkeypatch):
 # --- the table of failures --------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    """The files of a model, by name."""
+    folder = save_pretrained(create(), tmp_path_factory.mktemp('saved'))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 @pytest.fixture
-def pushed(hub, monkeypatch):
+def pushed(hub, saved, monkeypatch):
     """A repository with a model in it, and a client whose pauses between its attempts take no time."""
     monkeypatch.setattr('huggingface_hub.utils._http.time.sleep', lambda seconds: None)
-    push_to_hub(create(), REPO)
+    hub.add_repo(REPO, saved)
     return hub
 
 
@@ -335,7 +374,8 @@ def test_unavailable(pushed, fault, match, monkeypatch):
         monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
     else:
         pushed.fault(match, fault, **(dict(status=503) if fault == 'status' else {}))
-    with pytest.raises(UnavailableError) as e:
+    what = r'failed \(503\): try again later' if fault == 'status' else "can't be reached|out of reach"
+    with pytest.raises(UnavailableError, match=what) as e:
         from_pretrained(REPO)
     assert e.value.__cause__ is not None
 
@@ -452,8 +492,19 @@ CONFIGS = [
     (['timm_zzz'], dict(weights_sha256='x'), 'weights_sha256: got'),
     ([ARGS], dict(features_only=True), 'features_only is not allowed'),
     ([ARGS], dict(device='meta'), 'device is not allowed'),
-    ([ARGS], dict(depth=10**6), 'depth is not allowed'),
     ([ARGS], dict(checkpoint_path='/x'), 'checkpoint_path is not allowed'),
+    (
+        [ARGS],
+        dict(pretrained_cfg={}, pretrained_strict=False, cache_dir='/x'),
+        'cache_dir, pretrained_cfg, pretrained_str',
+    ),
+    ([ARGS], dict(scriptable=True, exportable=True, no_jit=True), 'exportable, no_jit, scriptable is not allowed'),
+    ([ARGS], dict(depth=10**6), 'depth: expected at most'),
+    ([ARGS], dict(embed_dim=10**9), 'embed_dim: expected at most'),
+    ([ARGS], dict(embed_dim=[[[[4]]]]), 'embed_dim: got'),
+    ([ARGS], dict(depth=[2] * 10**6), 'depth: got'),
+    ([ARGS], dict(num_heads=0), 'does not describe a model'),
+    ([ARGS], dict(nothing=1), 'does not describe a model'),
     ([ARGS], dict(img_size=10**9), 'img_size: expected at most'),
     ([ARGS], dict(img_size=[1] * 99), 'img_size: got'),
     ([ARGS], dict(act_layer={'a': 1}), 'act_layer: got'),
@@ -467,10 +518,19 @@ CONFIGS = [
 ]
 
 
+@contextmanager
+def cheap():
+    """Fail what takes more than a second of this process or 256 MiB more than it ever took."""
+    seconds, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert time.process_time() - seconds < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**18  # KiB
+
+
 @pytest.mark.parametrize('places, values, what', CONFIGS)
 def test_configs_that_are_refused(pushed, places, values, what):
     edit(pushed, *places, **values)
-    with pytest.raises(ConfigError, match=what):
+    with cheap(), pytest.raises(ConfigError, match=what):
         from_pretrained(REPO)
 
 
@@ -488,22 +548,52 @@ def test_configs_that_are_not_json(pushed, text):
         from_pretrained(REPO)
 
 
-@pytest.mark.parametrize('key, value', [('num_classes', 10**6), ('zzz_rank', 64), ('reg_tokens', 9999)])
+TOO_LARGE = [('num_classes', 10**6), ('zzz_rank', 64), ('reg_tokens', 9999), ('depth', 9999), ('embed_dim', 9984)]
+TOO_LARGE += [('mlp_ratio', 9999.0), ('img_size', 9999), ('patch_size', 1), ('depth', 13)]
+
+
+@pytest.mark.parametrize('key, value', TOO_LARGE)
 def test_configs_that_do_not_fit_the_weights(pushed, key, value):
     """Within the limits, but not what the file holds: refused before memory is taken."""
     edit(pushed, *(['', ARGS, CFG] if key == 'num_classes' else [ARGS]), **{key: value})
-    with pytest.raises(CheckpointError, match='does not hold the model|values, the model'):
+    with cheap(), pytest.raises(CheckpointError, match='does not hold the model|values, the model'):
         from_pretrained(REPO)
 
 
-def test_local_folder_is_checked_too(tmp_path):
+def rewrite(folder, **values):
+    """Set tensors in the weights of a folder."""
+    save_file({**load_file(folder / 'model.safetensors'), **values}, folder / 'model.safetensors')
+
+
+def test_a_folder_whose_weights_were_changed(pushed, tmp_path):
+    """Refused, with the way on for its owner; what was downloaded has none, and shapes are checked in any case."""
     save_pretrained(create(), tmp_path)
-    state = load_file(tmp_path / 'model.safetensors')
-    state['head.bias'] += 1
-    save_file(state, tmp_path / 'model.safetensors')
-    with pytest.raises(CheckpointError, match='SHA-256') as e:
+    bias = torch.arange(5.0)
+    rewrite(tmp_path, **{'head.bias': bias})
+    with pytest.raises(CheckpointError, match='SHA-256.*changed it yourself, pass check_sha256=False') as e:
         from_pretrained(tmp_path)
     assert 'cache' not in str(e.value) and (tmp_path / 'model.safetensors').exists()
+    assert torch.equal(from_pretrained(tmp_path, check_sha256=False).head.bias, bias)
+    pushed.commit(REPO, {'model.safetensors': (tmp_path / 'model.safetensors').read_bytes()})
+    with pytest.raises(CheckpointError, match='SHA-256.*dropped from the cache') as e:
+        from_pretrained(REPO)
+    assert 'check_sha256' not in str(e.value)
+    with pytest.raises(ValueError, match='check_sha256: .* owner/birds-zzz is not a folder'):
+        from_pretrained(REPO, check_sha256=False)
+    rewrite(tmp_path, **{'head.bias': torch.zeros(6)})
+    with pytest.raises(CheckpointError, match='does not hold the model'):
+        from_pretrained(tmp_path, check_sha256=False)
+
+
+@pytest.mark.parametrize('shape', [(), (1,)])
+def test_sigma2_of_either_shape(tmp_path, shape):
+    """Files hold it as a scalar or as a vector of one, by the version that wrote them."""
+    save_pretrained(create(), tmp_path)
+    rewrite(tmp_path, **{'head.sigma2_raw': torch.full(shape, 0.25)})
+    assert from_pretrained(tmp_path, check_sha256=False).head.sigma2_raw.item() == 0.25
+    rewrite(tmp_path, **{'head.sigma2_raw': torch.full((2,), 0.25)})
+    with pytest.raises(CheckpointError, match='sigma2_raw'):
+        from_pretrained(tmp_path, check_sha256=False)
 
 
 # --- failures while pushing -------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -156,8 +157,10 @@ def _write(path: Path, model: nn.Module, metadata: Dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
     with TemporaryDirectory(dir=path.parent, prefix='.zzz-fit-') as temporary:
-        draft = Path(temporary) / path.name
+        draft, new = Path(temporary) / path.name, Path(temporary) / 'new'
         save_file(state, draft, {'format': 'pt', 'timm_zzz': __version__, **metadata})
+        new.touch()
+        shutil.copymode(new, draft)  # the umask's: safetensors writes for the owner only
         os.replace(draft, path)
 
 

@@ -7,14 +7,13 @@ import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional
 
-import timm
 import yaml
 from huggingface_hub import ModelCard
 
 from ..hub import push_to_hub, save_pretrained
-from ..hub.cards import model_card, top1
+from ..hub.cards import license_of, model_card, top1
 from .common import exit_on_error
 from .run import Run, class_names, load_run
 
@@ -43,7 +42,7 @@ def run_card(run: Run, repo_id: str, *, dataset: Optional[str], license: Optiona
 
     Args:
         dataset: Name of the data set, if not that of the run's data folder.
-        license: Licence of the weights, if not the backbone's.
+        license: Licence of the weights, if not that of the backbone's, where the run says which those were.
         recipe: Whether recipe.yaml will lie beside the card.
     """
     args = run.args
@@ -53,8 +52,7 @@ def run_card(run: Run, repo_id: str, *, dataset: Optional[str], license: Optiona
         results = [top1(run.top1, dataset, args.get('val_split') or 'validation')]
     elif run.top1 is not None:
         run.notes.append('the data set has no name: give --dataset-name')
-    keys = ('opt', 'lr', 'lr_base', 'weight_decay', 'sched', 'epochs', 'batch_size', 'smoothing', 'mixup', 'cutmix')
-    facts = ', '.join(f'{key} {args[key]}' for key in keys if args.get(key) not in (None, 0))
+    facts = ', '.join(f'{key} {args[key]}' for key in _acted(args))
     training = f"timm's train.py{f' with {facts}' if facts else ''}."
     if run.epoch is not None:
         training += f'\nWeights{" averaged by EMA" if run.averaged else ""} after epoch {run.epoch}, counted from 0.'
@@ -62,23 +60,26 @@ def run_card(run: Run, repo_id: str, *, dataset: Optional[str], license: Optiona
         training += '\nAll arguments are in `args.yaml`, which `train.py --config` reads.'
     if recipe:
         training += '\nThe recipe is `recipe.yaml`.'
-    base_model, base_license = _base_model(args)
-    weights: Dict[str, Any] = dict(license=license or base_license, base_model=base_model)
-    return model_card(run.model, repo_id, results=results, results_command=_COMMAND, training=training, **weights)
+    base_model = _base_model(run)
+    weights: Dict[str, Any] = dict(base_model=base_model, license=license or (None if base_model else 'unknown'))
+    weights.update(data_config=run.data_config, training=training)
+    return model_card(run.model, repo_id, results=results, results_command=_COMMAND, **weights)
 
 
-def _base_model(args: Mapping[str, Any]) -> Tuple[Optional[str], Optional[str]]:
-    """Find the repository and the licence of the weights that a run started from, if args says so without doubt."""
-    if not args.get('pretrained') or args.get('pretrained_path') or args.get('initial_checkpoint'):
-        return None, None
-    name = re.sub(r'\.zzz_r\d+$', '', str(args.get('model')))
-    if name.startswith('hf-hub:'):
-        return name.removeprefix('hf-hub:').partition('@')[0], None
-    try:
-        cfg = timm.get_pretrained_cfg(name)
-    except RuntimeError:
-        cfg = None
-    return (cfg.hf_hub_id, cfg.license) if cfg is not None and cfg.hf_hub_id else (None, None)
+def _acted(args: Mapping[str, Any]) -> List[str]:
+    """List the options of train.py that the card names, without those that had no effect."""
+    keys = ['opt', 'lr' if args.get('lr') else 'lr_base', 'weight_decay', 'sched', 'epochs', 'batch_size']
+    keys += ['smoothing', *(('mixup', 'cutmix') if args.get('mixup_prob') != 0 else ())]
+    return [key for key in keys if args.get(key) not in (None, 0, '', 'none')]
+
+
+def _base_model(run: Run) -> Optional[str]:
+    """Find the repository of the weights that a run started from, if its arguments say so without doubt."""
+    cfg: Dict[str, Any] = run.model.pretrained_cfg  # type: ignore[assignment]
+    elsewhere = run.args.get('pretrained_path') or run.args.get('initial_checkpoint')
+    if not run.args.get('pretrained') or elsewhere or not cfg.get('hf_hub_id'):
+        return None
+    return str(cfg['hf_hub_id']).partition('@')[0]
 
 
 def push_run(
@@ -110,7 +111,7 @@ def push_run(
         if output is None:
             info = push_to_hub(run.model, repo_id, card=card, files=files, **saving, **commit)
             return str(info.pr_url or info.commit_url)
-        card.save(save_pretrained(run.model, output, **saving) / 'README.md')
+        card.save(save_pretrained(run.model, output, license=license_of(card.data), **saving) / 'README.md')
         for name, path in files.items():
             shutil.copyfile(path, output / name)
     return str(output)

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional, Sequence, cast
 import timm
 import torch
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 from timm.data import resolve_input_data_config
 from torch import nn
@@ -22,6 +22,12 @@ from ..head import heads_of
 __all__ = ['model_card', 'top1', 'write_card']
 
 TASK = 'image-classification'
+
+# Of the licences that timm records, those that are identifiers of the Hub
+_HUB_LICENSES = (
+    'apache-2.0 apple-amlr apple-ascl bsd-3-clause cc-by-4.0 cc-by-nc-4.0 fair-noncommercial-research-license gemma '
+    'mit other unknown'
+).split()
 
 
 def top1(value: float, dataset: str, split: Optional[str] = None, *, metric_name: str = 'Top-1 accuracy') -> EvalResult:
@@ -42,6 +48,7 @@ def model_card(
     base_model: Optional[str] = None,
     backbone: Optional[str] = None,
     datasets: Sequence[str] = (),
+    data_config: Optional[Dict[str, Any]] = None,
     published: bool = True,
 ) -> ModelCard:
     """Write the card of a model with a ZZZ head. It states what it is given and leaves open what it is not.
@@ -52,10 +59,12 @@ def model_card(
         results: What was measured, e.g. by :func:`top1`; values are numbers.
         results_command: The commands that measured the results, with hardware and versions; required with results.
         training: How the model was trained, in Markdown.
-        license: Licence of the weights, a Hub identifier such as ``apache-2.0``; ``unknown`` if None.
+        license: Licence of the weights, a Hub identifier such as ``apache-2.0``. If None, what timm records for the
+            backbone's weights, and said to be theirs; ``unknown`` if that is nothing.
         base_model: Repository of the weights that training started from, e.g. ``timm/resnet50.a1_in1k``.
         backbone: Where those weights come from, if not from a repository on the Hub.
         datasets: Data sets on the Hub that the model was trained on, as their ids.
+        data_config: Preprocessing, as of :func:`~timm_zzz.save_pretrained`; the model's if None.
         published: False for a card that is written before the weights are on the Hub; it then says so.
 
     Returns:
@@ -81,10 +90,15 @@ def model_card(
         rows.append({'value': result.metric_value, **{key: _escape(text or '') for key, text in texts.items()}})
     heads = [*heads_of(model).values()]
     title = repo_id.rpartition('/')[2]
+    cfg: Dict[str, Any] = cast(Any, model).pretrained_cfg
+    inherited = None if license else cfg.get('license')
+    named = inherited if inherited not in (None, *_HUB_LICENSES) else None
+    licence = license or inherited or 'unknown'
     data = ModelCardData(
         library_name='timm',
         pipeline_tag=TASK if heads else 'image-feature-extraction',
-        license=license or 'unknown',
+        license='other' if named else licence,
+        license_name=named,
         base_model=base_model,
         datasets=list(datasets) or None,
         metrics=sorted({result.metric_type for result in results}) or None,
@@ -92,7 +106,10 @@ def model_card(
         model_name=title if results else None,
         eval_results=list(results) or None,
     )
-    channels, *size = resolve_input_data_config(model)['input_size']
+    channels, *size = resolve_input_data_config(model, data_config)['input_size']
+    license_text = _escape(licence) + (", that of the backbone's weights" if inherited else '')
+    if licence == 'unknown':
+        license_text = "not recorded: see the backbone's and the data's"
     source = _escape(backbone) if backbone else 'its starting weights are not recorded'
     if base_model:
         source = f'starting from [{base_model}](https://huggingface.co/{base_model})'
@@ -102,9 +119,9 @@ def model_card(
         title=_escape(title),
         published=published,
         features=not heads,
-        architecture=cast(Any, model).pretrained_cfg['architecture'],
+        architecture=cfg['architecture'],
         backbone=source,
-        license_text=_escape(license) if license else "not recorded: see the backbone's and the data's",
+        license_text=license_text,
         num_classes=heads[0].num_classes if heads else 0,
         rank=heads[0].rank if heads else 0,
         feat_dim=heads[0].feat_dim if heads else 0,
@@ -119,6 +136,11 @@ def model_card(
         training=training,
     )
     return ModelCard(text)
+
+
+def license_of(data: CardData) -> Optional[str]:
+    """Read the licence from a card's metadata, None if it has none."""
+    return data.get('license_name') or data.get('license')
 
 
 def _count(*modules: nn.Module) -> str:

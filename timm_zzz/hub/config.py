@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any, Dict, Iterable, Sequence, Set, Tuple
 
@@ -13,12 +14,14 @@ import safetensors
 import timm
 import torch
 from timm.models import PretrainedCfg
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, ConfigError
-from ..models.attach import HEAD_OPTIONS, OPTION_PREFIX, find_classifiers
+from ..models.attach import find_classifiers
 from ..models.registry import SOURCE_KEYS, TAG
 
-__all__ = ['CONFIG', 'SECTION', 'WEIGHTS', 'Corrupt', 'check_weights', 'read_config', 'sha256', 'some']
+__all__ = ['CONFIG', 'SECTION', 'WEIGHTS', 'Changed', 'Corrupt', 'check_weights', 'read_config', 'sha256', 'some']
 
 _logger = logging.getLogger(__name__)
 
@@ -30,17 +33,15 @@ _MAX_CLASSES = 1_000_000
 _MAX_INT = 10_000  # any other size that a config may ask for
 _MAX_CONFIG_BYTES = 256 * 2**20  # a million class names fit
 
-# A model's arguments that a config may set: those that change the parameters or their use. Left out are those that size
-# the backbone, which the architecture's name fixes, those that timm's builder acts on (features_only, out_indices,
-# pretrained_*, ...) and the model's place (device, dtype).
-_MODEL_ARGS = {f'{OPTION_PREFIX}{name}' for name in HEAD_OPTIONS}.union(
-    'num_classes in_chans img_size global_pool act_layer aa_layer always_partition attn_drop_rate bn_eps '
-    'bn_momentum bn_tf class_token conv_mlp drop_block_rate drop_path_rate drop_rate dynamic_img_pad '
-    'dynamic_img_size fc_norm final_norm head_bias head_init_scale init_values layer_scale_init_value '
-    'ls_init_value no_embed_class norm_eps norm_layer output_stride pad_type patch_drop_rate patch_size '
-    'pos_drop_rate pos_embed pre_norm proj_bias proj_drop_rate qk_norm qkv_bias ref_feat_shape reg_tokens '
-    'rope_type scale_attn_norm scale_mlp_norm stem_type strict_img_size use_fc_norm use_naflex weight_init '
-    'window_size zero_init_last'.split()
+# What building a model may take. Timm's architectures take up to 14 calls a tensor, and have up to 2,000 tensors.
+_CALLS_PER_TENSOR = 25
+_MAX_TENSORS = 10_000
+_MAX_BUFFER = 2**24  # elements of what is not saved, e.g. indices of relative positions
+
+# What timm's functions that build a model act on; the others go to the model's class, where sizes are held against the
+# weights.
+_BUILDER_ARGS = set('features_only out_indices feature_cls pruned device dtype'.split()).union(
+    *(signature(function).parameters for function in (timm.create_model, timm.models.build_model_with_cfg))
 )
 _CONFIG_KEYS = {SECTION}.union(
     'architecture num_classes num_features global_pool label_names label_descriptions model_args pretrained_cfg'.split()
@@ -50,6 +51,10 @@ _CFG_KEYS = {f.name for f in fields(PretrainedCfg)} - {'architecture'}
 
 class Corrupt(CheckpointError):
     """The bytes of the weights are wrong, which a new download may mend."""
+
+
+class Changed(Corrupt):
+    """The weights are not those that config.json was written for, which the owner of a folder may have meant."""
 
 
 def read_config(path: Path) -> Dict[str, Any]:
@@ -81,8 +86,8 @@ def _check_config(config: Dict[str, Any]) -> None:
     is_model = isinstance(name, str) and '.' not in name and timm.is_model(name)
     _refuse(f'architecture: timm knows no {_short(name)}', not is_model)
     _refuse('model_args: expected an object', not isinstance(args, dict))
-    unknown = _others(args, _MODEL_ARGS)
-    _refuse(f'model_args: {unknown} is not allowed there', unknown)
+    builders = some(sorted(_BUILDER_ARGS & {*args}))
+    _refuse(f'model_args: {builders} is not allowed there', builders)
     is_zzz = 'zzz_rank' in args or TAG.fullmatch(str(cfg.get('tag')))
     _refuse('no zzz_rank: not a model with a ZZZ head', not is_zzz)
     for key, value in args.items():
@@ -133,11 +138,11 @@ def _check_value(name: str, value: Any, maximum: int, depth: int = 0) -> None:
         )
 
 
-def check_weights(folder: Path, config: Dict[str, Any]) -> None:
+def check_weights(folder: Path, config: Dict[str, Any], *, check_sha256: bool = True) -> None:
     """Compare the weights of a folder with its config, which has been read: shapes first, then the SHA-256.
 
     Raises:
-        Corrupt: If the file is incomplete or its bytes are not those that were written.
+        Corrupt: If the file is incomplete; Changed if its bytes are not those that were written.
         CheckpointError: If it holds another model.
         ConfigError: If no model can be built from the config.
     """
@@ -150,16 +155,21 @@ def check_weights(folder: Path, config: Dict[str, Any]) -> None:
     expected = config.get(SECTION, {}).get('weights_sha256')
     if expected is None:
         _logger.info(f'{folder}: {CONFIG} has no SHA-256 of the weights, so they were not compared with it.')
-    elif sha256(folder / WEIGHTS) != expected:
-        raise Corrupt(f'the SHA-256 of {WEIGHTS} is not the one in {CONFIG}: the file was changed')
+    elif check_sha256 and sha256(folder / WEIGHTS) != expected:
+        raise Changed(f'the SHA-256 of {WEIGHTS} is not the one in {CONFIG}: the file was changed')
 
 
 def _check_shapes(folder: Path, config: Dict[str, Any], shapes: Dict[str, Tuple[int, ...]]) -> None:
     """Compare the shapes of a file's tensors with a model without memory, built from the config."""
+    size = sum(map(math.prod, shapes.values()))
+    too_large = f'{folder / WEIGHTS} has {size} values, the model that {CONFIG} describes has many more'
+    budget = _Budget(1000 + _CALLS_PER_TENSOR * min(len(shapes), _MAX_TENSORS), 2 * size + _MAX_BUFFER)
     try:
-        with torch.device('meta'):
+        with torch.device('meta'), budget:
             model: Any = timm.create_model(f'local-dir:{folder}')
-    except (TypeError, ValueError, RuntimeError, AssertionError) as e:
+    except Exception as e:  # whatever a model's class raises at values that it was not made for
+        if budget.exceeded:
+            raise CheckpointError(too_large) from e
         raise ConfigError(f'{folder / CONFIG} does not describe a model: {e}') from e
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     heads = tuple(f'{path}.' for path in find_classifiers(model))
@@ -168,17 +178,36 @@ def _check_shapes(folder: Path, config: Dict[str, Any], shapes: Dict[str, Tuple[
     wrong = [
         f'{key} {list(shapes[key])}, expected {list(shape)}'
         for key, shape in expected.items()
-        if shapes.get(key, shape) != shape
+        if not _same_shape(key, shapes.get(key, shape), shape)
     ]
     wrong += [f'no {key}' for key in expected if key not in shapes and key.startswith(heads)]
     wrong += [f'unexpected {key}' for key in shapes if key not in expected and key.startswith(heads)]
     if wrong:
         raise CheckpointError(f'{folder / WEIGHTS} does not hold the model of {CONFIG}: {some(wrong)}')
-    sizes = [sum(map(math.prod, each.values())) for each in (expected, shapes)]
-    if sizes[0] > 2 * sizes[1]:
-        raise CheckpointError(
-            f'{folder / WEIGHTS} has {sizes[1]} values, the model that {CONFIG} describes has {sizes[0]}'
-        )
+    held = sum(map(math.prod, expected.values())), sum(buffer.nelement() for buffer in model.buffers())
+    if held[0] > 2 * size or held[1] > budget.elements:
+        raise CheckpointError(too_large)
+
+
+class _Budget(TorchFunctionMode):
+    """Stop what makes more calls of torch's functions, or a tensor of more elements, than a limit."""
+
+    def __init__(self, calls: int, elements: int):
+        super().__init__()
+        self.calls, self.elements, self.exceeded = calls, elements, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls -= 1
+        if self.calls < 0 or isinstance(result, Tensor) and result.nelement() > self.elements:
+            self.exceeded = True
+            raise ValueError
+        return result
+
+
+def _same_shape(key: str, *shapes: Tuple[int, ...]) -> bool:
+    """Compare the shapes of a tensor in two models; sigma2_raw has been () and (1,)."""
+    return len({*shapes}) == 1 or key.endswith('sigma2_raw') and {*shapes} == {(), (1,)}
 
 
 def sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 from .. import __version__
 from ..errors import CheckpointError, HubError, NotFoundError
 from .client import TransportError, translated
-from .config import CONFIG, WEIGHTS, Corrupt, check_weights, read_config
+from .config import CONFIG, WEIGHTS, Changed, Corrupt, check_weights, read_config
 
 __all__ = ['from_pretrained', 'load_folder']
 
@@ -28,6 +28,7 @@ def from_pretrained(
     token: Union[str, bool, None] = None,
     cache_dir: Union[str, os.PathLike, None] = None,
     local_files_only: bool = False,
+    check_sha256: bool = True,
     **model_args: Any,
 ) -> nn.Module:
     """Load a model with a ZZZ head from the Hugging Face Hub or from a folder.
@@ -42,6 +43,8 @@ def from_pretrained(
         token: Access token for a private repository; by default the one of ``hf auth login`` or HF_TOKEN.
         cache_dir: Cache folder in place of huggingface_hub's own.
         local_files_only: Use only what the cache has.
+        check_sha256: False to load a folder whose weights were changed after they were saved. Shapes are checked in any
+            case, and what comes from the Hub is always compared.
         model_args: Arguments of ``create_model`` that differ from the saved ones. With another ``num_classes`` the head
             starts anew and the backbone is kept; ``num_classes=0`` gives features; ``in_chans`` and ``img_size`` adapt
             the weights as timm does.
@@ -52,7 +55,7 @@ def from_pretrained(
 
     Raises:
         HubError: One of its five subclasses in :mod:`timm_zzz.errors`, by what went wrong.
-        ValueError: For a malformed repository id.
+        ValueError: For a malformed repository id, or ``check_sha256=False`` for a repository.
 
     Example:
         >>> model = from_pretrained('someone/bird-zzz', num_classes=5)  # doctest: +SKIP
@@ -62,7 +65,12 @@ def from_pretrained(
         for name in (CONFIG, WEIGHTS):
             if not (place / name).is_file():
                 raise NotFoundError(f'{place} has no {name}')
-        return load_folder(place, read_config(place / CONFIG), model_args)
+        try:
+            return load_folder(place, read_config(place / CONFIG), model_args, check_sha256=check_sha256)
+        except Changed as e:
+            raise CheckpointError(f'{e}. If you changed it yourself, pass check_sha256=False.') from e
+    if not check_sha256:
+        raise ValueError(f'check_sha256: what is downloaded is always compared; {place} is not a folder')
 
     options: Dict[str, Any] = dict(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     config_file = _download(place, CONFIG, revision, options)
@@ -86,10 +94,17 @@ def from_pretrained(
     return model
 
 
-def load_folder(folder: Path, config: Dict[str, Any], model_args: Dict[str, Any]) -> nn.Module:
+def load_folder(
+    folder: Path, config: Dict[str, Any], model_args: Dict[str, Any], *, check_sha256: bool = True
+) -> nn.Module:
     """Build and fill a model from a folder whose config has been read, after checking the weights."""
-    check_weights(folder, config)
-    return timm.create_model(f'local-dir:{folder}', pretrained=True, **model_args)
+    check_weights(folder, config, check_sha256=check_sha256)
+    try:
+        return timm.create_model(f'local-dir:{folder}', pretrained=True, **model_args)
+    except RuntimeError as e:
+        if model_args:  # which may not fit what was saved
+            raise
+        raise CheckpointError(f'{folder / WEIGHTS} does not hold the model of {CONFIG}: {e}') from e
 
 
 def _locate(location: Union[str, os.PathLike], revision: Optional[str]) -> Tuple[Union[Path, str], Optional[str]]:

@@ -18,7 +18,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..head import ZZZHead
 from ..models._timm import recorded_args
 from ..models.attach import find_classifiers
@@ -38,6 +38,7 @@ def save_pretrained(
     label_names: Optional[_Labels] = None,
     model_args: Optional[Dict[str, Any]] = None,
     data_config: Optional[Dict[str, Any]] = None,
+    license: Optional[str] = None,
 ) -> Path:
     """Write config.json and model.safetensors, having reloaded them and compared every tensor.
 
@@ -50,6 +51,7 @@ def save_pretrained(
             layer type as a string that was given as a class.
         data_config: Preprocessing at test time where it differs from the model's: input_size, mean, std,
             interpolation, crop_pct, crop_mode.
+        license: Licence of the weights, if not that of the backbone's weights, which timm records.
 
     Returns:
         The folder.
@@ -62,6 +64,7 @@ def save_pretrained(
     model = unwrap_model(model)
     _check_model(model)
     names = None if label_names is None else _check_labels(label_names, int(cast(Any, model).num_classes))
+    described: Dict[str, Any] = dict(label_names=names, pretrained_cfg=dict(license=license) if license else {})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix='.saving-') as temporary:
@@ -69,13 +72,14 @@ def save_pretrained(
         handle = model.register_state_dict_post_hook(_own_memory)
         try:
             timm.models.save_for_hf(
-                model, str(new), {'label_names': names}, model_args, safe_serialization=True, data_config=data_config
+                model, str(new), described, model_args, safe_serialization=True, data_config=data_config
             )
         finally:
             handle.remove()
         config = json.loads((new / CONFIG).read_text(encoding='utf-8'))
         config[SECTION] = dict(version=__version__, weights_sha256=sha256(new / WEIGHTS))
         (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        shutil.copymode(new / CONFIG, new / WEIGHTS)  # the umask's: safetensors writes for the owner only
         _check_saved(model, new)
         for name in (WEIGHTS, CONFIG):
             os.replace(new / name, folder / name)
@@ -121,7 +125,11 @@ def _own_memory(module: nn.Module, state_dict: Dict[str, Any], prefix: str, loca
 
 def _check_saved(model: nn.Module, folder: Path) -> None:
     """Load a saved folder as from_pretrained would and compare it with the model."""
-    config = read_config(folder / CONFIG)
+    try:
+        config = read_config(folder / CONFIG)
+    except ConfigError as e:
+        message = f'from_pretrained would refuse this model: {e.__cause__}. timm.models.push_to_hf_hub takes it.'
+        raise ConfigError(message) from e
     try:
         loaded = load_folder(folder, config, {}).state_dict()
     except Exception as e:
@@ -154,6 +162,7 @@ def push_to_hub(
     label_names: Optional[_Labels] = None,
     model_args: Optional[Dict[str, Any]] = None,
     data_config: Optional[Dict[str, Any]] = None,
+    license: Optional[str] = None,
     card: Union[ModelCard, str, None] = None,
     files: Optional[Mapping[str, Union[str, os.PathLike]]] = None,
 ) -> CommitInfo:
@@ -171,6 +180,8 @@ def push_to_hub(
         create_pr: Open a pull request with the commit.
         commit_message: First line of the commit.
         label_names, model_args, data_config: As for :func:`save_pretrained`.
+        license: Licence of the weights, for config.json and the generated card; by default that of ``card``, if it has
+            one, else that of the backbone's weights.
         card: A model card; by default one is generated (:func:`timm_zzz.hub.cards.model_card`) unless the repository
             has a card already, which then stays.
         files: Further files to push, name in the repository to path.
@@ -182,20 +193,22 @@ def push_to_hub(
         ValueError: As :func:`save_pretrained`, and for a card that the Hub finds invalid.
         HubError: As :func:`save_pretrained`; AccessError, NotFoundError or UnavailableError of the Hub.
     """
-    from .cards import model_card  # python -m runs that module, which must not have been imported before
+    from .cards import license_of, model_card  # python -m runs that module, which must not have been imported before
 
+    try:
+        own_card = None if card is None else ModelCard(str(card))
+    except yaml.YAMLError as e:
+        raise ValueError(f"card: its metadata can't be read: {e}") from e
+    license = license or (license_of(own_card.data) if own_card else None)
     with TemporaryDirectory() as temporary:
-        kwargs: Dict[str, Any] = dict(label_names=label_names, model_args=model_args, data_config=data_config)
-        folder = save_pretrained(model, temporary, **kwargs)
+        about: Dict[str, Any] = dict(data_config=data_config, license=license)
+        folder = save_pretrained(model, temporary, label_names=label_names, model_args=model_args, **about)
         for name, path in (files or {}).items():
             if name in (CONFIG, WEIGHTS, 'README.md') or Path(name).is_absolute() or '..' in Path(name).parts:
                 raise ValueError(f'files: {name} is not a name for a further file')
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
-        try:
-            new_card = model_card(unwrap_model(model), repo_id) if card is None else ModelCard(str(card))
-        except yaml.YAMLError as e:
-            raise ValueError(f"card: its metadata can't be read: {e}") from e
+        new_card = own_card or model_card(unwrap_model(model), repo_id, **about)
         new_card.save(folder / 'README.md')
 
         api = HfApi(token=token, library_name='timm_zzz', library_version=__version__)
