@@ -569,3 +569,15 @@ def test_cuda_agrees_and_never_synchronises():
     torch.testing.assert_close(logits.cpu().double(), expected, rtol=2e-5, atol=2e-4)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, logits, rtol=2e-4, atol=2e-3)  # unit vectors rounded to float16
+
+
+def test_a_head_that_transformers_fills_in_part():
+    """It marks what it has loaded, and then lets modules fill in what they know of."""
+    head = ZZZHead(5, 12, 3)
+    head.init_non_persistent_buffers()  # timm calls it too
+    for p in head.parameters():
+        p._is_hf_initialized = True
+    head.init_non_persistent_buffers()
+    del head.A._is_hf_initialized
+    with pytest.raises(RuntimeError, match='leaves A of a ZZZ head without values: .*num_classes=N'):
+        head.init_non_persistent_buffers()

@@ -74,4 +74,6 @@ def test_the_way_of_a_batch():
     assert files_of(lambda: model.train()(x)) == way
     assert files_of(lambda: model(x).sum().backward()) == way
     with torch.no_grad():
-        assert files_of(lambda: model.eval()(x)) == way
+        # A new module, the fused form, also meets the hook that waits for models under construction.
+        assert files_of(lambda: model.eval()(x)) == way | {'models/loading.py'}
+        assert files_of(lambda: model(x)) == way

@@ -27,7 +27,7 @@ from .ops.dispatch import (
 from .ops.reference import Parameters
 from .ops.tracing import is_plain
 
-__all__ = ['FusedZZZConvHead', 'FusedZZZHead', 'ZZZConvHead', 'ZZZHead', 'heads_of', 'record_inputs']
+__all__ = ['FusedZZZConvHead', 'FusedZZZHead', 'ZZZConvHead', 'ZZZHead', 'heads_of', 'record_inputs', 'same_shape']
 
 _logger = logging.getLogger(__name__)
 
@@ -465,6 +465,16 @@ class ZZZHead(nn.Module):
         self._mark_parameters()
         return self
 
+    def init_non_persistent_buffers(self) -> None:
+        """Refuse to be left without values: transformers calls this, and has drawn nothing, after it loads a part."""
+        loaded = {name: hasattr(p, '_is_hf_initialized') for name, p in self.named_parameters(recurse=False)}
+        if any(loaded.values()) and not all(loaded.values()):
+            missing = ', '.join(name for name, there in loaded.items() if not there)
+            raise RuntimeError(
+                f'transformers leaves {missing} of a ZZZ head without values: load the model by '
+                'timm_zzz.from_pretrained(..., num_classes=N)'
+            )
+
     def extra_repr(self) -> str:
         return f'num_classes={self.num_classes}, feat_dim={self.feat_dim}, rank={self.rank}'
 
@@ -548,6 +558,11 @@ def _adapt_state_dict(
         _keep_own(head, state_dict, prefix, _PARAMETERS)
     elif linear:
         _keep_own(head, state_dict, prefix, _PARAMETERS[2:])
+
+
+def same_shape(key: str, a: Sequence[int], b: Sequence[int]) -> bool:
+    """Compare two shapes of a model's tensor; for sigma2_raw, () counts as (1,)."""
+    return tuple(a) == tuple(b) or key.endswith('sigma2_raw') and {tuple(a), tuple(b)} == {(), (1,)}
 
 
 def _keep_own(head: ZZZHead, state_dict: Dict[str, Any], prefix: str, names: Sequence[str]) -> None:

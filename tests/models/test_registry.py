@@ -4,16 +4,18 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import get_arch_pretrained_cfgs, model_entrypoint, split_model_name_tag
+from timm.models import get_arch_pretrained_cfgs, get_deprecated_models, model_entrypoint, split_model_name_tag
 
 import timm_zzz
 from timm_zzz import ZZZHead
 from timm_zzz.head import SIGMA2_INIT
+from timm_zzz.models import registry
 from timm_zzz.models.registry import RANKS
 
 # As JSON what timm's registry tells of its own names before and after the import of timm_zzz, which modules the import
@@ -272,3 +274,70 @@ def test_checkpoint_path_and_ema(stock, tmp_path):
     # a linear checkpoint of the same classes warm-starts
     model = timm.create_model('test_resnet.zzz_r8', checkpoint_path=str(stock[0]))
     assert model.get_classifier().rank == 8
+
+
+@pytest.mark.parametrize(
+    'name, present',
+    [
+        ('tv_resnet50.zzz_r8', 'resnet50.tv_in1k.zzz_r8'),
+        ('tv_resnet50.a1_in1k.zzz_r4', 'resnet50.a1_in1k.zzz_r4'),  # as of timm, a tag that is given wins
+        ('tv_resnet50.zzz_r0', 'resnet50.tv_in1k.zzz_r0'),
+        ('vit_tiny_patch16_224_in21k.zzz_r4', 'vit_tiny_patch16_224.augreg_in21k.zzz_r4'),
+    ],
+)
+def test_deprecated_names_give_the_twin_of_what_they_mean(name, present):
+    with torch.device('meta'):
+        with pytest.warns(
+            UserWarning, match=f'Mapping deprecated model name {name.partition(".")[0]} to current {present}'
+        ):
+            model = timm.create_model(name, num_classes=5)
+        expected = timm.create_model(present, num_classes=5)
+    assert isinstance(model.get_classifier(), ZZZHead)
+    assert model.get_classifier().rank == expected.get_classifier().rank
+    assert model.pretrained_cfg == expected.pretrained_cfg and model.pretrained_cfg['hf_hub_id']
+    assert timm_zzz.models._timm.recorded_args(model) == timm_zzz.models._timm.recorded_args(expected)
+
+
+def test_every_deprecated_name(monkeypatch):
+    def built(name, **kwargs):
+        """What timm is asked to build in the end."""
+        arguments = []
+        monkeypatch.setattr(
+            registry, 'model_entrypoint', lambda architecture: lambda **k: arguments.append((architecture, k))
+        )
+        with warnings.catch_warnings(action='ignore'):
+            model_entrypoint(name)(**kwargs)
+        return arguments[0][0], arguments[0][1]['pretrained_cfg']
+
+    count = 0
+    for name, current in get_deprecated_models().items():
+        if current is None:
+            with pytest.raises(AssertionError, match='has been removed'):
+                timm.create_model(f'{name}.zzz_r8')
+            continue
+        architecture, _, tag = current.partition('.')
+        assert built(name, pretrained_cfg='zzz_r8') == (architecture, f'{tag}.zzz_r8' if tag else 'zzz_r8')
+        assert built(name, zzz_rank=2) == (architecture, tag or None)
+        if timm.models.get_arch_pretrained_cfgs(architecture).keys() >= {
+            current
+        }:  # timm maps one to a tag that it lacks
+            timm.get_pretrained_cfg(f'{current}.zzz_r8')
+            count += 1
+    assert count > 150
+
+
+def test_a_plain_deprecated_name_stays_timms():
+    with torch.device('meta'), pytest.warns(UserWarning, match='Mapping deprecated') as caught:
+        model = timm.create_model('tv_resnet50', num_classes=5)
+    assert type(model.fc) is torch.nn.Linear and len(caught) == 1
+    with torch.device('meta'), pytest.warns(UserWarning, match='Mapping deprecated'):
+        assert timm.create_model('tv_resnet50', num_classes=5, zzz_rank=2).fc.rank == 2
+
+
+def test_finding_names():
+    """README: by tag, or from the plain names; timm's own listings of weights stay as they were."""
+    listed = timm.list_models('resnet50.*zzz_r8', include_tags=True)
+    assert 'resnet50.a1_in1k.zzz_r8' in listed and 'resnet50.zzz_r8' in listed
+    for name in timm.list_pretrained()[::97]:
+        assert f'{name}.zzz_r8' in timm.list_models(f'{name}.zzz_r8', include_tags=True)
+    assert not timm.list_pretrained('*zzz*')

@@ -9,7 +9,7 @@ from pathlib import Path
 import timm
 import torch
 from timm.data import dataset_factory
-from timm.models import DefaultCfg, PretrainedCfg, model_entrypoint
+from timm.models import DefaultCfg, PretrainedCfg, get_deprecated_models, model_entrypoint
 from timm.optim import _optim_factory
 from torch import nn
 
@@ -19,7 +19,13 @@ from timm_zzz.models import _timm
 
 PACKAGE = Path(timm_zzz.__file__).parent
 # default_cfgs is public by its spelling, but in no documentation
-HOMES = {'_model_args': 'models/_timm.py', 'default_cfgs': 'models/_timm.py', '_optim_factory': 'optim.py'}
+HOMES = {
+    '_model_args': 'models/_timm.py',
+    '_model_entrypoints': 'models/_timm.py',
+    '_optim_factory': 'optim.py',
+    '_registry': 'models/_timm.py',
+    'default_cfgs': 'models/_timm.py',
+}
 
 
 def timms_names():
@@ -66,8 +72,8 @@ def test_each_private_name_has_one_home():
 def test_the_finder():
     for text in ('from timm.models import _hub', 'import timm.models._hub as hub', "getattr(timm.models, '_hub')"):
         assert found_in({'x.py': text, 'y.py': 'timm.models._hub'}) == {'_hub': ['x.py', 'y.py']}, text
-    own = 'class A:\n    def f(self):\n        self._registry = 1\n'
-    assert found_in({'own.py': own, 'other.py': 'a._registry\nnn.modules.batchnorm._BatchNorm\nm._buffers'}) == {}
+    own = 'class A:\n    def f(self):\n        self._manipulate = 1\n'
+    assert found_in({'own.py': own, 'other.py': 'a._manipulate\nnn.modules.batchnorm._BatchNorm\nm._buffers'}) == {}
 
 
 def test_model_args(tmp_path):
@@ -85,6 +91,11 @@ def test_default_cfgs():
         assert isinstance(cfg.cfgs, dict) and set(cfg.tags) == set(cfg.cfgs), name
         assert all(isinstance(each, PretrainedCfg) for each in cfg.cfgs.values()), name
     assert _timm.default_cfgs(nn.Linear) == {}
+
+
+def test_entrypoints():
+    names = [*timm.list_models(), *get_deprecated_models()]
+    assert all(_timm.entrypoints()[name] is model_entrypoint(name) for name in names)
 
 
 def test_optimizer_registry_and_split_folders():

@@ -12,6 +12,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
 from ..data import open_split, read_class_map
+from ..head import same_shape
 from ..models.checkpoint import build_model, load_weights
 
 __all__ = ['Run', 'class_names', 'load_run', 'mapped_names']
@@ -92,7 +93,7 @@ def _build(name: str, args: Mapping[str, Any], state: Mapping[str, Any]) -> nn.M
     options.update(num_classes=counts.pop(), in_chans=args.get('in_chans') or (size[0] if size else 3))
     options.update({'global_pool': args.get('gp'), **(args.get('model_kwargs') or {})})
     model = build_model(name, **options)
-    if any(key in state and state[key].shape != t.shape for key, t in model.state_dict().items()):
+    if any(key in state and not same_shape(key, state[key].shape, t.shape) for key, t in model.state_dict().items()):
         # Newer versions of train.py build models of a fixed input size for the size that they train at.
         size = args.get('img_size') or (tuple(size[1:]) if size else None)
         if size and 'img_size' not in options:

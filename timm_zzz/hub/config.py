@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, ConfigError
+from ..head import same_shape
 from ..models.attach import find_classifiers
 from ..models.registry import SOURCE_KEYS, TAG
 
@@ -178,7 +179,7 @@ def _check_shapes(folder: Path, config: Dict[str, Any], shapes: Dict[str, Tuple[
     wrong = [
         f'{key} {list(shapes[key])}, expected {list(shape)}'
         for key, shape in expected.items()
-        if not _same_shape(key, shapes.get(key, shape), shape)
+        if not same_shape(key, shapes.get(key, shape), shape)
     ]
     wrong += [f'no {key}' for key in expected if key not in shapes and key.startswith(heads)]
     wrong += [f'unexpected {key}' for key in shapes if key not in expected and key.startswith(heads)]
@@ -203,11 +204,6 @@ class _Budget(TorchFunctionMode):
             self.exceeded = True
             raise ValueError
         return result
-
-
-def _same_shape(key: str, *shapes: Tuple[int, ...]) -> bool:
-    """Compare the shapes of a tensor in two models; sigma2_raw has been () and (1,)."""
-    return len({*shapes}) == 1 or key.endswith('sigma2_raw') and {*shapes} == {(), (1,)}
 
 
 def sha256(path: Path) -> str:

@@ -5,7 +5,7 @@ from typing import Any, Mapping, Optional
 import timm
 from torch import Tensor, nn
 
-from ..head import heads_of
+from ..head import heads_of, same_shape
 
 __all__ = ['build_model', 'load_weights']
 
@@ -47,7 +47,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, *, 
     heads = tuple(f'{path}.' for path in heads_of(model)) if keep_heads else ()
     for head in heads:
         found = [key for key in kept if key.startswith(head)]
-        if any(key not in own or kept[key].shape != own[key].shape for key in found):
+        if any(key not in own or not same_shape(key, kept[key].shape, own[key].shape) for key in found):
             kept = {key: value for key, value in kept.items() if key not in found}
     try:
         missing, unexpected = model.load_state_dict(kept, strict=not keep_heads)
