@@ -1,13 +1,12 @@
 """The heads that are compared: the package's own and independent code for the others."""
 
-import math
 import os
 from typing import Any, Callable, Dict, Optional
 
 import torch
 from measure import Skip, free_memory
 from torch import Tensor, nn
-from torch.distributions import LowRankMultivariateNormal
+from torch.distributions import LowRankMultivariateNormal, Normal
 from torch.nn import functional as F
 
 import timm_zzz
@@ -43,7 +42,7 @@ class ReferenceHead(nn.Module):
         self.weight = nn.Parameter(0.02 * torch.randn(num_classes, feat_dim, **dd))
         self.A = nn.Parameter(0.02 * torch.randn(num_classes, feat_dim, rank, **dd))
         self.v_raw = nn.Parameter(torch.zeros(num_classes, rank, **dd))
-        self.sigma2_raw = nn.Parameter(torch.zeros((), **dd))
+        self.sigma2_raw = nn.Parameter(torch.zeros(1, **dd))
         self.bias = nn.Parameter(torch.zeros(num_classes, **dd))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -52,24 +51,23 @@ class ReferenceHead(nn.Module):
         basis = torch.linalg.qr(self.A)[0]
         v = F.softplus(self.v_raw) + V_MIN
         sigma2 = F.softplus(self.sigma2_raw) + SIGMA2_MIN
-        return self.log_density(x, mu, basis, v, sigma2) + self.bias
+        return self.log_ratio(x, mu, basis, v, sigma2) + self.bias
 
-    def log_density(self, x: Tensor, mu: Tensor, basis: Tensor, v: Tensor, sigma2: Tensor) -> Tensor:
+    def log_ratio(self, x: Tensor, mu: Tensor, basis: Tensor, v: Tensor, sigma2: Tensor) -> Tensor:
         a = 1 / sigma2
         delta = x[:, None] - mu
         t = torch.einsum('bcd,cdr->bcr', delta, basis).to(v.dtype)  # 16 bits under autocast
         mahalanobis = a * delta.square().sum(-1) - a * a * (t.square() * v / (1 + a * v)).sum(-1)
-        log_determinant = mu.shape[-1] * torch.log(sigma2) + torch.log1p(a * v).sum(-1)
-        return -0.5 * (mahalanobis + log_determinant)
+        return -0.5 * (mahalanobis - a * x.square().sum(-1, keepdim=True) + torch.log1p(a * v).sum(-1))
 
 
 class TruthHead(ReferenceHead):
     """The same logits through `torch.distributions`; to be used in float64."""
 
-    def log_density(self, x: Tensor, mu: Tensor, basis: Tensor, v: Tensor, sigma2: Tensor) -> Tensor:
+    def log_ratio(self, x: Tensor, mu: Tensor, basis: Tensor, v: Tensor, sigma2: Tensor) -> Tensor:
         factor, diagonal = basis * v.sqrt()[:, None], sigma2.expand(mu.shape)
         density = LowRankMultivariateNormal(mu, factor, diagonal, validate_args=False)
-        return density.log_prob(x[:, None]) + 0.5 * mu.shape[-1] * math.log(2 * math.pi)
+        return density.log_prob(x[:, None]) - Normal(0.0, sigma2.sqrt()).log_prob(x).sum(-1, keepdim=True)
 
 
 def linear(num_classes: int, feat_dim: int, rank: int, batch: int, device: torch.device) -> nn.Module:

@@ -125,7 +125,7 @@ def parameters(case: Case, device: torch.device) -> Dict[str, Tensor]:
         bias=0.1 * torch.randn(c, device=device),
         A=0.02 * torch.randn(c, d, r, device=device),
         v_raw=inverse_softplus(v - V_MIN),
-        sigma2_raw=inverse_softplus(torch.tensor(case.sigma2 - SIGMA2_MIN, device=device)),
+        sigma2_raw=inverse_softplus(torch.tensor([case.sigma2 - SIGMA2_MIN], device=device)),
     )
 
 
