@@ -582,8 +582,23 @@ def _keep_own(head: ZZZHead, state_dict: Dict[str, Any], prefix: str, names: Seq
 
 
 def heads_of(model: nn.Module) -> Dict[str, ZZZHead]:
-    """Find the ZZZ heads of a model, keyed by module path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, ZZZHead)}
+    """Find the ZZZ heads of a model, keyed by module path; of the copies that PEFT makes of a head those in use."""
+    idle = [copy for module in model.modules() if hasattr(module, 'modules_to_save') for copy in _idle(module)]
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, ZZZHead) and not any(module is copy for copy in idle)
+    }
+
+
+def _idle(wrapper: Any) -> List[nn.Module]:
+    """List the modules in PEFT's wrapper of a module that it saves which the forward pass does not reach."""
+    copies = getattr(wrapper, 'modules_to_save', None)
+    if not isinstance(copies, nn.ModuleDict):  # a list of names in PEFT's other modules
+        return []
+    active = [] if wrapper.disable_adapters else [name for name in wrapper.active_adapters if name in copies]
+    used = [copies[name] for name in active] or [wrapper.original_module]
+    return [module for module in (wrapper.original_module, *copies.values()) if module not in used]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import warnings
 from typing import Any, Callable, Dict, Iterable, Optional, Tuple, Union
 
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -368,6 +369,7 @@ def fit_model(
         raise ValueError('model: it has no ZZZ head; use timm_zzz.attach, or a model name that ends in .zzz_r8')
     estimators = {path: ZZZFit(head.num_classes, head.rank, **options) for path, head in heads.items()}
     device = torch.device(device) if device is not None else next(model.parameters()).device
+    plain = unwrap_model(model)  # compiled code takes no notice of hooks
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -375,7 +377,7 @@ def fit_model(
             for images, target in loader:
                 inputs.clear()
                 with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                    model(images.to(device))
+                    plain(images.to(device))
                 for path, estimator in estimators.items():
                     if path not in inputs:
                         raise ValueError(f'model: its head {path} takes no part in eval mode')

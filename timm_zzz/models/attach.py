@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, List, Set, Tuple, TypeVar, Union, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..head import NOT_DECAYED, SIGMA2_INIT, FusedZZZHead, ZZZConvHead, ZZZHead
 from . import _timm
@@ -33,7 +34,8 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
     Args:
         model: A timm classification model whose classifier is or ends in a linear layer or a 1x1 convolution. Where
             there are several, as in distilled models, ensembles and models with an auxiliary head, each is replaced.
-            With ``num_classes=0`` there is nothing to replace yet; the head comes with ``reset_classifier``.
+            With ``num_classes=0`` there is nothing to replace yet; the head comes with ``reset_classifier``. What
+            ``torch.compile`` or ``DataParallel`` made of a model is looked into; other wrappers come after ``attach``.
         rank: Rank of the class covariances, 0 <= rank <= width of the embedding.
         warm_start: Take the class means and the bias from the linear layer's rows and bias; with False, or where the
             rows are zero, start from a new head.
@@ -45,7 +47,8 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
         The same model.
 
     Raises:
-        ValueError: If the model has no such classifier, or for an option out of its range.
+        ValueError: If the model has no such classifier, for a wrapper that has taken note of the parameters, as DDP,
+            FSDP and PEFT do, or for an option out of its range.
         TypeError: For an unknown option.
 
     Example:
@@ -58,13 +61,28 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
     unknown = sorted(options.keys() - set(HEAD_OPTIONS))
     if unknown:
         raise TypeError(f'Unknown option of a ZZZ head: {", ".join(unknown)} (known: {", ".join(HEAD_OPTIONS)})')
-    for path, classifier in find_classifiers(model).items():
-        _replace(model, path, classifier, options, warm_start)
-    _mix(_ZZZModel, model)
-    zzz_model: Any = model
+    inner = _unwrapped(model)
+    for path, classifier in find_classifiers(inner).items():
+        _replace(inner, path, classifier, options, warm_start)
+    _mix(_ZZZModel, inner)
+    zzz_model: Any = inner
     zzz_model.zzz_options = options
     # What timm writes to config.json to build the model again
-    _timm.record_args(model, {f'{OPTION_PREFIX}{key}': value for key, value in options.items()})
+    _timm.record_args(inner, {f'{OPTION_PREFIX}{key}': value for key, value in options.items()})
+    return model
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model within a compiled or data-parallel one."""
+    compiled = model._modules.get('_orig_mod')
+    if compiled is not None or isinstance(model, nn.DataParallel):
+        inner: Any = model.module if compiled is None else compiled
+        return _unwrapped(inner)
+    inside = [name for name, _ in model.named_modules() if name.endswith('modules_to_save')]
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    if isinstance(model._modules.get('module'), nn.Module) or inside or sharded:
+        kind = 'PEFT' if inside else 'fully_shard' if sharded else type(model).__name__
+        raise ValueError(f'{kind} holds the parameters already: attach the ZZZ head first, then wrap the model')
     return model
 
 
