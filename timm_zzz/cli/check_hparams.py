@@ -32,6 +32,7 @@ from ..head import ZZZHead
 from ..models.attach import HEAD_OPTIONS, OPTION_PREFIX
 from ..models.registry import TAG
 from ..optim import ZZZAdamW
+from .common import exit_on_error
 from .recipe import FACTS, NEWEST, Finding, Recipe, TrainScript, ask_script, nearest, reason
 
 __all__ = ['Finding', 'check', 'main']
@@ -325,10 +326,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
     add('--no-model', action='store_true', help="don't build the model: no check of arguments and sizes")
     add('--print-options', action='store_true', help='print the options as YAML instead')
     args = parser.parse_args(arguments)
-    try:
+    with exit_on_error(parser):
         script = ask_script(args.train_script) if args.train_script else NEWEST
-    except ValueError as e:
-        parser.error(str(e))
     if args.print_options:
         print(script.dump(), end='')
         return 0

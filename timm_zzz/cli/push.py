@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 
 from ..hub import push_to_hub, save_pretrained
 from ..hub.cards import model_card, top1
-from .common import exit_on_error
-from .run import Run, class_names, load_run
+from .common import exit_on_error, one_line
+from .run import CARD_OPTIONS, Run, class_names, load_run
 
 __all__ = ['main', 'public_args', 'push_run', 'run_card']
 
@@ -26,7 +26,11 @@ python train.py --config args.yaml --data-dir DIR"""
 
 
 def public_args(args: Mapping[str, Any]) -> str:
-    """Write arguments as YAML without the user's folders: of a path only its last component is kept."""
+    """Write arguments as YAML without the user's folders: of a path only its last component is kept.
+
+    Raises:
+        ValueError: If there is something among them that YAML doesn't hold.
+    """
 
     def cleaned(value: Any) -> Any:
         if isinstance(value, str) and (os.path.isabs(value) or re.search(r'[\\/]', value) and os.path.exists(value)):
@@ -35,7 +39,10 @@ def public_args(args: Mapping[str, Any]) -> str:
             return {key: cleaned(item) for key, item in value.items()}
         return [cleaned(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    return yaml.safe_dump(cleaned(dict(args)), default_flow_style=False)
+    try:
+        return yaml.safe_dump(cleaned(dict(args)), default_flow_style=False)
+    except (yaml.YAMLError, RecursionError) as e:
+        raise ValueError(f"the run's arguments can't be written as YAML: {one_line(e)}") from e
 
 
 def run_card(run: Run, repo_id: str, *, dataset: Optional[str], license: Optional[str], recipe: bool) -> ModelCard:
@@ -53,8 +60,7 @@ def run_card(run: Run, repo_id: str, *, dataset: Optional[str], license: Optiona
         results = [top1(run.top1, dataset, args.get('val_split') or 'validation')]
     elif run.top1 is not None:
         run.notes.append('the data set has no name: give --dataset-name')
-    keys = ('opt', 'lr', 'lr_base', 'weight_decay', 'sched', 'epochs', 'batch_size', 'smoothing', 'mixup', 'cutmix')
-    facts = ', '.join(f'{key} {args[key]}' for key in keys if args.get(key) not in (None, 0))
+    facts = ', '.join(f'{key} {args[key]}' for key in CARD_OPTIONS if args.get(key) not in (None, 0))
     training = f"timm's train.py{f' with {facts}' if facts else ''}."
     if run.epoch is not None:
         training += f'\nWeights{" averaged by EMA" if run.averaged else ""} after epoch {run.epoch}, counted from 0.'
@@ -145,7 +151,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     recipe: Optional[Path] = options.recipe
-    with exit_on_error(parser, status=1):
+    with exit_on_error(parser):
         if recipe and not recipe.is_file():
             raise ValueError(f'--recipe: no such file: {recipe}')
         run = load_run(options.checkpoint, use_ema=options.use_ema, model_name=options.model)
