@@ -201,6 +201,10 @@ def test_args(caller, command, monkeypatch):
         caller.restore()
         caller.save(saved, args={**args, key: bad})
         call()
+    if command == 'report':
+        for bad in ({'std': [1.0, 1.0]}, {'mean': [0.5] * 4}, {'interpolation': 'x'}, {'input_size': [1, 32, 32]}):
+            caller.save(saved, args={**args, **bad})
+            caller.fails(call())
     for key in ('input_size', 'mean', 'model_kwargs', 'in_chans'):
         caller.restore()
         caller.save(saved, args={**args, key: 'text'})
@@ -283,7 +287,10 @@ def test_images(caller, command, tmp_path):
         for name in 'ab':
             (bad / split / name).mkdir(parents=True)
             (bad / split / name / '0.png').write_bytes(b'no picture')
-    caller.fails(call(data=bad))
+    for workers in (0, 1):
+        error = call('-j', workers, data=bad)
+        caller.fails(error, "--data-dir: the images can't be read: ")
+        assert len(error) < 150 and 'consecutive samples' in error
     for data in (tmp_path / 'none', tmp_path / 'run', caller.good / 'classes.txt', caller.good / 'data/train/a/0.png'):
         caller.fails(call(data=data))
     for options in (('--split', ''), ('--split', 'x/y'), ('--dataset', 'hfds/x'), ('--dataset', 'torch/nothing')):

@@ -153,14 +153,14 @@ ONE = [
     *(
         (PLAIN, f'{key}: {value}', 6, 'error', f'{key}: {wanted} is needed, not {shown}')
         for key, value, wanted, shown in (
-            ('smoothing', 2, 'a fraction at least 0, below 1,', 2),
-            ('smoothing', -0.1, 'a fraction at least 0, below 1,', -0.1),
-            ('smoothing', 1.0, 'a fraction at least 0, below 1,', 1.0),
-            ('drop_path', 1, 'a fraction at least 0, below 1,', 1),
-            ('opt_betas', [0.9, 1.0], 'a fraction at least 0, below 1,', 1.0),
-            ('model_ema_decay', 1.5, 'a fraction at least 0, below 1,', 1.5),
-            ('reprob', 1.5, 'a fraction at least 0, at most 1,', 1.5),
-            ('mixup_prob', -1, 'a fraction at least 0, at most 1,', -1),
+            ('smoothing', 2, 'a fraction of at least 0, below 1,', 2),
+            ('smoothing', -0.1, 'a fraction of at least 0, below 1,', -0.1),
+            ('smoothing', 1.0, 'a fraction of at least 0, below 1,', 1.0),
+            ('drop_path', 1, 'a fraction of at least 0, below 1,', 1),
+            ('opt_betas', [0.9, 1.0], 'a fraction of at least 0, below 1,', 1.0),
+            ('model_ema_decay', 1.5, 'a fraction of at least 0, below 1,', 1.5),
+            ('reprob', 1.5, 'a fraction of at least 0, at most 1,', 1.5),
+            ('mixup_prob', -1, 'a fraction of at least 0, at most 1,', -1),
             ('scale', [0.5, 1.5], 'a fraction above 0, at most 1,', 1.5),
             ('layer_decay', 0, 'a fraction above 0, at most 1,', 0),
             ('lr', 0, 'above 0', 0),  # train.py takes lr_base for it
@@ -184,10 +184,16 @@ ONE = [
     (PLAIN, 'interpolation: bilinar', 6, 'error', "bilinar is none of '', 'nearest', 'bilinear'"),
     (PLAIN, 'aa: rnd-m9', 6, 'error', 'aa: timm: Unknown AutoAugment config section'),
     # learning rates: of Adam and its kin from 0.1 on, of the head too
-    (PLAIN, 'lr: 100.0', 6, 'note', 'lr: a learning rate of 100 will hardly train: each update of adamw moves weights'),
+    (
+        PLAIN,
+        'lr: 100.0',
+        6,
+        'note',
+        'lr: a learning rate of 100 is large for adamw: each update moves weights by about as',
+    ),
     (PLAIN, 'opt: lion\nlr: 0.2', 6, 'note', 'a learning rate of 0.2'),
     (PLAIN, 'lr_base: 0.2\nbatch_size: 1024\nlr_base_scale: sqrt', 6, 'note', 'lr_base: a learning rate of 0.4'),
-    (GOOD, 'lr: 0.01', 7, 'note', 'opt_kwargs.head_lr_scale: a learning rate of 0.5 for the head'),
+    (GOOD, 'lr: 0.01', 7, 'note', 'opt_kwargs.head_lr_scale: a learning rate of 0.5 for the head is'),
 ]
 # The whole text of a file that is no recipe
 ONE += [

@@ -413,12 +413,12 @@ def _check_lr(recipe: Recipe, optimizer: str) -> None:
         ratio = s.batch_size * s.grad_accum_steps / s.lr_base_size
         linear = (s.lr_base_scale or ('sqrt' if 'ada' in optimizer else 'linear')) == 'linear'
         where, lr = 'lr_base', s.lr_base * (ratio if linear else ratio**0.5)
-    why = f'each update of {optimizer} moves weights by about as much, and they are of the order of 0.02'
+    why = f'large for {optimizer}: each update moves weights by about as much, and they are of the order of 0.02'
     if lr is not None and lr > MAX_LR:
-        recipe.note(where, f'a learning rate of {lr:g} will hardly train: {why}')
+        recipe.note(where, f'a learning rate of {lr:g} is {why}')
     elif lr is not None and optimizer == OPTIMIZER and isinstance(scale, int | float) and lr * scale > MAX_LR:
         where = recipe.first('opt_kwargs.head_lr_scale', where)
-        recipe.note(where, f'a learning rate of {lr * scale:g} for the head will hardly train: {why}')
+        recipe.note(where, f'a learning rate of {lr * scale:g} for the head is {why}')
 
 
 def main(arguments: Optional[List[str]] = None) -> int:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Mapping, Optional, Sequence
 
 import torch
+from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from ..data import Split, UnknownClassesError, eval_loader, find_left_out, open_split
@@ -19,6 +20,7 @@ __all__ = [
     'build',
     'check_count',
     'count',
+    'data_config_of',
     'device_of',
     'exit_on_error',
     'loader_of',
@@ -35,8 +37,7 @@ SHOWN = 8  # classes that a message names
 
 def one_line(e: BaseException) -> str:
     """Give an error's message in one line; of an error in a process that loads images, what it was."""
-    lines = str(e).split('\n')
-    inner = any(line.startswith('Traceback (most recent call last)') for line in lines)
+    inner = 'Traceback (most recent call last)' in str(e)
     return ' '.join((str(e).strip().rpartition('\n')[2] if inner else str(e)).split()) or type(e).__name__
 
 
@@ -189,6 +190,19 @@ def amp_dtype_of(options: argparse.Namespace) -> Optional[torch.dtype]:
     return getattr(torch, options.amp_dtype) if options.amp else None
 
 
+def data_config_of(settings: Mapping[str, Any], model: nn.Module) -> Dict[str, Any]:
+    """Return how images are prepared, by timm's ``resolve_data_config``.
+
+    Raises:
+        ValueError: If the settings contradict each other.
+    """
+    try:
+        config: Dict[str, Any] = resolve_data_config(dict(settings), model=model)
+    except Exception as e:  # it asserts
+        raise ValueError(f"images can't be prepared as the settings say: {one_line(e)}") from e
+    return config
+
+
 class Images:
     """A loader of timm whose errors are ValueErrors: of images that can't be read, or labels without a class."""
 
@@ -217,7 +231,7 @@ def loader_of(
     try:
         loader = eval_loader(dataset, config, batch_size=options.batch_size, workers=options.workers, device=device)
     except Exception as e:  # whatever timm's transforms make of their arguments
-        raise ValueError(f"images can't be prepared as the model asks: {one_line(e)}") from e
+        raise ValueError(f"images can't be prepared as the settings say: {one_line(e)}") from e
     try:
         with torch.inference_mode():
             model.eval()(torch.zeros(1, *config['input_size'], device=device))

@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Optional, Union
 
 from safetensors.torch import save_file
-from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from timm.utils import ParseKwargs
 from torch import nn
@@ -27,6 +26,7 @@ from .common import (
     add_loader_arguments,
     amp_dtype_of,
     build,
+    data_config_of,
     device_of,
     exit_on_error,
     loader_of,
@@ -129,7 +129,7 @@ def _fit(options: argparse.Namespace) -> None:
     validation = _open_validation(options, val_split, train.class_names, data)
     device, amp_dtype = device_of(options), amp_dtype_of(options)
     model = _build(options, train.class_names, channels).to(device)
-    config = resolve_data_config(vars(options), model=model)
+    config = data_config_of(vars(options), model)
 
     def loader(split: Split, name: str) -> Any:
         batches = loader_of(options, split.dataset, config, device, model)

@@ -63,7 +63,7 @@ class Range(NamedTuple):
         low = f'{"above" if self.without_low else "at least"} {self.low:g}'
         if math.isinf(self.high):
             return low
-        kind = 'a fraction ' if self.high == 1 else ''
+        kind = '' if self.high != 1 else 'a fraction ' if self.without_low else 'a fraction of '
         return f'{kind}{low}, {"below" if self.without_high else "at most"} {self.high:.10g},'
 
 

@@ -18,7 +18,6 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, 
 
 import timm
 import torch
-from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
@@ -33,6 +32,7 @@ from .common import (
     add_loader_arguments,
     amp_dtype_of,
     check_count,
+    data_config_of,
     device_of,
     exit_on_error,
     loader_of,
@@ -251,7 +251,7 @@ def write_report(
     head = next(iter(heads.values()))
     classes = ClassGaussians(*(t if t is None else t.cpu() for t in class_gaussians_of(head)))  # type: ignore[arg-type]
     names = names or [f'class {c}' for c in range(head.num_classes)]
-    config, dataset = resolve_data_config(run.data_config, model=run.model), getattr(loader, 'dataset', None)
+    config, dataset = data_config_of(run.data_config, run.model), getattr(loader, 'dataset', None)
     bins, ece = reliability(predictions.confidence, predictions.correct)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name('report.html.jinja').read_text(encoding='utf-8'))
@@ -344,7 +344,7 @@ def _report(options: argparse.Namespace) -> None:
         raise ValueError(f'--output: {output} exists already; give another one or --force')
     device, amp_dtype = device_of(options), amp_dtype_of(options)
     run = load_run(options.checkpoint, use_ema=options.use_ema, model_name=options.model)
-    config = resolve_data_config(run.data_config, model=run.model)
+    config = data_config_of(run.data_config, run.model)
     data = open_data(options, run, config['input_size'][0])
     loader = loader_of(options, data.dataset, config, device, run.model)
     dataset = options.dataset or run.args.get('dataset') or options.data_dir.resolve().name
