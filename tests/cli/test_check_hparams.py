@@ -189,7 +189,7 @@ ONE = [
         'lr: 100.0',
         6,
         'note',
-        'lr: a learning rate of 100 is large for adamw: each update moves weights by about as',
+        'lr: a learning rate of 100 is large for adamw: each update moves weights',
     ),
     (PLAIN, 'opt: lion\nlr: 0.2', 6, 'note', 'a learning rate of 0.2'),
     (PLAIN, 'lr_base: 0.2\nbatch_size: 1024\nlr_base_scale: sqrt', 6, 'note', 'lr_base: a learning rate of 0.4'),
