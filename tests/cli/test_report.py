@@ -356,6 +356,8 @@ def test_images_of_unknown_classes_are_an_error_unless_asked_for(tmp_path, capsy
         assert page.tiles()['Images'] == '4'
         assert 'warning: validation: class folders without images: empty\n' in capsys.readouterr().err
         (tmp_path / 'new.html').unlink()
+    (tmp_path / 'birds/train').rename(tmp_path / 'birds/training')  # which timm takes for it
+    fails(capsys, 'validation has classes that train has not: z (2 images)', tmp_path)
     (tmp_path / 'map.txt').write_text('b\nc\na\nd\n')
     fails(capsys, '--class-map has 4 classes, the model has 3\n', tmp_path, '--class-map', str(tmp_path / 'map.txt'))
 

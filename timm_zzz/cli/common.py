@@ -9,7 +9,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from ..data import Split, UnknownClassesError, eval_loader, find_left_out, open_split
+from ..data import LeftOut, Split, UnknownClassesError, eval_loader, find_left_out, open_split
 from ..errors import HubError
 from ..models.checkpoint import build_model
 
@@ -44,7 +44,6 @@ def one_line(e: BaseException) -> str:
 @contextmanager
 def exit_on_error(parser: argparse.ArgumentParser, interrupted: str = 'interrupted') -> Iterator[None]:
     """End a command as all do: an error that a user can mend is one line and status 2, an interrupt status 130."""
-
     try:
         yield
     except (HubError, ValueError, OSError, torch.OutOfMemoryError) as e:
@@ -70,9 +69,9 @@ def _list(counts: Mapping[str, int], unit: str = 'image') -> str:
     return _join([f'{name or "the folder itself"} ({_count(n, unit)})' for name, n in counts.items()])
 
 
-def warn_left_out(split: Split, name: str, known: str = '--class-map') -> None:
+def warn_left_out(left_out: LeftOut, name: str, known: str = '--class-map') -> None:
     """Warn of what timm leaves out of the folder of a split; ``known`` is what names the classes."""
-    unknown, empty, unread = find_left_out(split)
+    unknown, empty, unread = left_out
     if unknown:
         count = f'{_count(sum(unknown.values()), "image")} of {_count(len(unknown), "class")}'
         warn(f'{name}: left out {count} that {known} has not: {_list(unknown)}')
@@ -98,11 +97,11 @@ def open_known(options: argparse.Namespace, name: str, class_map: Any, known: st
     except UnknownClassesError as e:
         unknown = _list(e.left_out.unknown)
         raise ValueError(f'{name} has classes that {known} has not, and no others: {unknown}') from e
-    unknown = _list(find_left_out(split).unknown)
-    if unknown and not options.ignore_unknown_classes:
-        way = '--ignore-unknown-classes leaves them out'
+    left_out = find_left_out(split)
+    if left_out.unknown and not options.ignore_unknown_classes:
+        unknown, way = _list(left_out.unknown), '--ignore-unknown-classes leaves them out'
         raise ValueError(f'{name} has classes that {known} has not: {unknown}; {way}')
-    warn_left_out(split, name, known)
+    warn_left_out(left_out, name, known)
     return split
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import __version__
-from ..data import MissingSplitError, Split, open_split
+from ..data import MissingSplitError, Split, find_left_out, open_split
 from ..fit import fit_model
 from ..fit.zzzfit import OBJECTIVES
 from ..head import heads_of
@@ -124,7 +124,7 @@ def _fit(options: argparse.Namespace) -> None:
     channels = options.input_size[0] if options.input_size else 3
     data: Dict[str, Any] = dict(dataset=options.dataset, channels=channels, batch_size=options.batch_size)
     train = open_split(options.data_dir, options.split, class_map=options.class_map, **data)
-    warn_left_out(train, options.split)
+    warn_left_out(find_left_out(train), options.split)
     val_split = 'validation' if options.val_split is None else options.val_split
     validation = _open_validation(options, val_split, train.class_names, data)
     device, amp_dtype = device_of(options), amp_dtype_of(options)

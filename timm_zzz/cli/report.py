@@ -23,7 +23,7 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from .. import __version__
-from ..data import Split, open_split
+from ..data import SPLIT_FOLDERS, Split, open_split
 from ..head import ZZZHead, heads_of, record_inputs
 from ..metrics import Predictions, evaluate, reliability
 from ..scores import ClassGaussians, class_gaussians_of, log_density
@@ -293,7 +293,7 @@ def open_data(options: argparse.Namespace, run: Run, channels: int) -> Split:
     names, known = mapped_names(run, options.class_map), '--class-map'
     if names:
         check_count(known, len(names), count)
-    elif not dataset and (options.data_dir / train).is_dir():
+    elif not dataset and any((options.data_dir / name).is_dir() for name in (train, *SPLIT_FOLDERS[0])):
         # timm numbers the classes that it finds: not all need be among these images, nor these among them
         with suppress(ValueError):  # a folder without images
             trained = open_split(options.data_dir, train).class_names

@@ -12,7 +12,7 @@ from timm.models import clean_state_dict
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
-from ..data import open_split, read_class_map
+from ..data import find_left_out, open_split, read_class_map
 from ..models.checkpoint import load_weights
 from .common import build, check_count, one_line, tensors_of, warn_left_out
 from .recipe import NEWEST, Option
@@ -200,7 +200,7 @@ def class_names(run: Run, class_map: Optional[Path], data_dir: Optional[Path]) -
     if data_dir is not None:
         split = run.args.get('train_split') or 'train'
         images = open_split(data_dir, split, class_map=class_map)
-        warn_left_out(images, split)
+        warn_left_out(find_left_out(images), split)
         if names is None:
             names, where = images.class_names, f'--data-dir: {split}'
     if names is not None:
