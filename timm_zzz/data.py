@@ -56,7 +56,9 @@ class UnknownClassesError(ValueError):
     """There are images in a split, and none is of a class of the class map."""
 
     def __init__(self, split: str, left_out: LeftOut):
-        super().__init__(f'--class-map has none of the classes of {split}: {", ".join(left_out.unknown)}')
+        names = [*left_out.unknown]
+        shown = ', '.join(names[:8]) + (f' and {len(names) - 8} more' if names[8:] else '')
+        super().__init__(f'--class-map has none of the classes of {split}: {shown}')
         self.left_out = left_out
 
 
