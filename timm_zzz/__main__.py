@@ -37,6 +37,8 @@ commands:
 options:
   -h, --help     show this help; after a command, that command's
   -V, --version  show the version
+
+exit status: 0 done, 1 check-hparams found an error, 2 wrong use, wrong input or a failure, 130 interrupted
 """
 
 

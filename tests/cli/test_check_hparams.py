@@ -121,7 +121,7 @@ ONE = [
     (GOOD, 'amp_dtype: bf16', 10, 'error', "bf16 is none of 'float16', 'bfloat16'"),
     (GOOD, 'model_kwargs: a=1', 10, 'error', 'a mapping {KEY: VALUE, ...} is needed, not a=1'),
     (GOOD, 'opt_kwargs: {head_lr_scale: 5e1}', 7, 'error', 'YAML reads 5e1 as text: write 5.0e+1'),
-    (GOOD, 'lr: 0.1\nlr : 0.2', 10, 'error', 'lr: written twice, first in line 8'),
+    (GOOD, 'lr: 1.0e-4\nlr : 2.0e-4', 10, 'error', 'lr: written twice, first in line 8'),
     (GOOD, 'opt_kwargs: {eps: 1.0e-8, eps: 1.0e-7}', 7, 'error', 'opt_kwargs.eps: written twice'),
     (GOOD, 'experiment: 2024-13-45', 10, 'error', "YAML can't read 2024-13-45"),
     (GOOD, 'experiment: !!python/name:os.system x', 10, 'error', 'could not determine a constructor'),
@@ -141,6 +141,59 @@ ONE = [
     (PLAIN, 'dataset: imagenet', 6, 'error', 'does not start with torch/, hfds/'),
     (PLAIN, 'dataset: hfds/user/set\nnum_classes', 5, 'note', 'num_classes is missing'),
     (PLAIN, 'data_dir: /nowhere', 6, 'note', 'only --data-dir beats it'),
+    # files
+    (PLAIN, 'initial_checkpoint: none.pth', 6, 'error', 'initial_checkpoint: no such file here: none.pth'),
+    (PLAIN, 'resume: /', 6, 'error', 'resume: no such file here: /'),
+    (PLAIN, 'pretrained: true\npretrained_path: none.pth', 7, 'error', 'pretrained_path: no such file here: none.pth'),
+    (PLAIN, f'pretrained_path: {__file__}', 6, 'error', 'without pretrained: true train.py does not load it'),
+    (PLAIN, 'class_map: /none.txt', 6, 'error', 'class_map: no such file here: /none.txt'),
+    (PLAIN, 'class_map: none.txt', 6, 'note', 'no such file here: none.txt; train.py looks in the folders'),
+    (PLAIN, f'class_map: {__file__}', 6, 'error', 'class_map: expected a .txt file'),
+    # numbers that no training can do with, each on its own line
+    *(
+        (PLAIN, f'{key}: {value}', 6, 'error', f'{key}: {wanted} is needed, not {shown}')
+        for key, value, wanted, shown in (
+            ('smoothing', 2, 'a fraction of at least 0, below 1,', 2),
+            ('smoothing', -0.1, 'a fraction of at least 0, below 1,', -0.1),
+            ('smoothing', 1.0, 'a fraction of at least 0, below 1,', 1.0),
+            ('drop_path', 1, 'a fraction of at least 0, below 1,', 1),
+            ('opt_betas', [0.9, 1.0], 'a fraction of at least 0, below 1,', 1.0),
+            ('model_ema_decay', 1.5, 'a fraction of at least 0, below 1,', 1.5),
+            ('reprob', 1.5, 'a fraction of at least 0, at most 1,', 1.5),
+            ('mixup_prob', -1, 'a fraction of at least 0, at most 1,', -1),
+            ('scale', [0.5, 1.5], 'a fraction above 0, at most 1,', 1.5),
+            ('layer_decay', 0, 'a fraction above 0, at most 1,', 0),
+            ('lr', 0, 'above 0', 0),  # train.py takes lr_base for it
+            ('lr', -0.1, 'above 0', -0.1),
+            ('clip_grad', 0.0, 'above 0', 0.0),
+            ('decay_epochs', 0, 'above 0', 0),
+            ('weight_decay', -0.01, 'at least 0', -0.01),
+            ('warmup_lr', -1, 'at least 0', -1),
+            ('mixup', -0.2, 'at least 0', -0.2),
+            ('cutmix', -1, 'at least 0', -1),
+            ('batch_size', 0, 'at least 1', 0),
+            ('epochs', -1, 'at least 1', -1),
+            ('grad_accum_steps', 0, 'at least 1', 0),
+            ('val_interval', 0, 'at least 1', 0),
+            ('log_interval', 0, 'at least 1', 0),
+            ('seed', -1, 'at least 0, at most 4294967295,', -1),
+        )
+    ),
+    (PLAIN, 'aug_splits: 1', 6, 'error', 'aug_splits: 0 or at least 2 is needed, not 1'),
+    (PLAIN, 'jsd_loss: true', 6, 'error', 'jsd_loss: it needs aug_splits, at least 2'),
+    (PLAIN, 'interpolation: bilinar', 6, 'error', "bilinar is none of '', 'nearest', 'bilinear'"),
+    (PLAIN, 'aa: rnd-m9', 6, 'error', 'aa: timm: Unknown AutoAugment config section'),
+    # learning rates: of Adam and its kin from 0.1 on, of the head too
+    (
+        PLAIN,
+        'lr: 100.0',
+        6,
+        'note',
+        'lr: a learning rate of 100 is large for adamw: each update moves weights',
+    ),
+    (PLAIN, 'opt: lion\nlr: 0.2', 6, 'note', 'a learning rate of 0.2'),
+    (PLAIN, 'lr_base: 0.2\nbatch_size: 1024\nlr_base_scale: sqrt', 6, 'note', 'lr_base: a learning rate of 0.4'),
+    (GOOD, 'lr: 0.01', 7, 'note', 'opt_kwargs.head_lr_scale: a learning rate of 0.5 for the head is'),
 ]
 # The whole text of a file that is no recipe
 ONE += [
@@ -179,7 +232,7 @@ BUILT = [
     (FIXED, 'model_kwargs:\n  img_size: 128', 7, 'error', 'train.py needs img_size: 128 too'),
     (FIXED, 'train_img_sizes: [224, 128]', 6, 'error', 'images of 128 x 128'),
     (FIXED, 'img_size: 130\nmodel_kwargs: {dynamic_img_size: true}', 6, 'error', 'divisible'),
-    (FIXED, 'img_size: -16', 6, 'error', 'negative'),
+    (FIXED, 'img_size: -16', 6, 'error', 'img_size: at least 1 is needed, not -16'),
     (GOOD, 'model: vit_tiny_patch16_224.zzz_r8\nimg_size: 128', 10, 'error', 'images of 128 x 128 do not fit'),
     (PLAIN, 'img_size: 160\ninput_size: [3, 64, 64]', 6, 'error', 'one of the two'),
     (PLAIN, 'in_chans: 1\ninput_size: [3, 160, 160]', 6, 'error', 'one of the two'),
@@ -194,12 +247,21 @@ BUILT = [
     (GOOD, "opt_kwargs: {head_lr_scale: '5'}\nwarmup_lr: 0.1", 7, 'error', 'expected a finite number > 0'),
     (GOOD, 'model: test_vit\nopt_kwargs', 6, 'error', 'none of the parameters belongs to a ZZZ head'),
     (GOOD, 'sched: cosinus', 10, 'error', "Unknown scheduler 'cosinus'"),
+    (PLAIN, 'opt_kwargs:\n  foreach: true\n  betas: [0.9, 2.0]', 8, 'error', 'opt_kwargs.betas: timm: Invalid beta'),
+    (PLAIN, 'sched: wsd\nepochs: 20\ndecay_epochs: 30', 7, 'error', 'epochs: timm: wsd schedule requires'),
+    (PLAIN, 'epochs: 20\nsched: plateau\nsched_on_updates: true', 8, 'error', 'sched_on_updates: timm: Plateau LR'),
     (GOOD, 'sched: none', 10, 'error', 'none stops train.py'),
     (GOOD, 'warmup_lr: 1e-6', 9, 'note', 'warmup_lr is 1e-06, and 5e-05 for the head; write warmup_lr: 0.0'),
     (GOOD, 'warmup_lr', 7, 'note', 'warmup_lr is 1e-05, and 0.0005 for the head'),
     (GOOD, 'min_lr: 1.0e-7', 10, 'note', 'min_lr: min_lr is 1e-07'),
     (GOOD, 'epochs: 4', 10, 'note', '5 epochs of warm-up out of 4 in all'),
-    (GOOD, 'clip_grad: 1.0\nclip_mode: agc', 11, 'note', 'take norm'),
+    (
+        GOOD,
+        'clip_grad: 1.0\nclip_mode: agc',
+        11,
+        'note',
+        'sigma2_raw and bias of a ZZZ head, and clips its others: take norm',
+    ),
     (PLAIN, 'model_ema: true', 6, 'note', 'picks the best checkpoint'),
     (PLAIN, 'workers: 0', 6, 'note', 'within the training process'),
 ]
@@ -215,6 +277,42 @@ def test_one_finding(tmp_path, build_model, recipe, change, line, level, text):
     found = findings(tmp_path, changed(recipe, change) if recipe else change, build_model=build_model)
     assert [(f.line, f.level) for f in found] == [(line, level)], found
     assert text in found[0].message
+
+
+@pytest.mark.parametrize(
+    'text, lines',
+    [
+        # one wrong option of the head or the optimiser hides nothing
+        (changed(FIXED, 'device_modules: [timm_zzz]\nmodel_kwargs:\n  zzz_ranc: 4\n  a: 1\nimg_size: 128'), [8, 9, 10]),
+        (changed(GOOD, 'model: test_vit\nmodel_kwargs: {zzz_ranc: 4}\nsched: cosinus'), [10, 11]),
+        (changed(PLAIN, 'opt_kwargs:\n  head_lr: 2\n  betas: [2.0, 0.9]\n  eps: -1.0'), [7, 8, 9]),
+        (changed(PLAIN, 'model_kwargs:\n  a: 1\n  num_classes: 3\nsmoothing: 2\nsched: x'), [7, 8, 9, 10]),
+    ],
+)
+def test_one_error_hides_no_other(tmp_path, text, lines):
+    found = findings(tmp_path, text)
+    assert [(f.line, f.level) for f in found] == [(line, 'error') for line in lines], found
+
+
+@pytest.mark.parametrize('dataset', ['torch/cifar10', 'torch/imagenet', 'torch/inaturalist'])
+def test_timm_finds_the_default_validation_split_of_torch_data_sets(tmp_path, dataset):
+    assert findings(tmp_path, changed(PLAIN, f'val_split\ndataset: {dataset}')) == []
+
+
+def test_the_class_map_is_counted_as_timm_counts(tmp_path):
+    (tmp_path / 'data/train').mkdir(parents=True)
+    (tmp_path / 'data/validation').mkdir()
+    (tmp_path / 'data/train/near.txt').write_text('a\nb\n\nd\ne\n')  # a blank line is a class
+    (tmp_path / 'map.txt').write_text('a\nb\nc\nd\ne\nf\n')
+    near = changed(PLAIN, f'data_dir: {tmp_path}/data\nclass_map: near.txt')
+    assert [f.level for f in findings(tmp_path, near)] == ['note']  # that of data_dir
+    for count, level in ((5, 'error'), (6, None), (7, 'note')):
+        found = findings(tmp_path, changed(PLAIN, f'num_classes: {count}\nclass_map: {tmp_path}/map.txt'))
+        text = f'class_map: 6 classes, num_classes says {count}'
+        assert [(f.level, f.message) for f in found] == ([(level, text)] if level else [])
+    (tmp_path / 'map.txt').write_text('a\na\n')
+    found = findings(tmp_path, changed(PLAIN, f'class_map: {tmp_path}/map.txt'))
+    assert [(f.line, f.level) for f in found] == [(6, 'error')] and 'is its line 1 there twice?' in found[0].message
 
 
 def test_all_in_one_pass_by_line(tmp_path):
@@ -297,6 +395,8 @@ def test_no_model_is_built_on_request(tmp_path, monkeypatch):
         (('a', 'b'), '', 3),
         (('validation',), '', 3),
         (('a', 'b'), "val_split: ''", None),
+        (('train', 'val'), 'val_split', None),
+        (('train', 'test'), 'val_split', 5),
     ],
 )
 def test_folders_of_the_splits(tmp_path, folders, change, line):
@@ -307,7 +407,7 @@ def test_folders_of_the_splits(tmp_path, folders, change, line):
     errors = [f for f in found if f.level == 'error']
     assert errors[0].line == line if line else not errors, found
     # What timm does: whether a split takes in every image
-    recipe = yaml.safe_load(changed(PLAIN, change) if change else PLAIN)
+    recipe = {'val_split': 'validation', **yaml.safe_load(changed(PLAIN, change) if change else PLAIN)}
     sizes = {s: len(create_dataset('', str(tmp_path / 'data'), recipe[f'{s}_split'])) for s in ('train', 'val')}
     everything = [s for s in sizes if sizes[s] == len(folders) > 1]
     assert bool(errors) == bool(recipe['val_split'] and (everything or len(folders) == 1))

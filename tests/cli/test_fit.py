@@ -1,6 +1,7 @@
 """``python -m timm_zzz fit``: what it writes starts a model as timm makes one, and timm's real train.py."""
 
 import csv
+import os
 import re
 import shlex
 import shutil
@@ -69,7 +70,7 @@ def refusal(command, capsys, *arguments, **kwargs):
 
 def test_fit(command, colours, backbone, capsys):
     file = command('-b', 50)
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     model = timm.create_model(NAME, num_classes=4, checkpoint_path=str(file)).eval()
     x, y = images_of(model, colours / 'validation')
     with torch.no_grad():
@@ -77,6 +78,8 @@ def test_fit(command, colours, backbone, capsys):
     top1, nll = 100 * (logits.argmax(1) == y).double().mean(), F.cross_entropy(logits, y)
     assert f'after:  top-1 {top1:.2f} %, negative log-likelihood {nll:.4f} (16 images of validation)' in out
     assert 'before: top-1' in out and top1 > 90 and nll < 0.5
+    left_out = f'--checkpoint: {backbone} has 1000 classes, the model has 4: its head is left out'
+    assert err.startswith(f'timm_zzz: warning: {left_out}\n')
 
     given = {k: v for k, v in load_file(backbone).items() if not k.startswith('fc.')}
     assert all(torch.equal(model.state_dict()[key], given[key]) for key in given)
@@ -144,10 +147,81 @@ def test_validation_classes_are_numbered_as_in_training(command, colours, tmp_pa
     assert nll < 0.5 and f'negative log-likelihood {nll:.4f} (4 images' in capsys.readouterr().out
 
 
+def test_images_of_unknown_classes_are_an_error_unless_asked_for(command, colours, tmp_path, capsys):
+    data = tmp_path / 'data'
+    shutil.copytree(colours, data)
+    shutil.rmtree(data / 'train/class 3')
+    (data / 'validation/class 4').mkdir()
+    (data / 'validation/class 4/0.webp').touch()
+    message = 'validation has classes that train has not: class 3 (4 images); --ignore-unknown-classes leaves them out'
+    assert message in refusal(command, capsys, data_dir=data)
+    command('--ignore-unknown-classes', data_dir=data)
+    out, err = capsys.readouterr()
+    assert '(12 images of validation)' in out
+    assert [line for line in err.splitlines() if 'warning: validation' in line] == [
+        'timm_zzz: warning: validation: left out 4 images of 1 class that train has not: class 3 (4 images)',
+        'timm_zzz: warning: validation: class folders without images: class 4',
+        'timm_zzz: warning: validation: left out files of formats that timm does not look for: .webp (1 file)',
+    ]
+    for i in range(3):
+        shutil.rmtree(data / f'validation/class {i}')
+    error = refusal(command, capsys, '--force', '--ignore-unknown-classes', data_dir=data)
+    assert 'validation has classes that train has not, and no others: class 3 (4 images)' in error
+
+
+def test_a_class_map_leaves_images_out_aloud(command, colours, tmp_path, capsys):
+    (tmp_path / 'map.txt').write_text('class 2\nclass 0\n')
+    (tmp_path / 'none.txt').write_text('x\n')
+    classes = ('--class-map', tmp_path / 'map.txt')
+    with pytest.raises(SystemExit) as e:
+        command(*classes)
+    error = 'error: validation has classes that --class-map has not: class 1 (4 images), class 3 (4 images); '
+    assert e.value.code == 2 and error in capsys.readouterr().err
+    command(*classes, '--ignore-unknown-classes')
+    out, err = capsys.readouterr()
+    for split, n in (('train', 12), ('validation', 4)):
+        listed = f'class 1 ({n} images), class 3 ({n} images)'
+        warning = f'{split}: left out {2 * n} images of 2 classes that --class-map has not: {listed}\n'
+        assert f'timm_zzz: warning: {warning}' in err
+    assert '(8 images of validation)' in out
+    error = refusal(command, capsys, '--force', '--class-map', tmp_path / 'none.txt')
+    assert '--class-map has none of the classes of train: class 0, class 1' in error
+
+
+def test_folders_of_classes_without_images(command, colours, tmp_path, capsys):
+    shutil.copytree(colours, tmp_path / 'data')
+    (tmp_path / 'data/train/empty').mkdir()
+    (tmp_path / 'data/train/.hidden').mkdir()
+    file = command(data_dir=tmp_path / 'data')
+    assert 'timm_zzz: warning: train: class folders without images: empty\n' in capsys.readouterr().err
+    assert load_file(file)['fc.bias'].shape == (4,)
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_empty(command, colours, monkeypatch, capsys):
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith('train/class 2'):
+            raise PermissionError(13, 'Permission denied', path)
+        return real(path)
+
+    monkeypatch.setattr(os, 'scandir', scandir)  # which os.walk of timm passes over in silence
+    assert 'Permission denied' in refusal(command, capsys)
+
+
+def test_a_validation_split_that_was_asked_for_has_to_be_there(command, colours, tmp_path, capsys):
+    shutil.copytree(colours / 'train', tmp_path / 'data/train')
+    error = refusal(command, capsys, '--val-split', 'validation', data_dir=tmp_path / 'data')
+    assert f'--val-split: --data-dir: {tmp_path / "data"} has no folder validation, only train' in error
+    command(data_dir=tmp_path / 'data')
+    assert 'Not evaluated: ' in capsys.readouterr().err
+
+
 def test_wrong_use(command, backbone, colours, tmp_path, capsys):
     output = tmp_path / 'start.safetensors'
     output.write_text('mine')
     (tmp_path / 'broken.pth.tar').write_text('x')
+    (tmp_path / 'map.txt').write_text(''.join(f'class {i}\n' for i in range(4)))
     part = {key: value for key, value in load_file(backbone).items() if key != 'conv1.0.weight'}
     save_file(part, tmp_path / 'part.safetensors')
     assert 'exists already; give another one or --force' in refusal(command, capsys)
@@ -156,6 +230,7 @@ def test_wrong_use(command, backbone, colours, tmp_path, capsys):
         'ends in .safetensors': ('-o', tmp_path / 'start.pt'),
         f'--data-dir: {colours} has no folder test, only train, validation': ('--split', 'test'),
         '--num-classes: 10, but train has 4 classes; --class-map numbers them': ('--num-classes', 10),
+        '--num-classes: 3, but --class-map has 4 classes': ('--num-classes', 3, '--class-map', tmp_path / 'map.txt'),
         '--model-kwargs: give --input-size instead of in_chans': ('--model-kwargs', 'in_chans=1'),
         '--device: warp is not available': ('--device', 'warp'),
     }.items():

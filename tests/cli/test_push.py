@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import shutil
 
 import pytest
 import timm
 import timm.utils
 import torch
 import yaml
+from timm.data.readers.class_map import load_class_map
 
 from timm_zzz import from_pretrained
 from timm_zzz.cli.push import main, public_args
@@ -100,6 +102,31 @@ def test_class_map(hub, tmp_path, beetles, capsys):
     fails(capsys, 'trained with one (classes.txt)', tmp_path / 'mapped', REPO, '--data-dir', beetles)
 
 
+def test_class_counts_and_what_is_left_out(hub, tmp_path, beetles, capsys):
+    write_run(tmp_path / 'run', beetles)
+    names = sorted(path.name for path in (beetles / 'train').iterdir())
+    for name in (*names[1:], 'empty'):
+        (tmp_path / 'data/train' / name).mkdir(parents=True)
+    for name in names[1:]:
+        shutil.copy(beetles / 'train' / name / '0000.png', tmp_path / 'data/train' / name)
+    data = ('--data-dir', tmp_path / 'data')
+    fails(capsys, '--data-dir: train has 11 classes, the model has 12; --class-map', tmp_path / 'run', REPO, *data)
+    (tmp_path / 'map.txt').write_text('\n'.join([*names[:-1], 'other']))
+    main(list(map(str, [tmp_path / 'run', REPO, *data, '--class-map', tmp_path / 'map.txt'])))
+    err = capsys.readouterr().err
+    assert 'warning: train: class folders without images: empty\n' in err
+    assert f'left out 1 image of 1 class that --class-map has not: {names[-1]} (1 image)\n' in err
+    # As timm's load_class_map: a blank line is a class, U+2028 ends no line
+    for text, count in (('\n'.join([*names, '', 'x']), 14), ('\u2028'.join(names), 1)):
+        (tmp_path / 'map.txt').write_text(text, encoding='utf-8')
+        assert len(load_class_map(str(tmp_path / 'map.txt'))) == count
+        message = f'--class-map has {count} classes, the model has 12\n'
+        fails(capsys, message, tmp_path / 'run', REPO, '--class-map', tmp_path / 'map.txt')
+    (tmp_path / 'map.txt').write_text('\n'.join([*names, names[2]]))
+    message = 'has no class of index 2; is its line 3 there twice?'
+    fails(capsys, message, tmp_path / 'run', REPO, '--class-map', tmp_path / 'map.txt')
+
+
 def test_output_folder_pushes_nothing(hub, tmp_path, beetles, capsys):
     write_run(tmp_path / 'run', beetles)
     main([str(tmp_path / 'run'), REPO, '--output', str(tmp_path / 'out')])
@@ -176,7 +203,7 @@ def test_card_says_what_acted(hub, tmp_path, beetles):
 def fails(capsys, what, *arguments):
     with pytest.raises(SystemExit) as e:
         main([*map(str, arguments)])
-    assert e.value.code == 1
+    assert e.value.code == 2
     err = capsys.readouterr().err
     assert what in err and 'timm_zzz: error: ' in err and 'Traceback' not in err, err
 
@@ -192,7 +219,7 @@ def test_mistakes(hub, tmp_path, beetles, capsys):
     fails(capsys, 'has no averaged weights', run, REPO, '--use-ema')
     fails(capsys, 'expected a .txt file', run, REPO, '--class-map', tmp_path / 'no.pkl')
     (tmp_path / 'two.txt').write_text('a\nb\n')
-    fails(capsys, '2 names for 12 classes', run, REPO, '--class-map', tmp_path / 'two.txt')
+    fails(capsys, '--class-map has 2 classes, the model has 12\n', run, REPO, '--class-map', tmp_path / 'two.txt')
     fails(capsys, '--data-dir: no such folder', run, REPO, '--data-dir', tmp_path / 'no')
     fails(capsys, 'has no images of a split train', run, REPO, '--data-dir', tmp_path / 'run')
     fails(capsys, '--recipe: no such file', run, REPO, '--recipe', tmp_path / 'no.yaml')

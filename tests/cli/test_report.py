@@ -343,6 +343,25 @@ def test_classes_are_numbered_as_in_training(tmp_path, capsys):
     fails(capsys, 'validation has classes that train has not', tmp_path)
 
 
+def test_images_of_unknown_classes_are_an_error_unless_asked_for(tmp_path, capsys):
+    save(tmp_path / 'run', new_model(num_classes=3))
+    draw(tmp_path / 'birds', 'abc', 1, 'train')
+    draw(tmp_path / 'birds', 'bcz', 2)  # as many classes as in training, other ones
+    (tmp_path / 'birds/validation/empty').mkdir()
+    (tmp_path / 'map.txt').write_text('b\nc\na\n')
+    for known, options in (('train', ()), ('--class-map', ('--class-map', str(tmp_path / 'map.txt')))):
+        message = f'validation has classes that {known} has not: z (2 images); --ignore-unknown-classes leaves them out'
+        fails(capsys, message, tmp_path, *options)
+        page = run_report(tmp_path, 'new.html', '--ignore-unknown-classes', *options)
+        assert page.tiles()['Images'] == '4'
+        assert 'warning: validation: class folders without images: empty\n' in capsys.readouterr().err
+        (tmp_path / 'new.html').unlink()
+    (tmp_path / 'birds/train').rename(tmp_path / 'birds/training')  # which timm takes for it
+    fails(capsys, 'validation has classes that train has not: z (2 images)', tmp_path)
+    (tmp_path / 'map.txt').write_text('b\nc\na\nd\n')
+    fails(capsys, '--class-map has 4 classes, the model has 3\n', tmp_path, '--class-map', str(tmp_path / 'map.txt'))
+
+
 def test_averaged_weights_and_a_folder_of_classes(tmp_path):
     """The folder that holds the classes itself, as validate.py takes it too."""
     draw(tmp_path / 'birds', NAMES, 1)

@@ -5,7 +5,8 @@ of its lines. An error is what train.py would stop at, drop, or take for somethi
 what is easily overlooked. The exit status is 1 if there is an error, 2 for a wrong command line, else 0.
 
 The file is judged alone, as train.py's --config: options on the command line beat it, and a split for validation should
-stand in it. Nothing is downloaded. The model is built without memory and run once for each image size.
+stand in it, unless the default is seen to work. Files are looked up from the current folder. Nothing is downloaded. The
+model is built without memory and run once for each image size.
 """
 
 import argparse
@@ -15,29 +16,33 @@ import os
 import re
 import warnings
 from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import timm
 import torch
-from timm.data import resolve_data_config
+from timm.data import create_transform, resolve_data_config
 from timm.models import get_arch_pretrained_cfgs, is_model, is_model_pretrained, list_models, resolve_model_input_args
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
-from ..data import SPLIT_FOLDERS
+from ..data import SPLIT_FOLDERS, read_class_map
 from ..head import ZZZHead
 from ..models.attach import HEAD_OPTIONS, OPTION_PREFIX
 from ..models.registry import TAG
 from ..optim import ZZZAdamW
+from .common import exit_on_error
 from .recipe import FACTS, NEWEST, Finding, Recipe, TrainScript, ask_script, nearest, reason
 
 __all__ = ['Finding', 'check', 'main']
 
 PLUGIN = 'timm_zzz'
 OPTIMIZER = 'zzzadamw'
+MAX_LR = 0.1  # of Adam and its kin, from which on it is noted
 _ZZZ_OPTIONS = [f'{OPTION_PREFIX}{name}' for name in HEAD_OPTIONS]
 
 
@@ -51,6 +56,7 @@ def check(path: Union[str, Path], script: TrainScript = NEWEST, build_model: boo
         if recipe.read(path):
             _check_plugin(recipe)
             _check_data(recipe)
+            _check_files(recipe)
             _check_settings(recipe)
             _check_optimizer(recipe, _check_model(recipe, build_model))
     return sorted(set(recipe.findings), key=lambda finding: (finding.line or 0, finding.level, finding.message))
@@ -70,15 +76,44 @@ def _zzz_key(recipe: Recipe) -> Optional[str]:
     return f'model_kwargs.{options[0]}' if options else None
 
 
-def _attempt(recipe: Recipe, function: Callable[[], Any], names: Mapping[str, str], key: str) -> Any:
-    """Call what builds something of timm; its error is one of the key, by ``names``, that the message names."""
-    try:
-        return function()
-    except Exception as e:  # whatever timm makes of its arguments
-        words = re.findall(r'\w+', str(e).replace(OPTION_PREFIX, ''))
-        where = next((key for key, name in names.items() if name.removeprefix(OPTION_PREFIX) in words), key)
-        recipe.error(where, f'timm: {reason(e)}')
-        return None
+def _attempt(
+    recipe: Recipe, function: Callable[[argparse.Namespace], Any], names: Mapping[str, str], fallback: str
+) -> Any:
+    """Call what builds something of timm from the settings, without the keys that it refuses.
+
+    Args:
+        names: The keys that may be at fault, with the names that messages have for them.
+        fallback: The key of an error that stays without any of them.
+    """
+    keys, refused = [key for key in names if key.partition('.')[0] in recipe.values], list[str]()
+
+    def call(*further: str) -> Tuple[str, Any]:
+        try:
+            return '', function(recipe.without([*refused, *further]))
+        except Exception as e:  # whatever timm makes of its arguments
+            return reason(e), None
+
+    def culprit(message: str, left: Sequence[str]) -> Optional[str]:
+        """Find the key without which there is no error, or else the one without which there is another."""
+        others = {}
+        for key in left:
+            others[key] = call(key)[0]
+            if not others[key]:
+                return key
+        text = partial(re.sub, '[0-9.]+', '')  # the same error about another number is no other
+        return next((key for key in left if text(others[key]) != text(message)), None)
+
+    while True:
+        message, result = call()
+        if not message:
+            return result
+        words = re.findall(r'\w+', message.replace(OPTION_PREFIX, ''))
+        named = [key for key in keys if names[key].removeprefix(OPTION_PREFIX) in words]
+        key = culprit(message, [key for key in dict.fromkeys([*named, *keys]) if key not in refused])
+        recipe.error(key or [*named, fallback][0], f'timm: {message}')
+        if key is None:
+            return None
+        refused.append(key)
 
 
 def _check_plugin(recipe: Recipe) -> None:
@@ -117,9 +152,11 @@ def _check_data(recipe: Recipe) -> None:
         recipe.note('dataset', "num_classes is missing: it has to come with the command line, or the model's own stays")
     if 'val_split' not in recipe.lines:
         line = recipe.line(recipe.first('train_split', 'dataset', 'data_dir', 'model'))
-        if folder:
+        if folder and os.path.isdir(s.data_dir or s.data or ''):
+            _check_folders(recipe)
+        elif folder:
             recipe.error(line, 'val_split is missing: without validation/ or val/ in its folder timm takes all images')
-        else:
+        elif kind != 'torch':  # where timm takes the default for the split that there is
             recipe.note(line, f'val_split is missing: the data set needs a split named {s.val_split}')
     elif recipe.is_wrong('val_split'):
         return
@@ -142,12 +179,42 @@ def _check_folders(recipe: Recipe) -> None:
         folders[key] = next((names for names in SPLIT_FOLDERS if name in names), (name,))
     root = s.data_dir or s.data
     if folders['train_split'] == folders['val_split']:
-        recipe.error('val_split', f'evaluates on the images of train_split, {s.train_split}')
+        where = recipe.first('val_split', 'train_split')
+        recipe.error(where, f'evaluates on the images of train_split, {s.train_split}')
     elif root and os.path.isdir(root):
         for key, names in folders.items():
             if not any(os.path.exists(os.path.join(root, name)) for name in names):
                 where = recipe.first(key, 'data_dir', 'data')
                 recipe.error(where, f'{root} has no {"/ or ".join(names)}/: timm would take all images in it')
+
+
+def _check_files(recipe: Recipe) -> None:
+    s = recipe.settings
+    for key in ('initial_checkpoint', 'pretrained_path', 'resume'):
+        path = getattr(s, key)
+        if path and not os.path.isfile(path):
+            recipe.error(key, f'no such file here: {path}')
+    if s.pretrained_path and not s.pretrained:
+        recipe.error('pretrained_path', 'without pretrained: true train.py does not load it')
+    if not s.class_map:
+        return
+    root = s.data_dir or s.data or ''
+    places = [s.class_map, *(os.path.join(root, name, s.class_map) for name in ('', s.train_split, *SPLIT_FOLDERS[0]))]
+    path = next(filter(os.path.isfile, places), None)
+    if path is None:
+        if root or os.path.isabs(s.class_map):
+            recipe.error('class_map', f'no such file here: {s.class_map}')
+        else:
+            recipe.note('class_map', f'no such file here: {s.class_map}; train.py looks in the folders of images, too')
+        return
+    try:
+        count = len(read_class_map(path))
+    except ValueError as e:
+        recipe.error('class_map', str(e).removeprefix('--class-map: '))
+        return
+    if s.num_classes is not None and count != s.num_classes:
+        add = recipe.error if count > s.num_classes else recipe.note
+        add('class_map', f'{count} classes, num_classes says {s.num_classes}')
 
 
 def _check_settings(recipe: Recipe) -> None:
@@ -156,7 +223,7 @@ def _check_settings(recipe: Recipe) -> None:
     if s.workers == 0:
         recipe.note('workers', '0 loads the images within the training process, and stops older versions of timm')
     if s.clip_grad and s.clip_mode == 'agc' and _zzz_key(recipe):
-        why = "agc leaves out the model's last two parameters as the classifier's; a ZZZ head has more"
+        why = "agc leaves out the model's last two parameters, sigma2_raw and bias of a ZZZ head, and clips its others"
         recipe.note('clip_mode', f'{why}: take norm')
     if s.model_ema and not s.model_ema_warmup and not s.model_ema_force_cpu:
         why = "the average's metric picks the best checkpoint"
@@ -166,10 +233,12 @@ def _check_settings(recipe: Recipe) -> None:
     where = recipe.first('warmup_epochs', 'epochs')
     if where in recipe.values and s.warmup_epochs >= s.epochs and not s.warmup_prefix:
         recipe.note(where, f'{s.warmup_epochs} epochs of warm-up out of {s.epochs} in all: lr is never reached')
-    if s.crop_pct is not None and not 0 < s.crop_pct <= 1:
-        recipe.error('crop_pct', f'a fraction above 0, at most 1, is needed, not {s.crop_pct}')
-    if s.num_classes is not None and s.num_classes < 1:
-        recipe.error('num_classes', f'at least 1 is needed, not {s.num_classes}')
+    if s.aug_splits == 1:
+        recipe.error('aug_splits', '0 or at least 2 is needed, not 1')
+    for key, needs in (('split_bn', s.aug_splits > 1 or s.resplit), ('jsd_loss', s.aug_splits > 1)):
+        if getattr(s, key) and not needs:
+            recipe.error(key, 'it needs aug_splits, at least 2')
+    _attempt(recipe, _create_transform, FACTS['augmentation'], 'aa')
     for key, numbers in (('mean', s.mean), ('std', s.std)):
         if numbers is not None and len(numbers) not in (1, channels):
             recipe.error(key, f'{channels} numbers are needed, one for each channel, or 1, not {len(numbers)}')
@@ -178,6 +247,12 @@ def _check_settings(recipe: Recipe) -> None:
         recipe.error('img_size', both)
     if s.input_size and s.input_size[0] != channels:
         recipe.error('in_chans', both)
+
+
+def _create_transform(s: argparse.Namespace) -> Any:
+    """Create the augmentation of train.py."""
+    arguments = {argument: getattr(s, key) for key, argument in FACTS['augmentation'].items()}
+    return create_transform(is_training=True, **arguments)
 
 
 def _channels(recipe: Recipe) -> int:
@@ -191,6 +266,12 @@ def _check_model(recipe: Recipe, build: bool) -> Optional[nn.Module]:
     unknown = [key for key in s.model_kwargs if key.startswith(OPTION_PREFIX) and key not in _ZZZ_OPTIONS]
     for key in unknown:
         recipe.error(f'model_kwargs.{key}', f'no option of a ZZZ head{nearest(key, _ZZZ_OPTIONS)}')
+    if unknown:
+        asked = _zzz_key(recipe)
+        recipe.drop([f'model_kwargs.{key}' for key in unknown])
+        if asked and not _zzz_key(recipe):  # a head was asked for all the same
+            recipe.values['model_kwargs'].update(zzz_rank=1)
+        s = recipe.settings
     if name is None:
         return None
     architecture, _, tag = name.partition('.')
@@ -207,16 +288,17 @@ def _check_model(recipe: Recipe, build: bool) -> Optional[nn.Module]:
         problem = f'timm knows no weights {tag} of {architecture}{nearest(tag, tags, 3)}'
     if problem:
         recipe.error('model', problem)
+        recipe.drop(['model'])
         return None
     base = name.partition(f'.{OPTION_PREFIX}')[0]
     if known and s.pretrained and not s.pretrained_path and not is_model_pretrained(base):
         recipe.error('pretrained', f'timm has no weights for {base}')
-    if unknown or recipe.is_wrong('model_kwargs') or (known and not build):
+    if recipe.is_wrong('model_kwargs') or (known and not build):
         return None
-    keys = {f'model_kwargs.{key}': key for key in s.model_kwargs}
-    keys.update((key, argument) for key, argument in FACTS['model_arguments'].items() if key in recipe.values)
-    model = _attempt(recipe, lambda: _create(recipe, name, s.model_kwargs), keys, 'model')
+    keys = {**{f'model_kwargs.{key}': key for key in s.model_kwargs}, **FACTS['model_arguments']}
+    model = _attempt(recipe, lambda s: _create(recipe, name, s), keys, 'model')
     if model is None:
+        recipe.drop(['model'])
         return None
     if _zzz_key(recipe) == 'model' and not any(isinstance(module, ZZZHead) for module in model.modules()):
         present = '.'.join(filter(None, (model.pretrained_cfg['architecture'], model.pretrained_cfg.get('tag'))))
@@ -225,17 +307,17 @@ def _check_model(recipe: Recipe, build: bool) -> Optional[nn.Module]:
     return model
 
 
-def _create(recipe: Recipe, name: str, model_kwargs: Dict[str, Any]) -> nn.Module:
+def _create(recipe: Recipe, name: str, s: argparse.Namespace) -> nn.Module:
     """Build the model of train.py, without memory and weights."""
-    arguments = {argument: getattr(recipe.settings, key) for key, argument in FACTS['model_arguments'].items()}
+    arguments = {argument: getattr(s, key) for key, argument in FACTS['model_arguments'].items()}
     arguments['in_chans'] = _channels(recipe)
     arguments['num_classes'] = max(arguments['num_classes'] or 2, 1)  # None comes with the command line
-    repeated = sorted(model_kwargs.keys() & {*arguments, 'pretrained', 'checkpoint_path'})
+    repeated = sorted(s.model_kwargs.keys() & {*arguments, 'pretrained', 'checkpoint_path'})
     if repeated:
         raise TypeError(f'model_kwargs: {", ".join(repeated)} has an option of its own, and train.py passes both')
-    arguments.update((key, value) for key, value in model_kwargs.items() if key != 'device')
+    arguments.update((key, value) for key, value in s.model_kwargs.items() if key != 'device')
     if recipe.script.resizes_model:
-        arguments = resolve_model_input_args(name, vars(recipe.settings), **arguments)
+        arguments = resolve_model_input_args(name, vars(s), **arguments)
         name = arguments.pop('model_name')
     with torch.device('meta'):
         return timm.create_model(name, **arguments).eval()
@@ -254,7 +336,8 @@ def _check_sizes(recipe: Recipe, name: str, model: Any) -> None:
     def refusal(size: Sequence[int], model_kwargs: Optional[Dict[str, Any]] = None) -> str:
         """Return what the model, or one with other arguments, says to images of a size, '' if it takes them."""
         try:
-            taker = model if model_kwargs is None else _create(recipe, name, model_kwargs)
+            changed = argparse.Namespace(**{**vars(s), 'model_kwargs': model_kwargs})
+            taker = model if model_kwargs is None else _create(recipe, name, changed)
             with torch.no_grad():
                 taker(torch.empty(1, channels, *size, device='meta'))
         except Exception as e:  # whatever a model makes of a size
@@ -292,23 +375,50 @@ def _check_optimizer(recipe: Recipe, model: Optional[nn.Module]) -> None:
     elif torch.cuda.is_available() or not name.startswith(('bnb', 'fused')):  # which need a GPU even to be looked up
         known = _parameters(get_optimizer_class(name, bind_defaults=False))
         unknown = s.opt_kwargs.keys() - known - inspect.signature(create_optimizer_v2).parameters.keys()
-        for key in unknown if not recipe.is_wrong('opt') else ():
-            recipe.error(f'opt_kwargs.{key}', f'no option of {name}{nearest(key, sorted(known))}')
-        arguments = {**optimizer_kwargs(s), 'lr': s.lr or s.lr_base}
-        if model is None:
+        if not recipe.is_wrong('opt'):
+            for key in unknown:
+                recipe.error(f'opt_kwargs.{key}', f'no option of {name}{nearest(key, sorted(known))}')
+            recipe.drop([f'opt_kwargs.{key}' for key in unknown])
             zzz = _zzz_key(recipe) or (name == OPTIMIZER and _model_name(recipe) is None)
-            model = ZZZHead(2, 2, 1) if zzz else nn.Linear(2, 2)
-            arguments.pop('layer_decay', None)
-        if not (unknown or recipe.is_wrong('opt') or recipe.is_wrong('opt_kwargs')):
-            keys = {f'opt_kwargs.{key}': key for key in s.opt_kwargs}
-            optimizer = _attempt(recipe, lambda: create_optimizer_v2(model, **arguments, **s.opt_kwargs), keys, 'opt')
+            stand_in = ZZZHead(2, 2, 1) if zzz else nn.Linear(2, 2)
+
+            def create(s: argparse.Namespace) -> Any:
+                arguments = {**optimizer_kwargs(s), 'lr': s.lr or s.lr_base}
+                if model is None:
+                    arguments.pop('layer_decay', None)
+                return create_optimizer_v2(stand_in if model is None else model, **arguments, **s.opt_kwargs)
+
+            keys = {**{f'opt_kwargs.{key}': key for key in recipe.settings.opt_kwargs}, **FACTS['optimizer_arguments']}
+            optimizer = _attempt(recipe, create, keys, 'opt')
     optimizer = optimizer or torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
-    _attempt(recipe, lambda: create_scheduler_v2(optimizer, **scheduler_kwargs(s), updates_per_epoch=1), {}, 'sched')
+    keys = {key: key for key in chain(*FACTS['schedule'])}
+    _attempt(
+        recipe, lambda s: create_scheduler_v2(optimizer, **scheduler_kwargs(s), updates_per_epoch=1), keys, 'sched'
+    )
+    _check_lr(recipe, name)
     scale = s.opt_kwargs.get('head_lr_scale', 1)
     for key, value in (('warmup_lr', s.warmup_epochs and s.warmup_lr), ('min_lr', s.min_lr)):
         if value and name == OPTIMIZER and isinstance(scale, int | float) and scale != 1:
             where = recipe.first(key, 'opt_kwargs.head_lr_scale')
             recipe.note(where, f'{key} is {value:g}, and {value * scale:g} for the head; write {key}: 0.0')
+
+
+def _check_lr(recipe: Recipe, optimizer: str) -> None:
+    """Note a learning rate that is too large for Adam and its kin, whose updates don't shrink with the gradient."""
+    s, scale = recipe.settings, recipe.settings.opt_kwargs.get('head_lr_scale', 1)
+    if not re.search('adam|adan|adopt|adabelief|lion', optimizer):
+        return
+    where, lr = 'lr', s.lr
+    if lr is None and 'lr_base' in recipe.values:  # as train.py computes it, for one process
+        ratio = s.batch_size * s.grad_accum_steps / s.lr_base_size
+        linear = (s.lr_base_scale or ('sqrt' if 'ada' in optimizer else 'linear')) == 'linear'
+        where, lr = 'lr_base', s.lr_base * (ratio if linear else ratio**0.5)
+    why = f'large for {optimizer}: each update moves weights by about as much, and they are of the order of 0.02'
+    if lr is not None and lr > MAX_LR:
+        recipe.note(where, f'a learning rate of {lr:g} is {why}')
+    elif lr is not None and optimizer == OPTIMIZER and isinstance(scale, int | float) and lr * scale > MAX_LR:
+        where = recipe.first('opt_kwargs.head_lr_scale', where)
+        recipe.note(where, f'a learning rate of {lr * scale:g} for the head is {why}')
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -325,10 +435,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
     add('--no-model', action='store_true', help="don't build the model: no check of arguments and sizes")
     add('--print-options', action='store_true', help='print the options as YAML instead')
     args = parser.parse_args(arguments)
-    try:
+    with exit_on_error(parser):
         script = ask_script(args.train_script) if args.train_script else NEWEST
-    except ValueError as e:
-        parser.error(str(e))
     if args.print_options:
         print(script.dump(), end='')
         return 0

@@ -1,39 +1,171 @@
-"""What several commands share: arguments, and how they end with an error."""
+"""What several commands share: arguments, warnings, and how they end with an error."""
 
 import argparse
+import sys
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Mapping, Optional, Sequence
 
 import torch
+from timm.data import resolve_data_config
+from torch import Tensor, nn
 
-from ..data import eval_loader
+from ..data import LeftOut, Split, UnknownClassesError, eval_loader, find_left_out, open_split
 from ..errors import HubError
+from ..models.checkpoint import build_model
 
-__all__ = ['add_loader_arguments', 'amp_dtype_of', 'device_of', 'exit_on_error', 'loader_of', 'positive_int']
+__all__ = [
+    'add_ignore_unknown',
+    'add_loader_arguments',
+    'amp_dtype_of',
+    'build',
+    'check_count',
+    'count',
+    'data_config_of',
+    'device_of',
+    'exit_on_error',
+    'loader_of',
+    'one_line',
+    'open_known',
+    'positive_int',
+    'tensors_of',
+    'warn',
+    'warn_left_out',
+]
+
+SHOWN = 8  # classes that a message names
+
+
+def one_line(e: BaseException) -> str:
+    """Give an error's message in one line; of an error in a process that loads images, what it was."""
+    inner = 'Traceback (most recent call last)' in str(e)
+    return ' '.join((str(e).strip().rpartition('\n')[2] if inner else str(e)).split()) or type(e).__name__
 
 
 @contextmanager
-def exit_on_error(parser: argparse.ArgumentParser, status: int = 2) -> Iterator[None]:
-    """Print an error that a user can mend in one line, and exit with a status."""
+def exit_on_error(parser: argparse.ArgumentParser, interrupted: str = 'interrupted') -> Iterator[None]:
+    """End a command as all do: an error that a user can mend is one line and status 2, an interrupt status 130."""
     try:
         yield
-    except (HubError, ValueError, OSError) as e:
-        parser.exit(status, f'timm_zzz: error: {e}\n')
+    except (HubError, ValueError, OSError, torch.OutOfMemoryError) as e:
+        parser.exit(2, f'timm_zzz: error: {one_line(e)}\n')
+    except KeyboardInterrupt:
+        parser.exit(130, f'\ntimm_zzz: {interrupted}\n')
+
+
+def warn(message: str) -> None:
+    """Print a warning."""
+    print(f'timm_zzz: warning: {message}', file=sys.stderr)
+
+
+def _count(n: int, unit: str) -> str:
+    return f'{n} {unit}' if n == 1 else f'{n} {unit}{"es" if unit == "class" else "s"}'
+
+
+def _join(names: Sequence[str]) -> str:
+    return ', '.join(names[:SHOWN]) + (f' and {len(names) - SHOWN} more' if names[SHOWN:] else '')
+
+
+def _list(counts: Mapping[str, int], unit: str = 'image') -> str:
+    return _join([f'{name or "the folder itself"} ({_count(n, unit)})' for name, n in counts.items()])
+
+
+def warn_left_out(left_out: LeftOut, name: str, known: str = '--class-map') -> None:
+    """Warn of what timm leaves out of the folder of a split; ``known`` is what names the classes."""
+    unknown, empty, unread = left_out
+    if unknown:
+        count = f'{_count(sum(unknown.values()), "image")} of {_count(len(unknown), "class")}'
+        warn(f'{name}: left out {count} that {known} has not: {_list(unknown)}')
+    if empty:
+        warn(f'{name}: class folders without images: {_join(empty)}')
+    if unread:
+        warn(f'{name}: left out files of formats that timm does not look for: {_list(unread, "file")}')
+
+
+def open_known(options: argparse.Namespace, name: str, class_map: Any, known: str, **settings: Any) -> Split:
+    """Open a split whose classes are numbered by those of another, or by a class map, and warn of what is left out.
+
+    Args:
+        class_map: As of :func:`~timm_zzz.data.open_split`.
+        known: What it is from, in messages.
+        settings: Further arguments of open_split.
+
+    Raises:
+        ValueError: If it can't be opened, or has images of other classes and ``--ignore-unknown-classes`` is not given.
+    """
+    try:
+        split = open_split(options.data_dir, name, class_map=class_map, **settings)
+    except UnknownClassesError as e:
+        unknown = _list(e.left_out.unknown)
+        raise ValueError(f'{name} has classes that {known} has not, and no others: {unknown}') from e
+    left_out = find_left_out(split)
+    if left_out.unknown and not options.ignore_unknown_classes:
+        unknown, way = _list(left_out.unknown), '--ignore-unknown-classes leaves them out'
+        raise ValueError(f'{name} has classes that {known} has not: {unknown}; {way}')
+    warn_left_out(left_out, name, known)
+    return split
+
+
+def check_count(where: str, found: int, count: Any) -> None:
+    """Raise a ValueError unless as many classes were found as the model has."""
+    if found != count:
+        hint = '' if where == '--class-map' else '; --class-map FILE.txt numbers them'
+        raise ValueError(f'{where} has {found} classes, the model has {count}{hint}')
+
+
+def build(name: str, options: Dict[str, Any]) -> Any:
+    """Build a model by :func:`~timm_zzz.models.checkpoint.build_model`.
+
+    Raises:
+        ValueError: If that fails, for whatever reason: the options come from a file or a command line.
+    """
+    try:
+        return build_model(name, **options)
+    except ValueError:
+        raise
+    except Exception as e:
+        raise ValueError(f'{name}: {one_line(e)}') from e
+
+
+def tensors_of(state: Any, source: str) -> Dict[str, Tensor]:
+    """Return a state dict.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f'{source} holds something else than tensors by name')
+    return dict(state)
+
+
+def add_ignore_unknown(parser: argparse.ArgumentParser) -> None:
+    """Add the option that leaves out what :func:`open_known` refuses."""
+    help = 'leave out images of classes that the model does not know, with a warning; else they are an error'
+    parser.add_argument('--ignore-unknown-classes', action='store_true', help=help)
+
+
+def _at_least(least: int, text: str) -> int:
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f'expected at least {least}, got {value}')
+    return value
 
 
 def positive_int(text: str) -> int:
     """Parse an argument that is at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'expected at least 1, got {value}')
-    return value
+    return _at_least(1, text)
+
+
+def count(text: str) -> int:
+    """Parse an argument that is at least 0."""
+    return _at_least(0, text)
 
 
 def add_loader_arguments(parser: argparse.ArgumentParser, batch_size: int, amp_dtype: str) -> None:
     """Add the options of a pass over images: batches, processes, device and precision."""
     add = parser.add_argument
     add('-b', '--batch-size', type=positive_int, default=batch_size, metavar='N', help='images at a time')
-    add('-j', '--workers', type=int, default=4, metavar='N', help='processes that load images')
+    add('-j', '--workers', type=count, default=4, metavar='N', help='processes that load images')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
     add('--amp', action='store_true', help='run the backbone in mixed precision')
     add('--amp-dtype', choices=('float16', 'bfloat16'), default=amp_dtype, help='with --amp')
@@ -57,6 +189,51 @@ def amp_dtype_of(options: argparse.Namespace) -> Optional[torch.dtype]:
     return getattr(torch, options.amp_dtype) if options.amp else None
 
 
-def loader_of(options: argparse.Namespace, dataset: Any, config: Dict[str, Any], device: torch.device) -> Any:
-    """Create the loader that the options ask for."""
-    return eval_loader(dataset, config, batch_size=options.batch_size, workers=options.workers, device=device)
+def data_config_of(settings: Mapping[str, Any], model: nn.Module) -> Dict[str, Any]:
+    """Return how images are prepared, by timm's ``resolve_data_config``.
+
+    Raises:
+        ValueError: If the settings contradict each other.
+    """
+    try:
+        config: Dict[str, Any] = resolve_data_config(dict(settings), model=model)
+    except Exception as e:  # it asserts
+        raise ValueError(f"images can't be prepared as the settings say: {one_line(e)}") from e
+    return config
+
+
+class Images:
+    """A loader of timm whose errors are ValueErrors: of images that can't be read, or labels without a class."""
+
+    def __init__(self, loader: Any):
+        self.loader = loader
+        self.dataset = loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.loader
+        except Exception as e:  # whatever a broken file or its reader raises
+            raise ValueError(f"--data-dir: the images can't be read: {one_line(e)}") from e
+
+
+def loader_of(
+    options: argparse.Namespace, dataset: Any, config: Dict[str, Any], device: torch.device, model: nn.Module
+) -> Images:
+    """Create the loader that the options ask for.
+
+    Raises:
+        ValueError: If images can't be prepared so, or the model takes none of that size.
+    """
+    try:
+        loader = eval_loader(dataset, config, batch_size=options.batch_size, workers=options.workers, device=device)
+    except Exception as e:  # whatever timm's transforms make of their arguments
+        raise ValueError(f"images can't be prepared as the settings say: {one_line(e)}") from e
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, *config['input_size'], device=device))
+    except Exception as e:  # whatever a model makes of a size
+        raise ValueError(f'the model takes no images of {config["input_size"]}: {one_line(e)}') from e
+    return Images(loader)

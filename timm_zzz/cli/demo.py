@@ -225,11 +225,8 @@ def main(arguments: Optional[List[str]] = None) -> None:
     add('--workers', type=positive_int, default=2, help='processes that load images')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='device to train on')
     options = parser.parse_args(arguments)
-    try:
-        with exit_on_error(parser):
-            results = run_demo(**{**vars(options), 'device': device_of(options)})
-    except KeyboardInterrupt:
-        parser.exit(130, '\ninterrupted, nothing was saved\n')
+    with exit_on_error(parser, 'interrupted, nothing was saved'):
+        results = run_demo(**{**vars(options), 'device': device_of(options)})
     print(f'\n{"model":24}{"top-1 %":>9}{"NLL":>9}{"seconds":>9}')
     for name, (result, seconds) in results.items():
         print(f'{name:24}{result.top1:9.1f}{result.mean_nll:9.3f}{seconds:9.1f}')

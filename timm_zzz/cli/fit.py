@@ -10,21 +10,52 @@ from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Optional, Union
 
 from safetensors.torch import save_file
-from timm.data import resolve_data_config
 from timm.models import load_state_dict
 from timm.utils import ParseKwargs
 from torch import nn
 from tqdm import tqdm
 
 from .. import __version__
-from ..data import Split, open_split
+from ..data import MissingSplitError, Split, find_left_out, open_split
 from ..fit import fit_model
 from ..fit.zzzfit import OBJECTIVES
+from ..head import heads_of
 from ..metrics import evaluate
-from ..models.checkpoint import build_model, load_weights
-from .common import add_loader_arguments, amp_dtype_of, device_of, exit_on_error, loader_of, positive_int
+from ..models.checkpoint import load_weights
+from .common import (
+    add_ignore_unknown,
+    add_loader_arguments,
+    amp_dtype_of,
+    build,
+    data_config_of,
+    device_of,
+    exit_on_error,
+    loader_of,
+    one_line,
+    open_known,
+    positive_int,
+    tensors_of,
+    warn,
+    warn_left_out,
+)
 
 __all__ = ['main']
+
+
+# Arguments of create_model that have an option
+_OWN_OPTIONS = {
+    'in_chans': '--input-size',
+    'num_classes': '--num-classes',
+    'pretrained': '--pretrained',
+    'pretrained_path': '--pretrained-path',
+    'checkpoint_path': '--checkpoint',
+}
+
+
+def _key_value(text: str) -> str:
+    if text.count('=') != 1:
+        raise argparse.ArgumentTypeError(f'expected KEY=VALUE, got {text}')
+    return text
 
 
 def _auto_or_float(text: str) -> Union[str, float]:
@@ -54,12 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     add('--use-ema', action='store_true', help="take the checkpoint's averaged weights")
     add('--dataset', default='', metavar='NAME', help="timm's TYPE/NAME of the data; an ImageFolder if empty")
     add('--split', default='train', metavar='NAME', help='the images to fit to')
-    add('--val-split', default='validation', metavar='NAME', help='images to evaluate on, if there are any; or empty')
+    add('--val-split', metavar='NAME', help='images to evaluate on; without it validation, if there is such a folder')
+    add_ignore_unknown(parser)
     add('--class-map', type=Path, metavar='FILE.txt', help='class names by index, one per line')
     add('--num-classes', type=positive_int, metavar='N', help="if not the data's")
     add('--img-size', type=positive_int, metavar='PIXELS', help='if not the size of the weights')
     add('--input-size', type=int, nargs=3, metavar='N', help='channels, height and width')
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='for create_model')
+    pairs: Dict[str, Any] = dict(nargs='*', default={}, type=_key_value, action=ParseKwargs, metavar='KEY=VALUE')
+    add('--model-kwargs', help='for create_model', **pairs)
     add_loader_arguments(parser, batch_size=128, amp_dtype='bfloat16')
     add('--objective', choices=tuple(OBJECTIVES), default='discriminant', help='see docs/fit.md')
     for name, text in (
@@ -86,42 +119,49 @@ def _fit(options: argparse.Namespace) -> None:
         raise ValueError(f'--output: expected a name that ends in .safetensors, got {output}')
     if output.is_dir() or output.exists() and not options.force:
         raise ValueError(f'--output: {output} exists already; give another one or --force')
-    for key, option in (('in_chans', '--input-size'), ('num_classes', '--num-classes')):
+    for key, option in _OWN_OPTIONS.items():
         if key in options.model_kwargs:  # train.py would refuse it, too
             raise ValueError(f'--model-kwargs: give {option} instead of {key}')
     channels = options.input_size[0] if options.input_size else 3
     data: Dict[str, Any] = dict(dataset=options.dataset, channels=channels, batch_size=options.batch_size)
     train = open_split(options.data_dir, options.split, class_map=options.class_map, **data)
+    warn_left_out(find_left_out(train), options.split)
+    val_split = 'validation' if options.val_split is None else options.val_split
+    validation = _open_validation(options, val_split, train.class_names, data)
     device, amp_dtype = device_of(options), amp_dtype_of(options)
     model = _build(options, train.class_names, channels).to(device)
-    config = resolve_data_config(vars(options), model=model)
-    validation = _open_validation(options, train.class_names, data)
+    config = data_config_of(vars(options), model)
 
     def loader(split: Split, name: str) -> Any:
-        batches = loader_of(options, split.dataset, config, device)
+        batches = loader_of(options, split.dataset, config, device, model)
         return tqdm(batches, desc=name, unit='batch', file=sys.stderr)
 
     def score(when: str) -> None:
         if validation is not None:
-            result = evaluate(model, loader(validation, options.val_split), device, amp_dtype)
+            with loader(validation, val_split) as batches:
+                result = evaluate(model, batches, device, amp_dtype)
             figures = f'top-1 {result.top1:.2f} %, negative log-likelihood {result.mean_nll:.4f}'
-            print(f'{when} {figures} ({len(result.target)} images of {options.val_split})')
+            print(f'{when} {figures} ({len(result.target)} images of {val_split})')
 
     score('before:')
     keys = ('objective', 'shrinkage', 'prior_count', 'temperature', 'sigma2', 'max_precision')
     choices = {key: getattr(options, key) for key in keys}
-    fit_model(model, loader(train, options.split), device=device, amp_dtype=amp_dtype, **choices)
+    with loader(train, options.split) as batches:
+        fit_model(model, batches, device=device, amp_dtype=amp_dtype, **choices)
     score('after: ')
     _write(output, model, {key: str(value) for key, value in dict(model=options.model, **choices).items()})
     print(f'{output}: go on with\n{_train_command(options, model)}')
 
 
-def _open_validation(options: argparse.Namespace, names: List[str], data: Dict[str, Any]) -> Optional[Split]:
-    if not options.val_split:
+def _open_validation(options: argparse.Namespace, name: str, names: List[str], data: Dict[str, Any]) -> Optional[Split]:
+    if not name:
         return None
+    known = '--class-map' if options.class_map else options.split
     try:
-        return open_split(options.data_dir, options.val_split, class_map=names or options.class_map, **data)
-    except ValueError as e:
+        return open_known(options, name, names or options.class_map, known, **data)
+    except MissingSplitError as e:
+        if options.val_split is not None:
+            raise ValueError(f'--val-split: {e}') from e
         print(f'Not evaluated: {e}', file=sys.stderr)
         return None
 
@@ -131,25 +171,26 @@ def _build(options: argparse.Namespace, names: List[str], channels: int) -> nn.M
     if not num_classes:
         raise ValueError('--num-classes: the data does not say how many classes it has')
     if names and num_classes != len(names):
+        where = '--class-map' if options.class_map else options.split
         raise ValueError(
-            f'--num-classes: {num_classes}, but {options.split} has {len(names)} classes; --class-map numbers them'
+            f'--num-classes: {num_classes}, but {where} has {len(names)} classes; --class-map numbers them'
         )
-    model: nn.Module = build_model(
-        options.model,
-        pretrained=options.pretrained,
-        pretrained_path=options.pretrained_path,
-        num_classes=num_classes,
-        in_chans=channels,
-        **options.model_kwargs,
-    )
+    weights = dict(pretrained=options.pretrained, pretrained_path=options.pretrained_path)
+    arguments = dict(weights, num_classes=num_classes, in_chans=channels, **options.model_kwargs)
+    model: nn.Module = build(options.model, arguments)
     if options.checkpoint:
         if not os.path.isfile(options.checkpoint):
             raise ValueError(f'--checkpoint: no such file: {options.checkpoint}')
         try:
             state = load_state_dict(options.checkpoint, use_ema=options.use_ema)
         except Exception as e:  # whatever a broken archive or pickle raises
-            raise ValueError(f"--checkpoint: {options.checkpoint} can't be read: {e}") from e
+            raise ValueError(f"--checkpoint: {options.checkpoint} can't be read: {one_line(e)}") from e
+        state = tensors_of(state, f'--checkpoint: {options.checkpoint}')
         load_weights(model, state, f'--checkpoint: {options.checkpoint}', keep_heads=True)
+        biases = [state[key] for key in (f'{path}.bias' for path in heads_of(model)) if key in state]
+        if any(bias.numel() != num_classes for bias in biases):
+            found = f'{biases[0].numel()} classes, the model has {num_classes}'
+            warn(f'--checkpoint: {options.checkpoint} has {found}: its head is left out')
     return model
 
 

@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 
 from ..hub import push_to_hub, save_pretrained
 from ..hub.cards import license_of, model_card, top1
-from .common import exit_on_error
-from .run import Run, class_names, load_run
+from .common import exit_on_error, one_line
+from .run import CARD_OPTIONS, Run, class_names, load_run
 
 __all__ = ['main', 'public_args', 'push_run', 'run_card']
 
@@ -25,7 +25,11 @@ python train.py --config args.yaml --data-dir DIR"""
 
 
 def public_args(args: Mapping[str, Any]) -> str:
-    """Write arguments as YAML without the user's folders: of a path only its last component is kept."""
+    """Write arguments as YAML without the user's folders: of a path only its last component is kept.
+
+    Raises:
+        ValueError: If there is something among them that YAML doesn't hold.
+    """
 
     def cleaned(value: Any) -> Any:
         if isinstance(value, str) and (os.path.isabs(value) or re.search(r'[\\/]', value) and os.path.exists(value)):
@@ -34,7 +38,10 @@ def public_args(args: Mapping[str, Any]) -> str:
             return {key: cleaned(item) for key, item in value.items()}
         return [cleaned(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    return yaml.safe_dump(cleaned(dict(args)), default_flow_style=False)
+    try:
+        return yaml.safe_dump(cleaned(dict(args)), default_flow_style=False)
+    except (yaml.YAMLError, RecursionError) as e:
+        raise ValueError(f"the run's arguments can't be written as YAML: {one_line(e)}") from e
 
 
 def run_card(run: Run, repo_id: str, *, dataset: Optional[str], license: Optional[str], recipe: bool) -> ModelCard:
@@ -68,9 +75,9 @@ def run_card(run: Run, repo_id: str, *, dataset: Optional[str], license: Optiona
 
 def _acted(args: Mapping[str, Any]) -> List[str]:
     """List the options of train.py that the card names, without those that had no effect."""
-    keys = ['opt', 'lr' if args.get('lr') else 'lr_base', 'weight_decay', 'sched', 'epochs', 'batch_size']
-    keys += ['smoothing', *(('mixup', 'cutmix') if args.get('mixup_prob') != 0 else ())]
-    return [key for key in keys if args.get(key) not in (None, 0, '', 'none')]
+    off = {'lr_base'} if args.get('lr') else set()
+    off |= {'mixup', 'cutmix'} if args.get('mixup_prob') == 0 else set()
+    return [key for key in CARD_OPTIONS if key not in off and args.get(key) not in (None, 0, '', 'none')]
 
 
 def _base_model(run: Run) -> Optional[str]:
@@ -146,7 +153,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     recipe: Optional[Path] = options.recipe
-    with exit_on_error(parser, status=1):
+    with exit_on_error(parser):
         if recipe and not recipe.is_file():
             raise ValueError(f'--recipe: no such file: {recipe}')
         run = load_run(options.checkpoint, use_ema=options.use_ema, model_name=options.model)

@@ -9,6 +9,7 @@ import runpy
 import sys
 import textwrap
 from contextlib import redirect_stdout
+from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Set, Tuple, Union
 
@@ -40,6 +41,32 @@ class Option(NamedTuple):
         return _TYPES[self.type](value) if isinstance(value, str) and self.type in _TYPES else value
 
 
+class Range(NamedTuple):
+    """Describe the numbers that an option may be."""
+
+    low: float
+    high: float
+    without_low: bool = False
+    without_high: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> 'Range':
+        """Parse what mathematics writes, such as '[0, 1)'."""
+        low, high = map(float, text[1:-1].split(','))
+        return cls(low, high, text[0] == '(', text[-1] == ')')
+
+    def has(self, x: float) -> bool:
+        above = x > self.low if self.without_low else x >= self.low
+        return above and (x < self.high if self.without_high else x <= self.high)
+
+    def __str__(self) -> str:
+        low = f'{"above" if self.without_low else "at least"} {self.low:g}'
+        if math.isinf(self.high):
+            return low
+        kind = '' if self.high != 1 else 'a fraction ' if self.without_low else 'a fraction of '
+        return f'{kind}{low}, {"below" if self.without_high else "at most"} {self.high:.10g},'
+
+
 class TrainScript(NamedTuple):
     """Describe a train.py: its options by key, and whether it builds the model for ``img_size``."""
 
@@ -56,6 +83,11 @@ class TrainScript(NamedTuple):
 
 
 FACTS = yaml.safe_load(Path(__file__).with_name('train_options.yaml').read_text(encoding='utf-8'))
+_RANGES = {
+    key: Range.parse(text)
+    for text, keys in FACTS['ranges'].items()
+    for key in (keys if isinstance(keys[0], str) else chain(*keys))
+}
 NEWEST = TrainScript({name: Option(**fields) for name, fields in FACTS['options'].items()}, FACTS['resizes_model'])
 
 
@@ -113,7 +145,20 @@ class Recipe:
     @property
     def settings(self) -> argparse.Namespace:
         """All options: the file's values, and train.py's defaults."""
-        return argparse.Namespace(**{**self._defaults, **self.values})
+        return self.without(())
+
+    def without(self, keys: Iterable[str]) -> argparse.Namespace:
+        """Return all options, as if some keys, or keys within a mapping as 'model_kwargs.img_size', were not there."""
+        values = {key: dict(value) if isinstance(value, dict) else value for key, value in self.values.items()}
+        for key in keys:
+            name, _, inner = key.partition('.')
+            values.get(name, {}).pop(inner, None) if inner else values.pop(name, None)
+        return argparse.Namespace(**{**self._defaults, **values})
+
+    def drop(self, keys: Iterable[str]) -> None:
+        """Go on without some keys, which have been found wrong."""
+        settings = vars(self.without(keys))
+        self.values = {key: settings[key] for key in self.values if key not in keys}
 
     def error(self, where: Union[str, int, None], message: str, level: str = 'error') -> None:
         """Add a finding; ``where`` is a line, or a key, which then starts the message."""
@@ -309,6 +354,8 @@ def _scalar_problem(key: str, option: Option, node: yaml.Node, value: Any) -> st
         return f'not a finite number: {shown}'
     if option.is_list and taken != value:  # argparse leaves lists alone
         return f'{shown} stays text in a list{_as_number(value)}'
+    if key in _RANGES and isinstance(taken, int | float) and not _RANGES[key].has(taken):
+        return f'{_RANGES[key]} is needed, not {shown}'
     allowed = option.choices or FACTS['words'].get(key)
     return f'{shown} is none of {", ".join(map(repr, allowed))}' if allowed and taken not in allowed else ''
 

@@ -12,24 +12,34 @@ import platform
 import sys
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
 import timm
 import torch
-from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from .. import __version__
-from ..data import Split, open_split
+from ..data import SPLIT_FOLDERS, Split, open_split
 from ..head import ZZZHead, heads_of, record_inputs
 from ..metrics import Predictions, evaluate, reliability
 from ..scores import ClassGaussians, class_gaussians_of, log_density
-from .common import add_loader_arguments, amp_dtype_of, device_of, exit_on_error, loader_of
+from .common import (
+    add_ignore_unknown,
+    add_loader_arguments,
+    amp_dtype_of,
+    check_count,
+    data_config_of,
+    device_of,
+    exit_on_error,
+    loader_of,
+    open_known,
+)
 from .figures import STYLE, draw_bars, draw_histogram, draw_map, draw_reliability, draw_spectra, shorten
-from .run import Run, class_names, load_run, mapped_names
+from .run import Run, load_run, mapped_names
 
 __all__ = ['main', 'write_report']
 
@@ -84,8 +94,7 @@ def observe(
             lowest.update(start, densities[-1], images)
         inputs.clear()
 
-    with record_inputs(heads) as inputs:
-        batches = tqdm(loader, desc='images', unit='batch', file=sys.stderr)
+    with record_inputs(heads) as inputs, tqdm(loader, desc='images', unit='batch', file=sys.stderr) as batches:
         predictions = evaluate(model, batches, device, amp_dtype, observe=add)
     if not called:
         raise ValueError('no ZZZ head takes part when the model is evaluated')
@@ -242,7 +251,7 @@ def write_report(
     head = next(iter(heads.values()))
     classes = ClassGaussians(*(t if t is None else t.cpu() for t in class_gaussians_of(head)))  # type: ignore[arg-type]
     names = names or [f'class {c}' for c in range(head.num_classes)]
-    config, dataset = resolve_data_config(run.data_config, model=run.model), getattr(loader, 'dataset', None)
+    config, dataset = data_config_of(run.data_config, run.model), getattr(loader, 'dataset', None)
     bins, ece = reliability(predictions.confidence, predictions.correct)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name('report.html.jinja').read_text(encoding='utf-8'))
@@ -279,21 +288,21 @@ def open_data(options: argparse.Namespace, run: Run, channels: int) -> Split:
         ValueError: If they can't be opened or can't be numbered so.
     """
     dataset = options.dataset if options.dataset is not None else run.args.get('dataset') or ''
-    mapped = mapped_names(run, options.class_map)
     settings: Dict[str, Any] = dict(dataset=dataset, channels=channels, batch_size=options.batch_size)
-    data = open_split(options.data_dir, options.split, class_map=options.class_map, **settings)
     count, train = run.model.num_classes, run.args.get('train_split') or 'train'
-    if not dataset and mapped is None and len(data.class_names) != count and (options.data_dir / train).is_dir():
-        # timm numbers the classes that it finds: not all need be among these images
-        names = class_names(run, None, options.data_dir)
-        if not names or not set(data.class_names) <= set(names):
-            raise ValueError(f'--data-dir: {options.split} has classes that {train} has not')
-        data = open_split(options.data_dir, options.split, class_map=names, **settings)
-    found = len(data.class_names)
-    if found != count and (found or not dataset):
-        where = '--class-map' if mapped else f'--data-dir: {options.split}'
-        raise ValueError(f'{where} has {found} classes, the model has {count}; --class-map FILE.txt numbers them')
-    return Split(data.dataset, data.class_names or mapped or [])
+    names, known = mapped_names(run, options.class_map), '--class-map'
+    if names:
+        check_count(known, len(names), count)
+    elif not dataset and any((options.data_dir / name).is_dir() for name in (train, *SPLIT_FOLDERS[0])):
+        # timm numbers the classes that it finds: not all need be among these images, nor these among them
+        with suppress(ValueError):  # a folder without images
+            trained = open_split(options.data_dir, train).class_names
+            names, known = (trained, train) if len(trained) == count else (None, '')
+    class_map = options.class_map or names
+    data = open_known(options, options.split, class_map, known, **settings)
+    if data.class_names or not dataset:
+        check_count(f'--data-dir: {options.split}', len(data.class_names), count)
+    return Split(data.dataset, data.class_names or names or [])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -311,6 +320,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--dataset', metavar='NAME', help="timm's TYPE/NAME of the data, if not that of the run")
     add('--split', default='validation', metavar='NAME', help='which images')
     add('--class-map', type=Path, metavar='FILE.txt', help='class names by index, one per line')
+    add_ignore_unknown(parser)
     add('--output', type=Path, default=Path('report.html'), metavar='FILE', help='the page')
     add('--force', action='store_true', help='replace the page if it exists')
     add('--use-ema', action='store_true', help='take the averaged weights')
@@ -334,9 +344,9 @@ def _report(options: argparse.Namespace) -> None:
         raise ValueError(f'--output: {output} exists already; give another one or --force')
     device, amp_dtype = device_of(options), amp_dtype_of(options)
     run = load_run(options.checkpoint, use_ema=options.use_ema, model_name=options.model)
-    config = resolve_data_config(run.data_config, model=run.model)
+    config = data_config_of(run.data_config, run.model)
     data = open_data(options, run, config['input_size'][0])
-    loader = loader_of(options, data.dataset, config, device)
+    loader = loader_of(options, data.dataset, config, device, run.model)
     dataset = options.dataset or run.args.get('dataset') or options.data_dir.resolve().name
     title = f'{options.model or run.args["model"]} on {dataset}'
     size, precision = ' × '.join(map(str, config['input_size'])), options.amp_dtype if options.amp else ''

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
@@ -11,14 +12,27 @@ from timm.models import clean_state_dict
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
-from ..data import open_split, read_class_map
+from ..data import find_left_out, open_split, read_class_map
 from ..head import same_shape
-from ..models.checkpoint import build_model, load_weights
+from ..models.checkpoint import load_weights
+from .common import build, check_count, one_line, tensors_of, warn_left_out
+from .recipe import NEWEST, Option
 
-__all__ = ['Run', 'class_names', 'load_run', 'mapped_names']
+__all__ = ['CARD_OPTIONS', 'Run', 'class_names', 'load_run', 'mapped_names']
 
 # Options of train.py that say how test images are prepared
 _DATA_OPTIONS = ('input_size', 'img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+# Those that a model card states
+CARD_OPTIONS = ('opt', 'lr', 'lr_base', 'weight_decay', 'sched', 'epochs', 'batch_size', 'smoothing', 'mixup', 'cutmix')
+# Both, and the others that a run is read by
+_USED = (
+    *(*_DATA_OPTIONS, *CARD_OPTIONS),
+    *('model', 'model_kwargs', 'gp', 'bn_momentum', 'bn_eps', 'model_ema', 'model_ema_force_cpu'),
+    *('dataset', 'data_dir', 'class_map', 'train_split', 'val_split', 'eval_metric'),
+    *('pretrained', 'pretrained_path', 'initial_checkpoint'),
+)
+_POSITIVE = ('input_size', 'img_size', 'in_chans', 'crop_pct')
+_TYPES: Dict[str, Any] = {'str': str, 'int': int, 'float': (int, float), 'flag': bool, 'mapping': dict}
 
 
 @dataclass
@@ -53,20 +67,25 @@ def load_run(path: Path, *, use_ema: bool = False, model_name: Optional[str] = N
     args_file, summary = checkpoint.with_name('args.yaml'), checkpoint.with_name('summary.csv')
     try:
         saved = load_checkpoint_metadata(str(checkpoint))
-        args = getattr(saved.get('args'), '__dict__', {})
-        if not args and args_file.is_file():
-            with open(args_file, encoding='utf-8') as file:
-                args = dict(yaml.safe_load(file) or {})
-    except Exception as e:  # whatever a broken archive, pickle or YAML file raises
-        raise ValueError(f"{checkpoint} can't be read as a checkpoint of train.py: {e}") from e
-    if not isinstance(saved.get('state_dict'), dict):
+    except Exception as e:  # whatever a broken archive or pickle raises
+        raise ValueError(f"{checkpoint} can't be read as a checkpoint of train.py: {one_line(e)}") from e
+    if not isinstance(saved, dict) or not isinstance(saved.get('state_dict'), dict):
         raise ValueError(f'{checkpoint} is not a checkpoint of train.py: it has no state_dict')
+    args, source = saved.get('args'), checkpoint
+    args = vars(args) if isinstance(args, Namespace) else {} if args is None else args
+    if isinstance(args, dict) and not args and args_file.is_file():
+        source = args_file
+        try:
+            args = yaml.safe_load(args_file.read_text(encoding='utf-8'))
+        except Exception as e:  # whatever a broken YAML file raises
+            raise ValueError(f"{args_file} can't be read: {one_line(e)}") from e
+    args = _checked(args, source)
     if use_ema and 'state_dict_ema' not in saved:
         raise ValueError(f'--use-ema: {checkpoint} has no averaged weights')
     name = model_name or args.get('model')
     if not name:
         raise ValueError('--model: neither the checkpoint nor an args.yaml beside it names the model')
-    state = clean_state_dict(saved['state_dict_ema' if use_ema else 'state_dict'])
+    state = clean_state_dict(tensors_of(saved['state_dict_ema' if use_ema else 'state_dict'], str(checkpoint)))
     model = _build(name, args, state)
     load_weights(model, state, str(checkpoint))
     run = Run(
@@ -75,29 +94,52 @@ def load_run(path: Path, *, use_ema: bool = False, model_name: Optional[str] = N
         averaged=use_ema,
         args=args,
         data_config={key: args[key] for key in _DATA_OPTIONS if args.get(key) not in (None, '')},
-        epoch=saved.get('epoch'),
+        epoch=saved['epoch'] if type(saved.get('epoch')) is int else None,
         summary=summary if summary.is_file() else None,
     )
     _read_metric(run, saved.get('metric'))
     return run
 
 
+def _is(option: Option, value: Any) -> bool:
+    """Tell whether train.py may have written a value for an option."""
+    if option.is_list:
+        right = isinstance(value, (list, tuple)) and (option.nargs == '+' or len(value) == option.nargs)
+        return right and all(_is(option._replace(nargs=None), item) for item in value)
+    right = isinstance(value, _TYPES[option.type]) and (option.type == 'flag' or not isinstance(value, bool))
+    return right and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def _checked(args: Any, source: Path) -> Dict[str, Any]:
+    """Return the arguments of train.py if those that are used are what it writes."""
+    args = {} if args is None else args
+    if not isinstance(args, dict) or not all(isinstance(key, str) for key in args):
+        raise ValueError(f'{source}: expected the arguments of train.py by name, got {args!r:.60}')
+    for key in (key for key in _USED if args.get(key) is not None):
+        value, option = args[key], NEWEST.options.get(key, Option())
+        sizes = value if isinstance(value, (list, tuple)) else [value]
+        right = _is(option, value) and not (key in _POSITIVE and any(size <= 0 for size in sizes))
+        if not right or (isinstance(value, dict) and not all(isinstance(name, str) for name in value)):
+            raise ValueError(f'{source}: {key}: not a value that train.py takes: {value!r:.60}')
+    return args
+
+
 def _build(name: str, args: Mapping[str, Any], state: Mapping[str, Any]) -> nn.Module:
     """Build a model as train.py does, with the checkpoint's classes: args has none where they were the default."""
     heads = {key.removesuffix('sigma2_raw') for key in state if key.endswith('sigma2_raw')}
-    counts = {len(state[f'{head}bias']) for head in heads if f'{head}bias' in state}
+    counts = {state[f'{head}bias'].numel() for head in heads if f'{head}bias' in state}
     if len(counts) != 1:
         raise ValueError(f'the checkpoint has no ZZZ head (or several of different sizes): was it trained as {name}?')
     size = args.get('input_size')
     options: Dict[str, Any] = dict(bn_momentum=args.get('bn_momentum'), bn_eps=args.get('bn_eps'))
     options.update(num_classes=counts.pop(), in_chans=args.get('in_chans') or (size[0] if size else 3))
     options.update({'global_pool': args.get('gp'), **(args.get('model_kwargs') or {})})
-    model = build_model(name, **options)
+    model = build(name, options)
     if any(key in state and not same_shape(key, state[key].shape, t.shape) for key, t in model.state_dict().items()):
         # Newer versions of train.py build models of a fixed input size for the size that they train at.
         size = args.get('img_size') or (tuple(size[1:]) if size else None)
         if size and 'img_size' not in options:
-            model = build_model(name, img_size=size, **options)
+            model = build(name, dict(options, img_size=size))
     return model
 
 
@@ -114,20 +156,27 @@ def _read_metric(run: Run, metric: Any) -> None:
         kind = 'averaged' if ema_measured else 'raw'
         run.notes.append(f'summary.csv has the accuracy of the {kind} weights, not of those pushed')
         return
-    with open(run.summary, newline='', encoding='utf-8') as file:
-        rows = [row for row in csv.DictReader(file) if row.get('epoch') == str(run.epoch)]
-    row = rows[-1] if rows else {}
     try:
-        value = float(row['eval_top1'])
-    except (KeyError, TypeError, ValueError):
-        run.notes.append(f'summary.csv has no eval_top1 for epoch {run.epoch}')
-        return
+        with open(run.summary, newline='', encoding='utf-8') as file:
+            rows = [row for row in csv.DictReader(file) if row.get('epoch') == str(run.epoch)]
+    except (OSError, ValueError, csv.Error) as e:
+        raise ValueError(f"{run.summary} can't be read: {one_line(e)}") from e
+    row = rows[-1] if rows else {}
     name = run.args.get('eval_metric') or 'top1'
-    logged = row.get(f'eval_{name}')
-    if isinstance(metric, float) and logged and not math.isclose(metric, float(logged), rel_tol=1e-6):
+    value, logged = _number(row.get('eval_top1')), _number(row.get(f'eval_{name}'))
+    if value is None or not 0 <= value <= 100:
+        run.notes.append(f'summary.csv has no eval_top1 for epoch {run.epoch}')
+    elif isinstance(metric, float) and logged is not None and not math.isclose(metric, logged, rel_tol=1e-6):
         run.notes.append(f'summary.csv is of another run: {name} {logged}, the checkpoint says {metric}')
-        return
-    run.top1 = value
+    else:
+        run.top1 = value
+
+
+def _number(text: Any) -> Optional[float]:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
 
 
 def mapped_names(run: Run, class_map: Optional[Path]) -> Optional[List[str]]:
@@ -145,13 +194,16 @@ def class_names(run: Run, class_map: Optional[Path], data_dir: Optional[Path]) -
     """Read the class names by index, as timm numbers them, from a class map or the folders of the training images.
 
     Raises:
-        ValueError: If the file or the folder can't be read, or the run had a class map and only the folder is given.
+        ValueError: If the file or the folder can't be read, the run had a class map and only the folder is given, or
+            the model has another number of classes.
     """
-    if class_map is None and data_dir is None:
-        return None
-    names = mapped_names(run, class_map)
-    return (
-        names
-        if data_dir is None
-        else open_split(data_dir, run.args.get('train_split') or 'train', class_map=class_map).class_names
-    )
+    names, where = mapped_names(run, class_map), '--class-map'
+    if data_dir is not None:
+        split = run.args.get('train_split') or 'train'
+        images = open_split(data_dir, split, class_map=class_map)
+        warn_left_out(find_left_out(images), split)
+        if names is None:
+            names, where = images.class_names, f'--data-dir: {split}'
+    if names is not None:
+        check_count(where, len(names), run.model.num_classes)
+    return names
