@@ -95,6 +95,8 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def sharded(folder, kind, device):
     """Steps, a checkpoint as torch.distributed writes it, and further steps with a model and optimiser made anew."""
+    from timm_zzz import attach
+
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.set_num_threads(1)
     # FSDP1 makes flat parameters: timm would take none for a matrix, and the regularisers refuse them. On the CPU torch
@@ -104,6 +106,12 @@ def sharded(folder, kind, device):
     model_state, optimizer_state = None, None
     for steps in (range(STEPS), range(0)) if flat else (range(STEPS // 2), range(STEPS // 2, STEPS)):
         model = shard(kind, build().to(device))
+        try:
+            attach(model)
+        except ValueError as e:
+            assert 'attach the ZZZ head first' in str(e)
+        else:
+            raise AssertionError('attached to a sharded model')
         optimizer = timm.optim.create_optimizer_v2(model, 'zzzadamw', **options)
         if model_state is not None:
             set_model_state_dict(model, model_state, options=WHOLE)

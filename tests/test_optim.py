@@ -237,6 +237,39 @@ def test_refusals():
         ZZZAdamW([p], v_shrinkage=0.1)
 
 
+def test_says_what_gradient_clipping_leaves_out(caplog):
+    """timm's agc takes the last two parameters for the classifier."""
+    model = build()
+    assert [n for n, _ in model.named_parameters()][-2:] == ['head.sigma2_raw', 'head.bias']
+    with caplog.at_level('INFO', 'timm_zzz'):
+        make(model)
+    assert ['--clip-mode agc leaves out sigma2_raw and bias' in r.message for r in caplog.records] == [True]
+
+
+@pytest.mark.parametrize('duplicate', [copy.copy, lambda model: nn.ModuleList([model, copy.copy(model.head)])])
+def test_a_parameter_counts_once_whatever_holds_it(duplicate):
+    model, plain = build(), build()
+    both = nn.ModuleList([model, duplicate(model)])
+    optimizer, x = make(both, **BOTH, **CALM), torch.randn(2, 3, 160, 160)
+    expected = by_hand(plain, **CALM)
+    for _ in range(2):
+        optimizer.zero_grad(), expected.zero_grad()
+        model(x).square().mean().backward()
+        (plain(x).square().mean() + penalty_by_hand(plain.head, **BOTH)).backward()
+        optimizer.step(), expected.step()
+    for (name, value), other in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(other, value, msg=name)
+
+
+def test_the_copy_of_a_head_that_is_gone_is_regularised():
+    original = ZZZHead(5, 12, 3)
+    head = copy.copy(original)
+    optimizer = ZZZAdamW(head.parameters(), v_shrinkage=0.1)
+    del original
+    gc.collect()
+    assert [found is head for found, _ in optimizer._heads()] == [True]
+
+
 # Schedules
 
 
@@ -585,6 +618,22 @@ def test_train_script(device, dtype, timm_scripts, beetles, run, tmp_path):
         (step,) = {int(state['step']) for state in resumed['optimizer']['state'].values()}
         assert {step} == {2 * n for n in updates}
         assert [g['lr_scale'] for g in resumed['optimizer']['param_groups']] == [g['lr_scale'] for g in groups]
+
+
+def test_train_script_with_torchscript(timm_scripts, beetles, run, tmp_path):
+    """With a model of which timm's own form gets through; test_vit does not, in torch 2.14."""
+    shutil.copy(timm_scripts / 'train.py', tmp_path)
+    recipe = dict(model='test_resnet.zzz_r4', num_classes=12, no_aug=True, torchscript=True)
+    recipe.update(device_modules=['timm_zzz'])
+    recipe.update(lr=LR, weight_decay=DECAY, epochs=1, warmup_epochs=0, batch_size=16, workers=1, output='out')
+    for opt in ('adamw', 'zzzadamw'):
+        (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(dict(recipe, opt=opt, experiment=opt, device='cpu')))
+        run('train.py', '--config', 'recipe.yaml', '--data-dir', beetles, env={'OMP_NUM_THREADS': '1'})
+        saved = torch.load(tmp_path / 'out' / opt / 'last.pth.tar', weights_only=False, map_location='cpu')
+        groups = saved['optimizer']['param_groups']
+        decayed = sum(len(group['params']) for group in groups if group['weight_decay'])
+        matrices = [name for name, t in saved['state_dict'].items() if t.ndim > 1]
+        assert decayed == len([name for name in matrices if not name.endswith('v_raw')])
 
 
 def test_parameters_keep_their_mark_and_stay_plain_tensors(tmp_path):

@@ -1,6 +1,7 @@
 """AdamW with options and regularisers of its own for ZZZ heads, in timm's registry as ``zzzadamw``."""
 
 import inspect
+import logging
 import math
 import numbers
 import warnings
@@ -15,6 +16,8 @@ from .functional import orthonormal_basis
 from .head import ZZZHead, owner_of
 
 __all__ = ['ZZZAdamW', 'mean_decoupling', 'variance_shrinkage']
+
+_logger = logging.getLogger(__name__)
 
 # Of a head's parameters those that weight decay may pull towards zero
 _DECAYED = ('weight', 'A')
@@ -132,6 +135,8 @@ class ZZZAdamW(torch.optim.AdamW):
             self._heads()
             self._step_supports_amp_scaling = False  # so that a GradScaler unscales before the step, also a fused one
         self.register_step_pre_hook(_before_step)
+        agc = '--clip-mode agc leaves out sigma2_raw and bias alone: take norm'
+        _logger.info(f'zzzadamw: lr times {head_lr_scale:g} for the head. Of its parameters {agc}.')
 
     def add_param_group(self, param_group: Dict[str, Any]) -> None:
         params = param_group['params']

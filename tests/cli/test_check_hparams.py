@@ -225,7 +225,13 @@ BUILT = [
     (PLAIN, 'model_kwargs: {num_classes: 3}', 6, 'error', 'num_classes has an option of its own'),
     (PLAIN, 'drop_block: 0.1', 6, 'error', "unexpected keyword argument 'drop_block_rate'"),
     (PLAIN, 'num_classes: 0', 2, 'error', 'at least 1 is needed, not 0'),
-    (GOOD, 'opt: adamw\nopt_kwargs\nmodel: vit_base_patch16_224_in21k.zzz_r8', 2, 'error', 'vit_base_patch16_224'),
+    (
+        GOOD,
+        'opt: adamw\nopt_kwargs\nmodel: vit_base_patch16_224_in21k.zzz_r8',
+        2,
+        'note',
+        'the present one is vit_base_patch16_224.augreg_in21k.zzz_r8',
+    ),
     # sizes
     (FIXED, 'img_size: 128', 6, 'error', f'images of 128 x 128 do not fit {TINY}; add model_kwargs: {{img_size: 128}}'),
     (FIXED, 'input_size: [3, 128, 160]', 6, 'error', 'add model_kwargs: {img_size: [128, 160]}'),

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from timm_zzz import ZZZHead, attach
-from timm_zzz.head import ZZZConvHead
+from timm_zzz.fit import fit_model
+from timm_zzz.head import ZZZConvHead, heads_of
 
 # One small architecture per way of holding the classifier
 ARCHITECTURES = ['test_vit', 'test_resnet', 'test_efficientnet', 'test_convnext']
@@ -115,6 +116,76 @@ def test_no_decay_on_variances():
     head = model.head
     assert [decay[id(p)] for p in (head.v_raw, head.sigma2_raw, head.bias)] == [0, 0, 0]
     assert decay[id(head.weight)] == decay[id(head.A)] == 0.1
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_resnet'])  # with and without a no_weight_decay of its own
+def test_no_decay_on_variances_of_a_scripted_model(name):
+    """As train.py --torchscript does."""
+    model = attach(timm.create_model(name, num_classes=5, scriptable=True), rank=3)
+    scripted = torch.jit.script(model)
+    expected = {f'{path}.{n}' for path in (model.pretrained_cfg['classifier'],) for n in ('v_raw', 'sigma2_raw')}
+    assert set(scripted.no_weight_decay()) == set(model.no_weight_decay()) >= expected
+    optimizer = timm.optim.create_optimizer_v2(scripted, 'adamw', lr=1e-3, weight_decay=0.1)
+    decay = {id(p): g['weight_decay'] for g in optimizer.param_groups for p in g['params']}
+    actual = {name: decay[id(p)] for name, p in scripted.named_parameters()}
+    optimizer = timm.optim.create_optimizer_v2(model, 'adamw', lr=1e-3, weight_decay=0.1)
+    decay = {id(p): g['weight_decay'] for g in optimizer.param_groups for p in g['params']}
+    assert actual == {name: decay[id(p)] for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize('used', [False, True])
+@pytest.mark.parametrize('wrap', [lambda m: torch.compile(m, backend='eager'), nn.DataParallel])
+def test_wrappers_that_are_looked_into(wrap, used):
+    model = timm.create_model('test_vit', num_classes=5).eval()
+    wrapped, x = wrap(model), image(model)
+    with torch.no_grad():
+        if used:
+            wrapped(x)
+        assert attach(wrapped, rank=3) is wrapped and isinstance(model.head, ZZZHead)
+        torch.testing.assert_close(wrapped(x), model(x))
+        model.reset_classifier(7)
+        assert isinstance(model.head, ZZZHead) and wrapped(x).shape == (2, 7)
+    fit_model(wrapped, [(image(model, 14), torch.arange(14) % 7)])
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(x), model(x))
+
+
+class _Saved(nn.Module):
+    """As PEFT's wrapper of a module in ``modules_to_save``."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.original_module = module.requires_grad_(False)
+        self.modules_to_save = nn.ModuleDict({name: copy.deepcopy(module) for name in ('default', 'other')})
+        self.active_adapters, self.disable_adapters = ['default'], False
+
+    def forward(self, x):
+        return self.modules_to_save['default'](x)
+
+
+def test_copies_that_peft_trains(tmp_path):
+    model, plain = (attach(timm.create_model('test_vit', num_classes=5), rank=3) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    model.head = _Saved(model.head)
+    before = copy.deepcopy(model.head.state_dict())
+    loader = [(image(model, 20), torch.arange(20) % 5)]
+    fit_model(model, loader), fit_model(plain, loader)
+    for name, value in model.head.state_dict().items():
+        path, _, parameter = name.rpartition('.')
+        expected = plain.head.state_dict()[parameter] if path == 'modules_to_save.default' else before[name]
+        torch.testing.assert_close(value, expected, msg=name)
+    with pytest.raises(ValueError, match='PEFT holds the parameters already: attach the ZZZ head first'):
+        attach(model)
+    model.head.disable_adapters = True
+    assert list(heads_of(model)) == ['head.original_module']
+
+
+def test_other_wrappers_are_refused():
+    model = timm.create_model('test_vit', num_classes=5)
+    for wrapper in (timm.utils.ModelEmaV3(model), torch.compile(timm.utils.ModelEmaV3(model), backend='eager')):
+        with pytest.raises(ValueError, match='ModelEmaV3 holds the parameters already: attach the ZZZ head first'):
+            attach(wrapper)
+    assert type(model.head) is nn.Linear
 
 
 def test_warm_start():

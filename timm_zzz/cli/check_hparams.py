@@ -25,7 +25,14 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, 
 import timm
 import torch
 from timm.data import create_transform, resolve_data_config
-from timm.models import get_arch_pretrained_cfgs, is_model, is_model_pretrained, list_models, resolve_model_input_args
+from timm.models import (
+    get_arch_pretrained_cfgs,
+    get_deprecated_models,
+    is_model,
+    is_model_pretrained,
+    list_models,
+    resolve_model_input_args,
+)
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
@@ -300,9 +307,9 @@ def _check_model(recipe: Recipe, build: bool) -> Optional[nn.Module]:
     if model is None:
         recipe.drop(['model'])
         return None
-    if _zzz_key(recipe) == 'model' and not any(isinstance(module, ZZZHead) for module in model.modules()):
+    if architecture in get_deprecated_models():
         present = '.'.join(filter(None, (model.pretrained_cfg['architecture'], model.pretrained_cfg.get('tag'))))
-        recipe.error('model', f'a deprecated name, which gives the linear head; the present one is {present}')
+        recipe.note('model', f'a deprecated name; the present one is {present}')
     _check_sizes(recipe, name, model)
     return model
 

@@ -80,7 +80,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         return _unwrapped(inner)
     inside = [name for name, _ in model.named_modules() if name.endswith('modules_to_save')]
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
-    if isinstance(model._modules.get('module'), nn.Module) or inside or sharded:
+    if isinstance(getattr(model, 'module', None), nn.Module) or inside or sharded:
         kind = 'PEFT' if inside else 'fully_shard' if sharded else type(model).__name__
         raise ValueError(f'{kind} holds the parameters already: attach the ZZZ head first, then wrap the model')
     return model

@@ -237,7 +237,10 @@ def zzz_logits(
     _check_width(features, weight.shape[-1])
     p = Parameters(weight, bias, A, v_raw, sigma2_raw)
     logits: Optional[Tensor] = None
-    if not torch.jit.is_scripting():
+    if torch.jit.is_scripting():
+        if not torch.is_grad_enabled():  # TorchScript would save for a backward pass, in inference mode too
+            p = _detached(p)
+    else:
         if choose_for_head(impl, features, p) == 'triton':
             logits = _kernel_logits(features, p, v_min, sigma2_min)
         elif autocasts(features):
@@ -246,9 +249,16 @@ def zzz_logits(
     if logits is None:
         logits = reference.logits(features, p, v_min, sigma2_min)
     if log_density:
-        sigma2 = reference.sigma2_of(sigma2_raw.to(logits.dtype), sigma2_min)
+        sigma2 = reference.sigma2_of(p.sigma2_raw.to(logits.dtype), sigma2_min)
         logits = logits + reference.shared_log_density(features, sigma2)
     return logits
+
+
+def _detached(p: Parameters) -> Parameters:
+    A, v_raw = p.A, p.v_raw
+    if A is not None and v_raw is not None:
+        A, v_raw = A.detach(), v_raw.detach()
+    return Parameters(p.weight.detach(), p.bias.detach(), A, v_raw, p.sigma2_raw.detach())
 
 
 def _kernel_logits(features: Tensor, p: Parameters, v_min: float, sigma2_min: float) -> Tensor:
