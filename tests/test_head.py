@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub
 import pytest
+import timm
 import timm.optim
 import torch
+from timm.loss import BinaryCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.autograd import forward_ad
@@ -581,3 +583,33 @@ def test_a_head_that_transformers_fills_in_part():
     del head.A._is_hf_initialized
     with pytest.raises(RuntimeError, match='leaves A of a ZZZ head without values: .*num_classes=N'):
         head.init_non_persistent_buffers()
+
+
+@pytest.mark.parametrize('num_classes', [20, 200])
+def test_binary_cross_entropy_starts_below_1(num_classes):
+    """As train.py --bce-loss; with log-densities for logits it starts at hundreds."""
+    model, x = timm.create_model('test_vit.zzz_r8', num_classes=num_classes), torch.randn(8, 3, 160, 160)
+    loss, target = BinaryCrossEntropy(), torch.randint(num_classes, (8,))
+    assert loss(model(x), target) < 1
+    model.head.log_density = True
+    assert loss(model(x), target) > 50
+
+
+def test_learns_several_labels():
+    """Two of twenty classes in each example, by binary cross-entropy, as well as a linear layer does."""
+    directions = F.normalize(torch.randn(20, 32))
+
+    def draw(count):
+        target = F.one_hot(torch.rand(count, 20).topk(2)[1], 20).sum(1).float()
+        return target @ directions + 0.1 * torch.randn(count, 32), target
+
+    (x, target), (test_x, test_target), correct = draw(500), draw(500), {}
+    for head in (ZZZHead(20, 32, 2, sigma2_init=1 / 16), nn.Linear(32, 20)):
+        optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
+        for _ in range(300):
+            optimizer.zero_grad()
+            F.binary_cross_entropy_with_logits(head(x), target).backward()
+            optimizer.step()
+        found = torch.zeros_like(test_target).scatter(1, head(test_x).topk(2)[1], 1.0)
+        correct[type(head)] = (found == test_target).all(1).double().mean().item()
+    assert correct[ZZZHead] > 0.9 and correct[ZZZHead] >= correct[nn.Linear] - 0.02
