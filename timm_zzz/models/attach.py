@@ -2,9 +2,11 @@
 
 import functools
 import inspect
+from itertools import takewhile
 from typing import Any, Callable, Dict, List, Set, Tuple, TypeVar, Union, cast
 
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -73,17 +75,18 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model within a compiled or data-parallel one."""
-    compiled = model._modules.get('_orig_mod')
-    if compiled is not None or isinstance(model, nn.DataParallel):
-        inner: Any = model.module if compiled is None else compiled
-        return _unwrapped(inner)
-    inside = [name for name, _ in model.named_modules() if name.endswith('modules_to_save')]
-    sharded = any(isinstance(p, DTensor) for p in model.parameters())
-    if isinstance(getattr(model, 'module', None), nn.Module) or inside or sharded:
-        kind = 'PEFT' if inside else 'fully_shard' if sharded else type(model).__name__
-        raise ValueError(f'{kind} holds the parameters already: attach the ZZZ head first, then wrap the model')
-    return model
+    """Return the model within a compiled or data-parallel one, refuse one that others know the parameters of."""
+    inner = unwrap_model(model)
+    wrappers = takewhile(lambda module: module is not inner, model.modules())
+    kinds = [type(wrapper).__name__ for wrapper in wrappers if not isinstance(wrapper, nn.DataParallel)]
+    kinds = [kind for kind in kinds if kind != 'OptimizedModule']
+    if any(isinstance(p, DTensor) for p in inner.parameters()):
+        kinds.append('fully_shard')
+    if any(name.endswith('modules_to_save') for name, _ in inner.named_modules()):
+        kinds.append('PEFT')
+    if kinds:
+        raise ValueError(f'{kinds[0]} holds the parameters already: attach the ZZZ head first, then wrap the model')
+    return inner
 
 
 def find_classifiers(model: nn.Module) -> Dict[str, Classifier]:
