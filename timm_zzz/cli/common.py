@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from ..data import LeftOut, Split, UnknownClassesError, eval_loader, find_left_out, open_split
 from ..errors import HubError
-from ..models.checkpoint import build_model
 
 __all__ = [
     'add_ignore_unknown',
     'add_loader_arguments',
     'amp_dtype_of',
-    'build',
     'check_count',
     'count',
     'data_config_of',
@@ -110,20 +108,6 @@ def check_count(where: str, found: int, count: Any) -> None:
     if found != count:
         hint = '' if where == '--class-map' else '; --class-map FILE.txt numbers them'
         raise ValueError(f'{where} has {found} classes, the model has {count}{hint}')
-
-
-def build(name: str, options: Dict[str, Any]) -> Any:
-    """Build a model by :func:`~timm_zzz.models.checkpoint.build_model`.
-
-    Raises:
-        ValueError: If that fails, for whatever reason: the options come from a file or a command line.
-    """
-    try:
-        return build_model(name, **options)
-    except ValueError:
-        raise
-    except Exception as e:
-        raise ValueError(f'{name}: {one_line(e)}') from e
 
 
 def tensors_of(state: Any, source: str) -> Dict[str, Tensor]:

@@ -21,12 +21,11 @@ from ..fit import fit_model
 from ..fit.zzzfit import OBJECTIVES
 from ..head import heads_of
 from ..metrics import evaluate
-from ..models.checkpoint import load_weights
+from ..models.checkpoint import build_model, load_weights
 from .common import (
     add_ignore_unknown,
     add_loader_arguments,
     amp_dtype_of,
-    build,
     data_config_of,
     device_of,
     exit_on_error,
@@ -177,7 +176,7 @@ def _build(options: argparse.Namespace, names: List[str], channels: int) -> nn.M
         )
     weights = dict(pretrained=options.pretrained, pretrained_path=options.pretrained_path)
     arguments = dict(weights, num_classes=num_classes, in_chans=channels, **options.model_kwargs)
-    model: nn.Module = build(options.model, arguments)
+    model: nn.Module = build_model(options.model, **arguments)
     if options.checkpoint:
         if not os.path.isfile(options.checkpoint):
             raise ValueError(f'--checkpoint: no such file: {options.checkpoint}')

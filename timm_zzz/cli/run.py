@@ -14,8 +14,8 @@ from torch import nn
 
 from ..data import find_left_out, open_split, read_class_map
 from ..head import same_shape
-from ..models.checkpoint import load_weights
-from .common import build, check_count, one_line, tensors_of, warn_left_out
+from ..models.checkpoint import build_model, load_weights
+from .common import check_count, one_line, tensors_of, warn_left_out
 from .recipe import NEWEST, Option
 
 __all__ = ['CARD_OPTIONS', 'Run', 'class_names', 'load_run', 'mapped_names']
@@ -134,12 +134,12 @@ def _build(name: str, args: Mapping[str, Any], state: Mapping[str, Any]) -> nn.M
     options: Dict[str, Any] = dict(bn_momentum=args.get('bn_momentum'), bn_eps=args.get('bn_eps'))
     options.update(num_classes=counts.pop(), in_chans=args.get('in_chans') or (size[0] if size else 3))
     options.update({'global_pool': args.get('gp'), **(args.get('model_kwargs') or {})})
-    model = build(name, options)
+    model = build_model(name, **options)
     if any(key in state and not same_shape(key, state[key].shape, t.shape) for key, t in model.state_dict().items()):
         # Newer versions of train.py build models of a fixed input size for the size that they train at.
         size = args.get('img_size') or (tuple(size[1:]) if size else None)
         if size and 'img_size' not in options:
-            model = build(name, dict(options, img_size=size))
+            model = build_model(name, **{**options, 'img_size': size})
     return model
 
 

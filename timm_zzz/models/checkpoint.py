@@ -10,7 +10,7 @@ from ..head import heads_of, same_shape
 __all__ = ['build_model', 'load_weights']
 
 
-def build_model(name: str, *, pretrained: bool = False, pretrained_path: Optional[str] = None, **kwargs: Any) -> Any:
+def build_model(name: str, /, *, pretrained: bool = False, pretrained_path: Optional[str] = None, **kwargs: Any) -> Any:
     """Create a model as timm's train.py does.
 
     Args:
@@ -26,7 +26,7 @@ def build_model(name: str, *, pretrained: bool = False, pretrained_path: Optiona
         kwargs['pretrained_cfg_overlay'] = dict(file=pretrained_path, num_classes=-1)
     try:
         model = timm.create_model(name, pretrained=pretrained or bool(pretrained_path), **kwargs)
-    except (RuntimeError, ValueError, TypeError) as e:
+    except Exception as e:  # the arguments come from a file or a command line
         raise ValueError(f'{name}: {e}') from e
     if not heads_of(model):
         raise ValueError(f'--model: {name} has no ZZZ head; append .zzz_r8 to its name')
