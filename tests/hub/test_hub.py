@@ -20,6 +20,7 @@ import timm_zzz
 from timm_zzz import ZZZHead, from_pretrained, push_to_hub, save_pretrained
 from timm_zzz.errors import AccessError, CheckpointError, ConfigError, NotFoundError, UnavailableError
 from timm_zzz.hub import load
+from timm_zzz.hub.cards import model_card
 
 REPO = 'owner/birds-zzz'
 
@@ -145,6 +146,16 @@ def test_models_of_other_sizes(hub, name, kwargs):
     assert_same(from_pretrained(REPO), model)
     assert_same(from_timm(REPO), model)
     assert from_pretrained(REPO, num_classes=7).num_classes == 7
+
+
+def test_the_form_of_the_logits_is_recorded(tmp_path):
+    model = timm.create_model('test_vit.zzz_r4', num_classes=5, zzz_log_density=True)
+    save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / 'config.json').read_text())['model_args']['zzz_log_density'] is True
+    for again in (from_pretrained(tmp_path), timm.create_model(f'local-dir:{tmp_path}', pretrained=True)):
+        assert_same(again, model)
+        assert again.head.log_density
+    assert 'tfrac{d}{2}' in str(model_card(model, REPO))
 
 
 def test_models_changed_after_create_model(tmp_path):

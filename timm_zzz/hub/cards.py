@@ -125,6 +125,7 @@ def model_card(
         num_classes=heads[0].num_classes if heads else 0,
         rank=heads[0].rank if heads else 0,
         feat_dim=heads[0].feat_dim if heads else 0,
+        log_density=bool(heads) and heads[0].log_density,
         head_parameters=_count(*heads),
         parameters=_count(model),
         image_size=' x '.join(map(str, size)),
