@@ -145,10 +145,10 @@ ONE = [
     (PLAIN, 'initial_checkpoint: none.pth', 6, 'error', 'initial_checkpoint: no such file here: none.pth'),
     (PLAIN, 'resume: /', 6, 'error', 'resume: no such file here: /'),
     (PLAIN, 'pretrained: true\npretrained_path: none.pth', 7, 'error', 'pretrained_path: no such file here: none.pth'),
-    (PLAIN, f'pretrained_path: {__file__}', 6, 'error', 'without pretrained: true train.py does not load it'),
+    (PLAIN, 'pretrained_path: THIS_FILE', 6, 'error', 'without pretrained: true train.py does not load it'),
     (PLAIN, 'class_map: /none.txt', 6, 'error', 'class_map: no such file here: /none.txt'),
     (PLAIN, 'class_map: none.txt', 6, 'note', 'no such file here: none.txt; train.py looks in the folders'),
-    (PLAIN, f'class_map: {__file__}', 6, 'error', 'class_map: expected a .txt file'),
+    (PLAIN, 'class_map: THIS_FILE', 6, 'error', 'class_map: expected a .txt file'),
     # numbers that no training can do with, each on its own line
     *(
         (PLAIN, f'{key}: {value}', 6, 'error', f'{key}: {wanted} is needed, not {shown}')
@@ -280,6 +280,7 @@ CASES = [(False, *case) for case in ONE] + [(True, *case) for case in BUILT]
     'build_model, recipe, change, line, level, text', CASES, ids=[f'{i}-{c[2]!r:.40}' for i, c in enumerate(CASES)]
 )
 def test_one_finding(tmp_path, build_model, recipe, change, line, level, text):
+    change = change.replace('THIS_FILE', __file__)
     found = findings(tmp_path, changed(recipe, change) if recipe else change, build_model=build_model)
     assert [(f.line, f.level) for f in found] == [(line, level)], found
     assert text in found[0].message
