@@ -65,6 +65,27 @@ def test_attributes():
     assert fused(torch.randn(2, 3, 33)).shape == (2, 3, 20) and fused(torch.randn(33)).shape == (20,)
 
 
+def test_impl():
+    head = random_head(impl='torch')
+    fused = head.fuse()
+    assert fused.impl == 'torch'
+    fused.impl = 'auto'
+    assert fused.impl == 'auto' and head.impl == 'torch'
+    with pytest.raises(ValueError, match='impl: expected one of auto, torch, triton'):
+        fused.impl = 'cuda'
+    model = attach(timm.create_model('test_vit', num_classes=5))
+    model.head.impl = 'torch'
+    model.reset_classifier(7)
+    assert model.head.impl == 'torch'
+
+
+@pytest.mark.parametrize('log_density', [False, True])
+def test_a_traced_fused_head_in_16_bits(log_density):
+    head, x = random_head(log_density=log_density), torch.randn(4, 33)
+    half = torch.fx.symbolic_trace(head.fuse()).half()(x.half())
+    assert_same_logits(half.float(), head(x).detach(), 5e-3)
+
+
 def test_unusual_embeddings():
     head = random_head()
     x = torch.randn(4, 33) * torch.tensor([[0.0], [1e30], [1e-30], [1.0]])
@@ -186,6 +207,23 @@ def test_exports_of_few_bits_classify_as_well_as_a_linear_layers(task, tmp_path)
     assert lost['log-density'][1] > 0.1, lost
 
 
+@pytest.mark.parametrize('sigma2', [1e-3, 1e-2, 1 / 16])
+def test_int8_keeps_the_directions(sigma2):
+    """Rows of means and of directions share a scale, whatever sigma2 is. Against the truth in float64."""
+    head = ZZZHead(30, 64, 4, sigma2_init=sigma2, v_init=10 * sigma2)
+    with torch.no_grad():
+        head.weight.copy_(F.normalize(torch.randn(1, 64)) + 0.1 * F.normalize(torch.randn(30, 64)))
+    mu, basis, v, _, _ = head.gaussians()
+    target = torch.arange(3000) % 30
+    x = mu[target] + torch.einsum('bdr,br->bd', basis[target], torch.randn(3000, 4) * v[target].sqrt())
+    x += sigma2**0.5 * torch.randn(3000, 64)
+    with warnings.catch_warnings(action='ignore'):
+        quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(head.fuse()), {nn.Linear}, torch.qint8)
+    exact = head.double()(x.double()).detach()
+    assert accuracy(quantised(x), target) > accuracy(exact, target) - 0.02
+    assert F.cross_entropy(quantised(x), target) < F.cross_entropy(exact, target) + 0.05
+
+
 def test_dynamic_quantisation_reaches_the_fused_head(task):
     heads, _, (x, target) = task
     fused = nn.Sequential(copy.deepcopy(heads['zzz']))
@@ -194,6 +232,12 @@ def test_dynamic_quantisation_reaches_the_fused_head(task):
         quantised = torch.ao.quantization.quantize_dynamic(fused, {nn.Linear}, torch.qint8)
     assert accuracy(quantised(x), target) > accuracy(fused(x), target) - 0.02
     assert not torch.equal(quantised(x), fused(x))
+    for form in (torch.jit.trace(quantised, x), torch.jit.script(quantised)):
+        torch.testing.assert_close(form(x), quantised(x))
+    torch.testing.assert_close(
+        quantised[0].weight, fused[0].weight, rtol=0, atol=0.05 * fused[0].weight.abs().max().item()
+    )
+    assert torch.equal(quantised[0].bias, fused[0].bias)
     assert len(pickle.dumps(quantised.state_dict())) < 0.4 * before
 
 

@@ -1,6 +1,7 @@
 import copy
 import gc
 import io
+import itertools
 import pickle
 import re
 import weakref
@@ -156,6 +157,46 @@ def test_shards(shard, tmp_path):
         assert torch.equal(actual, expected), name
 
 
+def test_shards_of_a_head_without_memory():
+    """In any order, as accelerate and huggingface_hub fill a model from the meta device."""
+    state = ZZZHead(5, 12, 3, v_init=0.1, sigma2_init=0.1).state_dict()
+    for order in itertools.permutations(state):
+        head = ZZZHead(5, 12, 3, device='meta')
+        for name in order:
+            head.load_state_dict({name: state[name]}, strict=False, assign=True)
+        assert all(torch.equal(value, state[name]) for name, value in head.state_dict().items()), order
+
+
+def test_a_layer_of_another_kind_is_refused():
+    with pytest.raises(
+        RuntimeError, match=r'a linear classifier of another size .*: weight shape \[5\] -> \[5, 12\]|classes 5'
+    ):
+        ZZZHead(5, 12, 3).load_state_dict(nn.LayerNorm(5).state_dict())
+
+
+def test_a_copy_outlives_the_original():
+    original, state = ZZZHead(5, 12, 3), ZZZHead(5, 12, 3).state_dict()
+    head = copy.copy(original)
+    del original
+    gc.collect()
+    head.load_state_dict(state)
+    assert torch.equal(head.weight, state['weight'])
+
+
+@torch.no_grad()
+def test_what_is_put_in_a_parameters_place_is_seen():
+    """As FSDP does, with memory of which no version counter tells that it was written to."""
+    head, x = ZZZHead(5, 12, 3).eval(), torch.randn(4, 12)
+    whole, before = nn.Parameter(head.weight.detach().clone()), head(x)
+    head.weight = whole
+    assert torch.equal(head(x), before)
+    with torch.autograd._unsafe_preserve_version_counter(whole):
+        whole.normal_()
+    head.weight = whole
+    torch.testing.assert_close(head(x), fresh_logits(head, x))
+    assert not torch.allclose(head(x), before)
+
+
 @pytest.mark.parametrize('names', [['weight'], ['weight', 'A'], ['A', 'v_raw'], ['weight', 'A', 'v_raw']])
 def test_a_pruned_head(names):
     head, loaded = ZZZHead(5, 12, 3), ZZZHead(5, 12, 3)
@@ -167,6 +208,8 @@ def test_a_pruned_head(names):
         assert torch.equal(loaded.state_dict()[name], value), name
     x = torch.randn(4, 12)
     torch.testing.assert_close(loaded(x), head(x))
+    roles = {name.removesuffix('_orig'): p.zzz_role for name, p in head.named_parameters()}
+    assert roles == {name: name for name in SHAPES}
 
 
 @pytest.mark.parametrize('assign', [False, True])

@@ -78,6 +78,18 @@ def _raw_variance(name: str, init: Optional[float], minimum: float) -> float:
     return reference.inverse_softplus(torch.tensor(init - minimum, dtype=torch.float64, device='cpu')).item()
 
 
+def _impl_of(head: Any) -> str:
+    """What is asked to compute the logits: ``'torch'``, ``'triton'`` or ``'auto'``; another raises a ValueError."""
+    return head._impl
+
+
+def _set_impl(head: Any, value: str) -> None:
+    head._impl = check_impl(value)
+
+
+_IMPL = _impl_of, _set_impl  # of a property
+
+
 class FusedZZZHead(nn.Module):
     """A ZZZ head for inference: one linear layer and a sum of squares, the same logits.
 
@@ -103,7 +115,7 @@ class FusedZZZHead(nn.Module):
     """
 
     sigma2: Tensor
-    __jit_unused_properties__ = ['weight', 'bias']
+    __jit_unused_properties__ = ['weight', 'bias', 'impl']
 
     def __init__(
         self,
@@ -128,15 +140,23 @@ class FusedZZZHead(nn.Module):
         # How the kernels compute it, and for which tensors and features
         self._plan = cast(Optional[Tuple[Any, Any]], None)
 
+    impl = property(*_IMPL)
+
     @property
     def weight(self) -> Tensor:
         """The class means over sigma2, shape (C, d), as the rows of a linear layer on normalised embeddings."""
-        return self.linear.weight[: self.num_classes]
+        return self._of_the_means(self.linear.weight)
 
     @property
     def bias(self) -> Tensor:
         """What is added to the logits class by class, shape (C,)."""
-        return self.linear.bias[: self.num_classes]
+        return self._of_the_means(self.linear.bias)
+
+    @torch.jit.unused
+    def _of_the_means(self, t: Any) -> Tensor:
+        t = t() if callable(t) else t  # a quantised layer has methods
+        t = t.dequantize() if t.is_quantized else t
+        return t[: self.num_classes] * reference.fused_scale(self.sigma2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of shape (..., C) for embeddings of shape (..., d)."""
@@ -155,8 +175,8 @@ class FusedZZZHead(nn.Module):
         return logits + reference.shared_log_density(x, self.sigma2) if self.log_density else logits
 
     def _linear_logits(self, x: Tensor) -> Tensor:
-        outputs = self.linear(fused_embeddings(x, self.feat_dim, self.sigma2.dtype))
-        return fused_logits(outputs, x, self.num_classes, self.rank)
+        outputs = self.linear(fused_embeddings(x, self.feat_dim, self.sigma2))
+        return fused_logits(outputs, x, self.sigma2, self.num_classes, self.rank)
 
     @torch.jit.unused
     def _kernel_logits(self, x: Tensor) -> Optional[Tensor]:
@@ -164,18 +184,18 @@ class FusedZZZHead(nn.Module):
         linear: Any = self._modules['linear']
         if type(linear) is not nn.Linear:  # quantised
             return None
-        tensors = [linear.weight, linear.bias]
+        tensors = [linear.weight, linear.bias, self.sigma2]
         if not is_plain([x, *tensors]) or not (x.is_cuda or self._impl == 'triton'):
             return None
         if x.requires_grad and torch.is_grad_enabled():
             return None
         # Unlike parameters these are not written to but as a whole, so it is enough to know them by their addresses.
         state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-        key = (x.device, x.dtype, torch.is_autocast_enabled(x.device.type), state)
+        key = (x.device, x.dtype, torch.is_autocast_enabled(x.device.type), self._impl, state)
         if self._plan is not None and self._plan[0] == key:
             plan = self._plan[1]
         else:
-            plan = fused_plan(x, linear.weight, linear.bias, self.num_classes, self._impl)
+            plan = fused_plan(x, linear.weight, linear.bias, self.sigma2, self.num_classes, self._impl)
             if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self._plan = key, plan
         return None if plan is None else plan(x)
@@ -308,7 +328,6 @@ class ZZZHead(nn.Module):
         self.sigma2_raw = nn.Parameter(torch.empty(1, **dd))  # FSDP can't shard a scalar
         self.bias = nn.Parameter(torch.empty(num_classes, **dd))
         self._kept = cast(Optional['_Kept'], None)
-        self.register_load_state_dict_pre_hook(_adapt_state_dict)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -326,14 +345,7 @@ class ZZZHead(nn.Module):
         """The class means before normalisation, an alias of ``weight``."""
         return self.weight
 
-    @property
-    def impl(self) -> str:
-        """What is asked to compute the logits: ``'torch'``, ``'triton'`` or ``'auto'``; another raises a ValueError."""
-        return self._impl
-
-    @impl.setter
-    def impl(self, value: str) -> None:
-        self._impl = check_impl(value)
+    impl = property(*_IMPL)
 
     @property
     def active_impl(self) -> str:
@@ -439,14 +451,22 @@ class ZZZHead(nn.Module):
                 _owners.pop(key, None)
 
         for name, p in self.named_parameters(recurse=False):
-            p.zzz_role = name  # type: ignore[attr-defined]
+            p.zzz_role = name.removesuffix('_orig')  # type: ignore[attr-defined]  # of a pruned head
             if not any(ref() is self for ref in tuple(_owners.get(id(p), ()))):
                 ref = weakref.ref(self, functools.partial(forget, key=id(p)))
                 _owners[id(p)] = [*_owners.get(id(p), ()), ref]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Where a module has this of its own, fully_shard goes through register_parameter with what it puts in place.
+        # FSDP puts other tensors in the parameters' places, whose version counters do not tell of all that is written.
+        # That fully_shard comes here, and so to register_parameter, is because there is a function of this name.
+        if name in _PARAMETERS:
+            self._kept = None
         super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        self._kept = None
+        _adapt_state_dict(self, state_dict, prefix, args[-1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -508,17 +528,8 @@ def _same_memory(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 # What a state dict may hold
 
 
-def _adapt_state_dict(
-    head: ZZZHead,
-    state_dict: Dict[str, Any],
-    prefix: str,
-    local_metadata: Dict[str, Any],
-    strict: bool,
-    missing_keys: List[str],
-    unexpected_keys: List[str],
-    error_msgs: List[str],
-) -> None:
-    """Load-state-dict hook: reads linear classifiers and old names, and explains what can't be read.
+def _adapt_state_dict(head: ZZZHead, state_dict: Dict[str, Any], prefix: str, error_msgs: List[str]) -> None:
+    """Read linear classifiers and old names, and explain what can't be read.
 
     - ``mu`` is read as ``weight``, and sigma2_raw of shape () as (1,).
     - A linear classifier (weight and bias, nothing of the ZZZ head) becomes the class means and the bias.
@@ -526,7 +537,6 @@ def _adapt_state_dict(
 
     Any other part of a head is loaded as it is: shards, the trainable parameters alone, a pruned head.
     """
-    head._kept = None
     name = prefix.rstrip('.') or 'head'
     if f'{prefix}mu' in state_dict and f'{prefix}weight' not in state_dict:
         state_dict[f'{prefix}weight'] = state_dict.pop(f'{prefix}mu')
@@ -539,7 +549,7 @@ def _adapt_state_dict(
     weight = found['weight']
     keys = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
     linear = keys <= {'weight', 'bias'}
-    if linear and weight.shape[2:].numel() == 1:  # maybe written as a 1x1 convolution
+    if linear and weight.ndim > 2 and weight.shape[2:].numel() == 1:  # maybe written as a 1x1 convolution
         weight = state_dict[f'{prefix}weight'] = weight.flatten(1)
     kind, shape, expected = 'linear classifier', list(weight.shape), list(head.weight.shape)
     labels = ['classes', 'features']
@@ -567,11 +577,12 @@ def same_shape(key: str, a: Sequence[int], b: Sequence[int]) -> bool:
 
 def _keep_own(head: ZZZHead, state_dict: Dict[str, Any], prefix: str, names: Sequence[str]) -> None:
     """Put the head's own parameters into the state dict, so that loading it leaves them as they are."""
-    if head.weight.is_meta:  # nothing to keep: draw them where the checkpoint is
-        loaded = next((t for k, t in state_dict.items() if k.startswith(prefix)), None)
-        head = copy.deepcopy(head).to_empty(device='cpu' if loaded is None else loaded.device)
-        head.reset_parameters()
     own = dict(head.named_parameters(recurse=False))
+    if any(own[name].is_meta for name in names if name in own):  # nothing to keep: draw them where the checkpoint is
+        loaded = next((t for k, t in state_dict.items() if k.startswith(prefix)), None)
+        drawn = copy.deepcopy(head).to_empty(device='cpu' if loaded is None else loaded.device)
+        drawn.reset_parameters()
+        own = {name: drawn.get_parameter(name) if p.is_meta else p for name, p in own.items()}
     for name in names:
         state_dict.pop(f'{prefix}{name}', None)
         if name in own:

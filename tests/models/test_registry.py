@@ -298,6 +298,12 @@ def test_deprecated_names_give_the_twin_of_what_they_mean(name, present):
     assert timm_zzz.models._timm.recorded_args(model) == timm_zzz.models._timm.recorded_args(expected)
 
 
+def test_a_deprecated_name_with_a_configuration():
+    cfg = dict(architecture='resnet50', tag='tv_in1k.zzz_r4')
+    with torch.device('meta'), pytest.warns(UserWarning, match='to current resnet50.tv_in1k.zzz_r4'):
+        assert timm.create_model('tv_resnet50', pretrained_cfg=cfg).fc.rank == 4
+
+
 def test_every_deprecated_name(monkeypatch):
     def built(name, **kwargs):
         """What timm is asked to build in the end."""

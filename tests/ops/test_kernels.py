@@ -322,7 +322,7 @@ def _parameters(head):
 def plan_of(fused, split):
     from timm_zzz.ops.triton_ops import FusedLogits
 
-    return FusedLogits(fused.linear.weight, fused.linear.bias, fused.num_classes, split)
+    return FusedLogits(fused.linear.weight, fused.linear.bias, fused.sigma2, fused.num_classes, split)
 
 
 @pytest.mark.parametrize('r', further([(1,), (3,), (8,)], quick=[(3,)]))

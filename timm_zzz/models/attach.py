@@ -10,7 +10,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..head import NOT_DECAYED, SIGMA2_INIT, FusedZZZHead, ZZZConvHead, ZZZHead
+from ..head import NOT_DECAYED, SIGMA2_INIT, FusedZZZHead, ZZZConvHead, ZZZHead, heads_of
 from . import _timm
 
 __all__ = ['attach', 'find_classifiers', 'HEAD_OPTIONS', 'OPTION_PREFIX']
@@ -41,9 +41,9 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
         rank: Rank of the class covariances, 0 <= rank <= width of the embedding.
         warm_start: Take the class means and the bias from the linear layer's rows and bias; with False, or where the
             rows are zero, start from a new head.
-        head_options: Further keyword arguments of :class:`~timm_zzz.ZZZHead`: v_min, sigma2_min, v_init, sigma2_init.
-            sigma2_init is 1/16 unless given, not the bare head's 0.69, from which a fine-tuning run is too short to
-            bring sigma2 down to where the logits are sharp enough.
+        head_options: Further keyword arguments of :class:`~timm_zzz.ZZZHead`: v_min, sigma2_min, v_init, sigma2_init,
+            log_density. sigma2_init is 1/16 unless given, not the bare head's 0.69, from which a fine-tuning run is too
+            short to bring sigma2 down to where the logits are sharp enough.
 
     Returns:
         The same model.
@@ -241,9 +241,12 @@ class _ZZZModel(_Mixin):
     zzz_options: Dict[str, Any]
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
+        impls = [head.impl for head in heads_of(self).values()]
         super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]
         if num_classes > 0:
             attach(self, warm_start=False, **self.zzz_options)
+        for head, impl in zip(heads_of(self).values(), impls, strict=False):
+            head.impl = impl
 
 
 def _no_weight_decay_of(base: type) -> Callable[[Any], Set[str]]:
@@ -252,7 +255,9 @@ def _no_weight_decay_of(base: type) -> Callable[[Any], Set[str]]:
         # A scripted model calls it too: no instance of these classes, so neither super() nor isinstance() would do.
         inherited: Callable[[Any], Any] = getattr(base, 'no_weight_decay', lambda model: ())
         names = (name for name, _ in self.named_parameters())
-        return set(inherited(self)) | {name for name in names if name.rpartition('.')[2] in NOT_DECAYED}
+        return set(inherited(self)) | {
+            name for name in names if name.rpartition('.')[2].removesuffix('_orig') in NOT_DECAYED
+        }
 
     return no_weight_decay
 

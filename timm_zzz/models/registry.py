@@ -126,15 +126,15 @@ def _wrap_deprecated(name: str, current: str, shim: Callable[..., nn.Module]) ->
 
     @functools.wraps(shim)
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        tag = kwargs.get('pretrained_cfg')
-        meant = isinstance(tag, str) and _is_meant(tag)
-        if not meant and not any(key.startswith(OPTION_PREFIX) for key in kwargs):
+        cfg = kwargs.get('pretrained_cfg')
+        tag = _tag_of(cfg)
+        if not _is_meant(tag or '') and not any(key.startswith(OPTION_PREFIX) for key in kwargs):
             return shim(pretrained=pretrained, **kwargs)
-        if current_tag and (tag is None or meant and TAG.fullmatch(tag) and '.' not in tag):
-            tag = f'{current_tag}.{tag}' if tag else current_tag
-        present = f'{architecture}.{tag}' if isinstance(tag, str) else current
+        if current_tag and (tag is None or isinstance(cfg, str) and TAG.fullmatch(tag) and '.' not in tag):
+            cfg = tag = f'{current_tag}.{tag}' if tag else current_tag
+        present = f'{architecture}.{tag}' if tag else current
         warnings.warn(f'Mapping deprecated model name {name} to current {present}.', stacklevel=2)
-        return model_entrypoint(architecture)(pretrained=pretrained, **{**kwargs, 'pretrained_cfg': tag})
+        return model_entrypoint(architecture)(pretrained=pretrained, **{**kwargs, 'pretrained_cfg': cfg})
 
     entrypoint.zzz_original = shim  # type: ignore[attr-defined]
     return entrypoint
@@ -151,7 +151,7 @@ def _parse(original: Callable[..., nn.Module], kwargs: Dict[str, Any]) -> Option
             f'(known: {", ".join(OPTION_PREFIX + key for key in HEAD_OPTIONS)})'
         )
     cfg = kwargs.get('pretrained_cfg')
-    tag = cfg if isinstance(cfg, str) else cfg.get('tag') if isinstance(cfg, dict) else getattr(cfg, 'tag', None)
+    tag = _tag_of(cfg)
     match = TAG.fullmatch(tag or '')
     if match is None:
         # A mistyped tag is a string; a configuration with a tag of its own may be anyone's.
@@ -166,6 +166,10 @@ def _parse(original: Callable[..., nn.Module], kwargs: Dict[str, Any]) -> Option
     options.setdefault('rank', int(match['rank']))
     kwargs['pretrained_cfg'] = _base_cfg(name, cfg, match['base'])
     return _Request(tag, options)
+
+
+def _tag_of(cfg: Cfg) -> Optional[str]:
+    return cfg if isinstance(cfg, str) else cfg.get('tag') if isinstance(cfg, dict) else getattr(cfg, 'tag', None)
 
 
 def _is_meant(tag: str) -> bool:
@@ -278,10 +282,10 @@ def _create(
 def _restart(path: str, state_dict: Dict[str, Any]) -> None:
     """Leave a head as it starts if its weight and bias are not there: timm takes them out where class counts differ."""
     rest = [key for key in state_dict if key.startswith(f'{path}.')]
-    if rest and not any(key.rpartition('.')[2] in ('weight', 'mu', 'bias') for key in rest):
+    if rest and not any(key.rpartition('.')[2] in ('weight', 'bias') for key in rest):
         for key in rest:
             del state_dict[key]
-        _logger.info(f'{path}: the checkpoint is for other classes, the ZZZ head starts anew.')
+        _logger.info(f'{path}: the checkpoint has no weight and bias for these classes, the ZZZ head starts anew.')
 
 
 def _check_backbone(model: nn.Module, missing_keys: List[str], in_chans: Optional[int]) -> None:

@@ -268,27 +268,29 @@ def _kernel_logits(features: Tensor, p: Parameters, v_min: float, sigma2_min: fl
     return triton_ops.logits(features, parameters, v_min, sigma2_min, not _half_products(features))
 
 
-def fused_embeddings(features: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Normalise embeddings (..., d) for a fused head's linear layer of a dtype, in the wider one of the two.
+def fused_embeddings(features: Tensor, width: int, like: Tensor) -> Tensor:
+    """Normalise embeddings (..., d) in at least float32, and give them the dtype of another tensor.
 
     Raises:
         ValueError: If the last dimension of the features is not the width.
     """
     _check_width(features, width)
-    x = features.to(torch.float64 if features.dtype == torch.float64 else dtype)
-    return reference.normalize(x).to(dtype)
+    wide = features.dtype == torch.float64 or like.dtype == torch.float64
+    return reference.normalize(features.to(torch.float64 if wide else torch.float32)).to(like.dtype)
 
 
-def fused_logits(outputs: Tensor, features: Tensor, num_classes: int, rank: int) -> Tensor:
+def fused_logits(outputs: Tensor, features: Tensor, sigma2: Tensor, num_classes: int, rank: int) -> Tensor:
     """Sum up the outputs of a fused head's linear layer, see ``timm_zzz.ops.reference.fused_logits``.
 
     In float64 if the features are.
     """
-    logits = reference.fused_logits(outputs, num_classes, rank)
+    logits = reference.fused_logits(outputs, sigma2, num_classes, rank)
     return logits.to(torch.float64) if features.dtype == torch.float64 else logits
 
 
-def fused_plan(features: Tensor, rows: Tensor, offsets: Tensor, num_classes: int, impl: str = 'auto') -> Any:
+def fused_plan(
+    features: Tensor, rows: Tensor, offsets: Tensor, sigma2: Tensor, num_classes: int, impl: str = 'auto'
+) -> Any:
     """Make what computes a fused head's logits by the kernels, as a function of features like these.
 
     Args:
@@ -299,11 +301,11 @@ def fused_plan(features: Tensor, rows: Tensor, offsets: Tensor, num_classes: int
     """
     rank, d = rows.shape[0] // num_classes - 1, rows.shape[1]
     _check_width(features, d)
-    if choose(impl, [features, rows, offsets], d, rank) != 'triton':
+    if choose(impl, [features, rows, offsets, sigma2], d, rank) != 'triton':
         return None
     from . import triton_ops
 
-    return triton_ops.FusedLogits(rows, offsets, num_classes, not _half_products(features))
+    return triton_ops.FusedLogits(rows, offsets, sigma2, num_classes, not _half_products(features))
 
 
 def _check_width(features: Tensor, width: int) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     'factorized_rows',
     'fuse',
     'fused_logits',
+    'fused_scale',
     'gaussian_logits',
     'inverse_softplus',
     'log_density',
@@ -338,7 +339,7 @@ def logits(features: Tensor, p: Parameters, v_min: float, sigma2_min: float) -> 
     return gaussian_logits(normalize(features.to(dtype)), mu, basis, v, sigma2) + p.bias.to(dtype)
 
 
-# The fused head: rows a mu_c and sqrt(s_ci / 2) u_ci of one matrix product, with s_ci = a (a v_ci) / (1 + a v_ci)
+# The fused head: rows sqrt(a / 2) mu_c and sqrt(s_ci / 2) u_ci of one matrix product, s_ci = a (a v_ci) / (1 + a v_ci)
 
 
 def fuse(
@@ -348,7 +349,9 @@ def fuse(
 
     With ``a = 1 / sigma2``, x normalised and ``s_ci = a (a v_ci) / (1 + a v_ci)``, the logit of class c is::
 
-        a mu_c^T x + sum_i [sqrt(s_ci / 2) (u_ci^T x - u_ci^T mu_c)]^2 + constant_c
+        sqrt(2 a) [sqrt(a / 2) mu_c^T x + constant_c] + sum_i [sqrt(s_ci / 2) (u_ci^T x - u_ci^T mu_c)]^2
+
+    No row is longer than ``sqrt(a / 2)``, which the means' are: one scale serves them all in int8.
 
     Returns:
         rows ((1 + r) C, d) and offsets ((1 + r) C,) of the linear layer, first the C means, then direction by direction
@@ -358,21 +361,27 @@ def fuse(
     rank = 0 if v is None else v.shape[1]
     precision = 1 / sigma2
     rows = mu.new_empty(1 + rank, num_classes, dim)
-    torch.mul(mu, precision, out=rows[0])
+    torch.mul(mu, torch.sqrt(0.5 * precision), out=rows[0])
     offsets = bias - 0.5 * precision * (mu * mu).sum(-1)
     if basis is not None and v is not None:
         ratio = v * precision
         scale = torch.sqrt(0.5 * precision * (ratio / (1 + ratio)))
         torch.mul(basis.permute(2, 0, 1), scale.T.unsqueeze(-1), out=rows[1:])
         along = scale * (basis * mu.unsqueeze(-1)).sum(-2)
-        offsets = torch.cat([offsets - 0.5 * torch.log1p(ratio).sum(-1), -along.T.flatten()])
-    return rows.flatten(0, 1), offsets
+        offsets = offsets - 0.5 * torch.log1p(ratio).sum(-1)
+        return rows.flatten(0, 1), torch.cat([offsets / fused_scale(sigma2), -along.T.flatten()])
+    return rows.flatten(0, 1), offsets / fused_scale(sigma2)
 
 
-def fused_logits(outputs: Tensor, num_classes: int, rank: int) -> Tensor:
+def fused_scale(sigma2: Tensor) -> Tensor:
+    """Compute sqrt(2 / sigma2), by which the outputs for the means are multiplied."""
+    return torch.sqrt(2 / sigma2)
+
+
+def fused_logits(outputs: Tensor, sigma2: Tensor, num_classes: int, rank: int) -> Tensor:
     """Sum up the logits (..., C) from the outputs (..., (1 + r) C) of the linear layer that :func:`fuse` describes."""
-    result = outputs[..., :num_classes]
-    if rank > 0:
-        t = outputs[..., num_classes:].unflatten(-1, (rank, num_classes))
-        result = result + (t * t).sum(-2)
-    return result
+    scale = fused_scale(sigma2).to(outputs.dtype)
+    if rank == 0:
+        return outputs * scale
+    t = outputs[..., num_classes:].unflatten(-1, (rank, num_classes))
+    return torch.addcmul((t * t).sum(-2), outputs[..., :num_classes], scale)

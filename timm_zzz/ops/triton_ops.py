@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from . import triton_kernels as kernels
+from .reference import fused_scale
 
 __all__ = ['FusedLogits', 'logits', 'orthonormalize']
 
@@ -304,20 +305,19 @@ def _fill_logits(
     )  # fmt: skip
 
 
-def _fold(rows: Tensor, offsets: Tensor, num_classes: int, split: bool) -> Tuple[Classes, Tensor]:
-    """The classes, and sigma2_raw for a sigma2_min of 0, of a fused head: the sigma2 by which no mean is beyond 1."""
+def _fold(rows: Tensor, offsets: Tensor, sigma2: Tensor, num_classes: int, split: bool) -> Tuple[Classes, Tensor]:
+    """The classes, and sigma2_raw for a sigma2_min of 0, of a fused head."""
     C, d = num_classes, rows.shape[1]
     rank = rows.shape[0] // C - 1
     R, cp, dp = triton.next_power_of_2(rank), _pad(C, 16), _pad(d, 8)
-    rows, offsets = rows.float(), offsets.float()
-    largest = torch.linalg.vector_norm(rows[:C].double(), dim=1).amax()
-    sigma2 = 1 / torch.where(largest > 0, largest, torch.ones_like(largest))
+    rows, offsets, sigma2 = rows.float(), offsets.float(), sigma2.double()
+    scale = fused_scale(sigma2)
     scaled = rows[C:].view(rank, C, d).transpose(0, 1)
     norm = torch.linalg.vector_norm(scaled, dim=-1)
     bases = rows.new_zeros(cp, R, dp)
     bases[:C, :rank, :d] = scaled / norm.unsqueeze(-1) * kernels.SCALE
     means = rows.new_zeros(cp, dp)
-    means[:C, :d] = rows[:C] * (kernels.SCALE * sigma2).float()
+    means[:C, :d] = rows[:C] * (kernels.SCALE * sigma2 * scale).float()
     parts = []
     for part in (bases.flatten(0, 1), means):
         hi = part.half()
@@ -328,7 +328,7 @@ def _fold(rows: Tensor, offsets: Tensor, num_classes: int, split: bool) -> Tuple
     sections = coef[: 2 * cp * R].view(2, cp, R)
     sections[0, :C, :rank] = -offsets[C:].view(rank, C).T / norm
     sections[1, :C, :rank] = (2 * norm.double().square() * sigma2).float()
-    coef[(2 * R + 1) * cp :][:C] = offsets[:C]
+    coef[(2 * R + 1) * cp :][:C] = (offsets[:C] * scale).float()
     classes = Classes(torch.cat(parts), coef, C, cp, R, split)
     return classes, torch.log(torch.expm1(sigma2)).float()
 
@@ -369,13 +369,14 @@ class FusedLogits:
 
     Args:
         rows, offsets: What timm_zzz.ops.reference.fuse returns, of rank >= 1.
+        sigma2: Shape ().
         num_classes: Number of classes C.
         split: Keep float32's precision in the matrix products; otherwise their operands are rounded to float16.
     """
 
-    def __init__(self, rows: Tensor, offsets: Tensor, num_classes: int, split: bool):
+    def __init__(self, rows: Tensor, offsets: Tensor, sigma2: Tensor, num_classes: int, split: bool):
         with torch.inference_mode(False), torch.no_grad():
-            self.classes, self.sigma2_raw = _fold(rows, offsets, num_classes, split)
+            self.classes, self.sigma2_raw = _fold(rows, offsets, sigma2, num_classes, split)
         self._repeated: Dict[Any, _Repeated] = {}
 
     def __call__(self, features: Tensor) -> Tensor:
