@@ -78,18 +78,6 @@ def _raw_variance(name: str, init: Optional[float], minimum: float) -> float:
     return reference.inverse_softplus(torch.tensor(init - minimum, dtype=torch.float64, device='cpu')).item()
 
 
-def _impl_of(head: Any) -> str:
-    """What is asked to compute the logits: ``'torch'``, ``'triton'`` or ``'auto'``; another raises a ValueError."""
-    return head._impl
-
-
-def _set_impl(head: Any, value: str) -> None:
-    head._impl = check_impl(value)
-
-
-_IMPL = _impl_of, _set_impl  # of a property
-
-
 class FusedZZZHead(nn.Module):
     """A ZZZ head for inference: one linear layer and a sum of squares, the same logits.
 
@@ -140,7 +128,14 @@ class FusedZZZHead(nn.Module):
         # How the kernels compute it, and for which tensors and features
         self._plan = cast(Optional[Tuple[Any, Any]], None)
 
-    impl = property(*_IMPL)
+    @property
+    def impl(self) -> str:
+        """What is asked to compute the logits: ``'torch'``, ``'triton'`` or ``'auto'``; another raises a ValueError."""
+        return self._impl
+
+    @impl.setter
+    def impl(self, value: str) -> None:
+        self._impl = check_impl(value)
 
     @property
     def weight(self) -> Tensor:
@@ -345,7 +340,14 @@ class ZZZHead(nn.Module):
         """The class means before normalisation, an alias of ``weight``."""
         return self.weight
 
-    impl = property(*_IMPL)
+    @property
+    def impl(self) -> str:
+        """What is asked to compute the logits: ``'torch'``, ``'triton'`` or ``'auto'``; another raises a ValueError."""
+        return self._impl
+
+    @impl.setter
+    def impl(self, value: str) -> None:
+        self._impl = check_impl(value)
 
     @property
     def active_impl(self) -> str:
