@@ -130,7 +130,7 @@ class FusedZZZHead(nn.Module):
 
     @property
     def impl(self) -> str:
-        """What is asked to compute the logits: ``'torch'``, ``'triton'`` or ``'auto'``; another raises a ValueError."""
+        """Choice of what computes the logits, ``'torch'``, ``'triton'`` or ``'auto'``; another raises a ValueError."""
         return self._impl
 
     @impl.setter
@@ -342,7 +342,7 @@ class ZZZHead(nn.Module):
 
     @property
     def impl(self) -> str:
-        """What is asked to compute the logits: ``'torch'``, ``'triton'`` or ``'auto'``; another raises a ValueError."""
+        """Choice of what computes the logits, ``'torch'``, ``'triton'`` or ``'auto'``; another raises a ValueError."""
         return self._impl
 
     @impl.setter
