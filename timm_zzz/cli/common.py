@@ -17,6 +17,7 @@ __all__ = [
     'add_loader_arguments',
     'amp_dtype_of',
     'check_count',
+    'check_size',
     'count',
     'data_config_of',
     'device_of',
@@ -203,21 +204,23 @@ class Images:
             raise ValueError(f"--data-dir: the images can't be read: {one_line(e)}") from e
 
 
-def loader_of(
-    options: argparse.Namespace, dataset: Any, config: Dict[str, Any], device: torch.device, model: nn.Module
-) -> Images:
+def loader_of(options: argparse.Namespace, dataset: Any, config: Dict[str, Any], device: torch.device) -> Images:
     """Create the loader that the options ask for.
 
     Raises:
-        ValueError: If images can't be prepared so, or the model takes none of that size.
+        ValueError: If images can't be prepared so.
     """
     try:
         loader = eval_loader(dataset, config, batch_size=options.batch_size, workers=options.workers, device=device)
     except Exception as e:  # whatever timm's transforms make of their arguments
         raise ValueError(f"images can't be prepared as the settings say: {one_line(e)}") from e
+    return Images(loader)
+
+
+def check_size(model: nn.Module, config: Dict[str, Any]) -> None:
+    """Raise a ValueError unless the model, which is put in eval mode, takes images of the size, wherever it is now."""
     try:
         with torch.inference_mode():
-            model.eval()(torch.zeros(1, *config['input_size'], device=device))
+            model.eval()(torch.zeros(1, *config['input_size'], device=next(model.parameters()).device))
     except Exception as e:  # whatever a model makes of a size
         raise ValueError(f'the model takes no images of {config["input_size"]}: {one_line(e)}') from e
-    return Images(loader)

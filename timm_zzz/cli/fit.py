@@ -26,6 +26,7 @@ from .common import (
     add_ignore_unknown,
     add_loader_arguments,
     amp_dtype_of,
+    check_size,
     data_config_of,
     device_of,
     exit_on_error,
@@ -130,9 +131,10 @@ def _fit(options: argparse.Namespace) -> None:
     device, amp_dtype = device_of(options), amp_dtype_of(options)
     model = _build(options, train.class_names, channels).to(device)
     config = data_config_of(vars(options), model)
+    check_size(model, config)
 
     def loader(split: Split, name: str) -> Any:
-        batches = loader_of(options, split.dataset, config, device, model)
+        batches = loader_of(options, split.dataset, config, device)
         return tqdm(batches, desc=name, unit='batch', file=sys.stderr)
 
     def score(when: str) -> None:

@@ -32,6 +32,7 @@ from .common import (
     add_loader_arguments,
     amp_dtype_of,
     check_count,
+    check_size,
     data_config_of,
     device_of,
     exit_on_error,
@@ -346,7 +347,8 @@ def _report(options: argparse.Namespace) -> None:
     run = load_run(options.checkpoint, use_ema=options.use_ema, model_name=options.model)
     config = data_config_of(run.data_config, run.model)
     data = open_data(options, run, config['input_size'][0])
-    loader = loader_of(options, data.dataset, config, device, run.model)
+    loader = loader_of(options, data.dataset, config, device)
+    check_size(run.model, config)
     dataset = options.dataset or run.args.get('dataset') or options.data_dir.resolve().name
     title = f'{options.model or run.args["model"]} on {dataset}'
     size, precision = ' × '.join(map(str, config['input_size'])), options.amp_dtype if options.amp else ''
