@@ -16,8 +16,11 @@ from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
+from .errors import some
+
 __all__ = [
     'SPLIT_FOLDERS',
+    'SHOWN',
     'LeftOut',
     'MissingSplitError',
     'Split',
@@ -28,6 +31,8 @@ __all__ = [
     'read_class_map',
     'shipped_files',
 ]
+
+SHOWN = 8  # classes that a message names
 
 # Names of folders that timm's create_dataset takes for each other
 SPLIT_FOLDERS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
@@ -56,9 +61,7 @@ class UnknownClassesError(ValueError):
     """There are images in a split, and none is of a class of the class map."""
 
     def __init__(self, split: str, left_out: LeftOut):
-        names = [*left_out.unknown]
-        shown = ', '.join(names[:8]) + (f' and {len(names) - 8} more' if names[8:] else '')
-        super().__init__(f'--class-map has none of the classes of {split}: {shown}')
+        super().__init__(f'--class-map has none of the classes of {split}: {some([*left_out.unknown], SHOWN)}')
         self.left_out = left_out
 
 

@@ -1,5 +1,7 @@
 """Errors between a model and the Hugging Face Hub; ``__cause__`` is the Hub client's own, where there is one."""
 
+from typing import Sequence
+
 __all__ = ['AccessError', 'CheckpointError', 'ConfigError', 'HubError', 'NotFoundError', 'UnavailableError']
 
 
@@ -25,3 +27,8 @@ class CheckpointError(HubError):
 
 class ConfigError(HubError):
     """config.json does not describe a ZZZ model, or asks for something that is not allowed."""
+
+
+def some(items: Sequence[str], count: int = 3) -> str:
+    """List the first items of a message, and how many more there are."""
+    return ', '.join(items[:count]) + (f' and {len(items) - count} more' if len(items) > count else '')

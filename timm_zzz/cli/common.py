@@ -3,14 +3,14 @@
 import argparse
 import sys
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterator, Mapping, Optional
 
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from ..data import LeftOut, Split, UnknownClassesError, eval_loader, find_left_out, open_split
-from ..errors import HubError
+from ..data import SHOWN, LeftOut, Split, UnknownClassesError, eval_loader, find_left_out, open_split
+from ..errors import HubError, some
 
 __all__ = [
     'add_ignore_unknown',
@@ -30,8 +30,6 @@ __all__ = [
     'warn',
     'warn_left_out',
 ]
-
-SHOWN = 8  # classes that a message names
 
 
 def one_line(e: BaseException) -> str:
@@ -60,12 +58,8 @@ def _count(n: int, unit: str) -> str:
     return f'{n} {unit}' if n == 1 else f'{n} {unit}{"es" if unit == "class" else "s"}'
 
 
-def _join(names: Sequence[str]) -> str:
-    return ', '.join(names[:SHOWN]) + (f' and {len(names) - SHOWN} more' if names[SHOWN:] else '')
-
-
 def _list(counts: Mapping[str, int], unit: str = 'image') -> str:
-    return _join([f'{name or "the folder itself"} ({_count(n, unit)})' for name, n in counts.items()])
+    return some([f'{name or "the folder itself"} ({_count(n, unit)})' for name, n in counts.items()], SHOWN)
 
 
 def warn_left_out(left_out: LeftOut, name: str, known: str = '--class-map') -> None:
@@ -75,7 +69,7 @@ def warn_left_out(left_out: LeftOut, name: str, known: str = '--class-map') -> N
         count = f'{_count(sum(unknown.values()), "image")} of {_count(len(unknown), "class")}'
         warn(f'{name}: left out {count} that {known} has not: {_list(unknown)}')
     if empty:
-        warn(f'{name}: class folders without images: {_join(empty)}')
+        warn(f'{name}: class folders without images: {some(empty, SHOWN)}')
     if unread:
         warn(f'{name}: left out files of formats that timm does not look for: {_list(unread, "file")}')
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
-from typing import Any, Dict, Iterable, Sequence, Set, Tuple
+from typing import Any, Dict, Iterable, Set, Tuple
 
 import safetensors
 import timm
@@ -17,12 +17,12 @@ from timm.models import PretrainedCfg
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, some
 from ..head import same_shape
 from ..models.attach import find_classifiers
 from ..models.registry import SOURCE_KEYS, TAG
 
-__all__ = ['CONFIG', 'SECTION', 'WEIGHTS', 'Changed', 'Corrupt', 'check_weights', 'read_config', 'sha256', 'some']
+__all__ = ['CONFIG', 'SECTION', 'WEIGHTS', 'Changed', 'Corrupt', 'check_weights', 'read_config', 'sha256']
 
 _logger = logging.getLogger(__name__)
 
@@ -210,11 +210,6 @@ def sha256(path: Path) -> str:
     """Compute the SHA-256 of a file, in hexadecimal."""
     with open(path, 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def some(items: Sequence[str], count: int = 3) -> str:
-    """List the first items, and how many more there are."""
-    return ', '.join(items[:count]) + (f' and {len(items) - count} more' if len(items) > count else '')
 
 
 def _short(value: Any) -> str:

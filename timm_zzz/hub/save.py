@@ -18,12 +18,12 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, some
 from ..head import ZZZHead
 from ..models._timm import recorded_args
 from ..models.attach import find_classifiers
 from .client import translated
-from .config import CONFIG, SECTION, WEIGHTS, read_config, sha256, some
+from .config import CONFIG, SECTION, WEIGHTS, read_config, sha256
 from .load import load_folder
 
 __all__ = ['push_to_hub', 'save_pretrained']
