@@ -24,7 +24,7 @@ _EVAL_BATCH = 512
 
 @dataclass(frozen=True)
 class Settings:
-    """What all heads of a comparison share."""
+    """Hold the settings that all heads of a comparison share."""
 
     backbone: str
     checkpoint: Optional[str]

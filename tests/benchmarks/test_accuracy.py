@@ -83,7 +83,7 @@ def test_same_seed_same_figures_and_label_smoothing_tells_runs_apart(run, kept, 
 
 
 def test_kept_features_give_the_figures(kept):
-    """What --keep writes is enough to get a run's accuracy and energy again, here by hand."""
+    """Compute a run's accuracy and energy again from what --keep writes, by hand."""
     path, rows = kept
     found = load_file(path / 'kept' / 'gradients-zzz_r2-0-0.safetensors')
     head = ZZZHead(3, found['validation'].shape[1], rank=2).eval()

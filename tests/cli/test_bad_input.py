@@ -1,4 +1,4 @@
-"""What the commands do with broken input: one line on stderr and the documented status, whatever is wrong."""
+"""Give the commands broken input: each prints one line on stderr and has the documented status, whatever is wrong."""
 
 import argparse
 import builtins
