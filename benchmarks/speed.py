@@ -66,6 +66,7 @@ HEAD_SHAPES = [
 HEAD_METHODS = [name for name in METHODS if name != 'zzz auto']  # it is one of the others
 COMPILED_SHAPES = HEAD_SHAPES[0], HEAD_SHAPES[3]  # compiling takes longer than all the rest of a shape
 EVAL_SHAPES = [Shape(256, 1000, 768, 8), Shape(256, 10000, 768, 8)]
+CPU_EVAL_SHAPES = [*(Shape(b, 1000, 768, 8) for b in (1, 16, 64)), Shape(1, 10000, 768, 8)]
 CPU_SHAPES = [Shape(64, 200, 768, 8), Shape(64, 200, 1280, 8)]
 QUICK_SHAPES = [Shape(8, 10, 32, 4)]
 
@@ -157,10 +158,10 @@ def time_head(
 
 def suite_eval(args: argparse.Namespace) -> Rows:
     """Forward without gradients."""
-    caption = f'{CAPTION} The basis that an evaluated ZZZ head keeps is in neither.'
-    table = Table('Evaluation', args.device, (*COLUMNS, 'x linear', 'x cosine'), caption)
+    caption = f'{CAPTION} What an evaluated ZZZ head keeps is in neither. Threads: {torch.get_num_threads()}.'
+    table = Table('Evaluation', args.device, (*COLUMNS, 'x linear', 'x fused'), caption)
     rows: Rows = []
-    for shape in QUICK_SHAPES if args.quick else EVAL_SHAPES:
+    for shape in QUICK_SHAPES if args.quick else EVAL_SHAPES if args.device.type == 'cuda' else CPU_EVAL_SHAPES:
         time_eval(table, shape, rows, args)
         release()
     return rows
@@ -179,7 +180,7 @@ def time_eval(table: Table, shape: Shape, rows: Rows, args: argparse.Namespace) 
 
     names = ('linear', 'cosine', 'zzz eval', 'zzz fused')
     methods = [prepare(n, partial(build, n), args.device) for n in names]
-    time_modes(table, methods, rows, args, shape=shape, work='forward')
+    time_modes(table, methods, rows, args, ('linear', 'zzz fused'), shape=shape, work='forward')
 
 
 class Model(NamedTuple):

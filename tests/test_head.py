@@ -423,6 +423,24 @@ def _parametrize(head):
     _scale(head.parametrizations.weight.original1)
 
 
+def _swap(head):
+    torch.utils.swap_tensors(head.A, nn.Parameter(torch.randn(5, 12, 3)))
+
+
+def _transpose(head):
+    """Other strides over the same memory."""
+    square = ZZZHead(5, 5, 2).eval()
+    x = torch.randn(4, 5)
+    assert_up_to_date(square, x)
+    square.weight.data = square.weight.data.t()
+    assert_up_to_date(square, x)
+
+
+@torch.no_grad()
+def _copied(head):
+    torch._foreach_copy_(list(head.parameters()), [torch.rand_like(p) for p in head.parameters()])
+
+
 CHANGES = {
     'sgd': _optimizer(torch.optim.SGD, foreach=False),
     'foreach': _optimizer(torch.optim.AdamW, foreach=True),
@@ -432,8 +450,13 @@ CHANGES = {
     'in place': lambda head: _scale(head.A[2, 3]),
     'in place in inference mode': _inference_in_place,
     'data = new': lambda head: setattr(head.A, 'data', torch.randn(5, 12, 3)),
+    'data = transposed': _transpose,
     'data = other dtype': lambda head: [setattr(p, 'data', p.data.double()) for p in head.parameters()],
     'setattr': lambda head: setattr(head, 'A', nn.Parameter(torch.randn(5, 12, 3))),
+    'register_parameter': lambda head: head.register_parameter('A', nn.Parameter(torch.randn(5, 12, 3))),
+    'in the dict': lambda head: head._parameters.update(A=nn.Parameter(torch.randn(5, 12, 3))),
+    'swap_tensors': _swap,
+    'foreach copy': _copied,
     'load_state_dict': lambda head: head.load_state_dict(ZZZHead(5, 12, 3).state_dict()),
     'assign': lambda head: head.load_state_dict(ZZZHead(5, 12, 3).state_dict(), assign=True),
     'double and back': lambda head: head.to(torch.float64).to(torch.float32),
@@ -455,6 +478,23 @@ def test_eval_sees_every_change_of_the_parameters(change):
     head, x = evaluated_head()
     for _ in range(1 if change in ('prune', 'parametrize') else 2):
         CHANGES[change](head)
+        assert_up_to_date(head, x)
+
+
+def _timm_optimizers():
+    """Those that this environment can build, but for Adahessian, whose step wants second derivatives."""
+    names = [name for name in timm.optim.list_optimizers() if not name.startswith(('bnb', 'fused', 'adahessian'))]
+    assert len(names) > 60
+    return names
+
+
+@pytest.mark.parametrize('name', _timm_optimizers())
+def test_eval_sees_the_steps_of_timms_optimizers(name):
+    """Some of them write through ``.data``, which no version counter sees."""
+    head, x = evaluated_head()
+    optimizer = timm.optim.create_optimizer_v2(head, name, lr=0.1)
+    for _ in range(2):
+        _step(head, optimizer)
         assert_up_to_date(head, x)
 
 

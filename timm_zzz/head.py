@@ -6,6 +6,7 @@ import functools
 import itertools
 import logging
 import math
+import operator
 import weakref
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, cast
 
@@ -25,7 +26,7 @@ from .ops.dispatch import (
     zzz_logits,
 )
 from .ops.reference import Parameters
-from .ops.tracing import is_plain
+from .ops.tracing import is_plain, raw_stream
 
 __all__ = ['FusedZZZConvHead', 'FusedZZZHead', 'ZZZConvHead', 'ZZZHead', 'heads_of', 'record_inputs', 'same_shape']
 
@@ -157,11 +158,15 @@ class FusedZZZHead(nn.Module):
         """Logits of shape (..., C) for embeddings of shape (..., d)."""
         return self.logits(x)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Logits of shape (..., C) for embeddings of shape (..., d), whatever kind of classifier this replaces."""
+    def logits(self, x: Tensor, plain: bool = False) -> Tensor:
+        """Logits of shape (..., C) for embeddings of shape (..., d), whatever kind of classifier this replaces.
+
+        Args:
+            plain: Whether the caller knows that neither ``x`` nor this module's tensors are traced or transformed.
+        """
         logits: Optional[Tensor] = None
         if not torch.jit.is_scripting():
-            logits = self._kernel_logits(x)
+            logits = self._kernel_logits(x, plain)
             if logits is None and isinstance(x, Tensor) and autocasts(x):
                 with torch.autocast(x.device.type, enabled=False):
                     logits = self._linear_logits(x)
@@ -174,13 +179,13 @@ class FusedZZZHead(nn.Module):
         return fused_logits(outputs, x, self.sigma2, self.num_classes, self.rank)
 
     @torch.jit.unused
-    def _kernel_logits(self, x: Tensor) -> Optional[Tensor]:
-        """None where the kernels can't run, or would lose a gradient."""
+    def _kernel_logits(self, x: Tensor, plain: bool) -> Optional[Tensor]:
+        """Logits by the kernels; None where they can't run, or would lose a gradient."""
         linear: Any = self._modules['linear']
         if type(linear) is not nn.Linear:  # quantised
             return None
         tensors = [linear.weight, linear.bias, self.sigma2]
-        if not is_plain([x, *tensors]) or not (x.is_cuda or self._impl == 'triton'):
+        if not plain and not is_plain([x, *tensors]) or not (x.is_cuda or self._impl == 'triton'):
             return None
         if x.requires_grad and torch.is_grad_enabled():
             return None
@@ -235,8 +240,9 @@ class ZZZHead(nn.Module):
     input), also under autocast and for a float16 or bfloat16 module.
 
     In eval mode without gradients the head keeps its fused form, which :meth:`fuse` returns, until a parameter changes
-    through a module, an optimiser, or an operation in place. Writes by hand through ``.data`` or shared memory are
-    invisible to PyTorch's version counters: call ``train()`` or ``eval()`` after them, which drop what is kept.
+    through a module, an optimiser, or an operation in place. Writes by hand through ``.data`` or shared memory, and those
+    of a replayed CUDA graph, are invisible to PyTorch's version counters: call ``train()`` or ``eval()`` after them,
+    which drop what is kept.
 
     Args:
         num_classes: Number of classes C, >= 1.
@@ -372,7 +378,7 @@ class ZZZHead(nn.Module):
             if not self.training and not torch.is_grad_enabled():
                 kept = self._kept_fused(x)
                 if kept is not None:
-                    return kept.logits(x)
+                    return kept.logits(x, True)
         return zzz_logits(
             x,
             self.weight,
@@ -387,33 +393,38 @@ class ZZZHead(nn.Module):
         )
 
     def _kept_fused(self, x: Tensor) -> Optional[FusedZZZHead]:
-        """The fused form for these features, derived anew if a parameter has changed; None where nothing may be kept.
-
-        Not where tensors are traced, transformed or captured, since a kept result would be wrong there, nor of
-        parameters made in inference mode, which have no version counter.
-        """
-        p = self._parameter_tuple()
-        tensors = [t for t in p if t is not None]
-        if not is_plain([x, *tensors]) or any(t.is_inference() for t in tensors):
-            return None
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        """Derive the fused form anew if a parameter has changed; None where nothing may be kept, as in a CUDA graph."""
+        if not is_plain([x]):
             return None
         # Another stream might read a result before it is there.
-        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-        dtype = torch.float64 if torch.float64 in (x.dtype, self.weight.dtype) else torch.float32
-        versions = [t._version for t in tensors]
-        options = self._impl, self.v_min, self.sigma2_min, self.log_density
-        key = (dtype, stream, options, _optimizer_steps[0], versions)
+        stream = 0
+        if x.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            stream = raw_stream(x.device)
+        parameters = self._parameter_tuple()
+        key = (x.dtype == torch.float64, stream, _optimizer_steps[0])
         kept = self._kept
-        if kept is None or kept.key != key or not _same_memory(tensors, kept.tensors):
-            with torch.inference_mode(False):
-                fused = self._fuse(dtype)
-            # The aliases keep the memory, so that no other tensor can come to lie at its address.
-            kept = self._kept = _Kept(key, [t.detach() for t in tensors], fused)
-        return kept.fused
+        if kept is None or kept.key != key or not kept.is_of(parameters):
+            kept = self._kept = self._keep(key, x, parameters)
+        return None if kept is None else kept.fused
+
+    def _keep(self, key: Any, x: Tensor, parameters: Parameters) -> Optional['_Kept']:
+        """Derive the fused form, unless parameters are traced or transformed, or have no version counter."""
+        tensors = [t for t in parameters if t is not None]
+        if not is_plain(tensors) or any(t.is_inference() for t in tensors):
+            return None
+        versions = [t._version for t in tensors]
+        with torch.inference_mode(False):
+            fused = self._fuse(torch.float64 if torch.float64 in (x.dtype, self.weight.dtype) else torch.float32)
+        return _Kept(key, parameters, versions, [t.detach() for t in tensors], fused)
 
     def _parameter_tuple(self) -> Parameters:
-        return Parameters(self.weight, self.bias, self.A, self.v_raw, self.sigma2_raw)
+        own: Any = self._parameters
+        try:  # quicker than attributes, which pruned and parametrized ones are
+            return Parameters(own['weight'], own['bias'], own['A'], own['v_raw'], own['sigma2_raw'])
+        except KeyError:
+            return Parameters(self.weight, self.bias, self.A, self.v_raw, self.sigma2_raw)
 
     @torch.no_grad()
     def fuse(self) -> FusedZZZHead:
@@ -461,8 +472,8 @@ class ZZZHead(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP puts other tensors in the parameters' places, whose version counters do not tell of all that is written.
         # That fully_shard comes here, and so to register_parameter, is because there is a function of this name.
-        if name in _PARAMETERS:
-            self._kept = None
+        if name != '_kept':
+            self.__dict__['_kept'] = None
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
@@ -515,16 +526,20 @@ class _Kept(NamedTuple):
     """What an evaluated head keeps: the fused form, and of which parameters it is."""
 
     key: Any
-    tensors: List[Tensor]
+    parameters: Parameters
+    versions: List[int]
+    # Aliases of the parameters, which keep their memory, so that no other tensor can come to lie at its address
+    memory: List[Tensor]
     fused: FusedZZZHead
 
-
-def _same_memory(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether tensors lie where others do, with the same strides and dtype."""
-    return all(
-        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-        for a, b in zip(tensors, others, strict=True)
-    )
+    def is_of(self, parameters: Parameters) -> bool:
+        """Whether these are the parameters, and nothing has been written to them as far as their versions tell."""
+        tensors = [t for t in parameters if t is not None]
+        return (
+            all(map(operator.is_, parameters, self.parameters))
+            and [t._version for t in tensors] == self.versions
+            and all(map(Tensor.is_set_to, tensors, self.memory))
+        )
 
 
 # What a state dict may hold

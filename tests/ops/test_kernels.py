@@ -369,6 +369,20 @@ def test_repeated(dtype):
     assert repeat(other).isfinite().all(-1).tolist() == [[True, True], [True, False], [False, True]]
 
 
+def test_launches_are_kept_within_bounds(monkeypatch):
+    """Batches of many sizes, through first launches and kept ones, against plain PyTorch."""
+    from timm_zzz.ops import triton_ops
+
+    monkeypatch.setattr(triton_ops, 'compiled', {})
+    monkeypatch.setattr(triton_ops, 'MAX_COMPILED', 10)
+    _, *parameters = inputs(1, 20, 33, 3)
+    for size in (*range(1, 9), 8, 3):
+        features = torch.randn(size, 33, device=DEVICE)
+        logits = zzz_logits(features, *parameters, impl='triton')
+        torch.testing.assert_close(logits, zzz_logits(features, *parameters, impl='torch'), rtol=1e-5, atol=1e-5)
+        assert 0 < len(triton_ops.compiled) <= 10
+
+
 @gpu
 @torch.no_grad()
 def test_fused_launches_see_changes():

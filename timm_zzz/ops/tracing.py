@@ -1,4 +1,4 @@
-"""Whether tensors are what they seem. The only file that asks torch's private functions for it."""
+"""Detect traced, transformed or fake tensors. The only file that calls private functions of torch."""
 
 from typing import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-__all__ = ['is_plain']
+__all__ = ['is_plain', 'raw_stream']
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
@@ -24,3 +24,8 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
         return False
     # Dual numbers exist only inside a level of forward-mode differentiation.
     return forward_ad._current_level < 0 or all(forward_ad.unpack_dual(t).tangent is None for t in tensors)
+
+
+def raw_stream(device: torch.device) -> int:
+    """The address of a GPU's current stream, without making an object for it."""
+    return torch._C._cuda_getCurrentRawStream(device.index)

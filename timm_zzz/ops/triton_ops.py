@@ -8,7 +8,7 @@ width).
 
 import contextvars
 import functools
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import triton
@@ -23,7 +23,8 @@ __all__ = ['FusedLogits', 'logits', 'orthonormalize']
 KEEP_BYTES = 128 * 2**20
 CHUNK_BYTES = 64 * 2**20
 _REPAIR_PROGRAMS = 256
-_MAX_REPEATED = 16  # shapes of features whose launches a fused head keeps
+MAX_REPEATED = 16  # shapes of features whose launches a fused head keeps
+MAX_COMPILED = 1024  # launches whose compiled kernels are kept
 _FP16, _FP32 = torch.float16, torch.float32
 Options = Dict[str, int]  # a kernel's tile sizes and compiler options
 
@@ -71,6 +72,16 @@ class Parameters(NamedTuple):
         return Parameters(weight, bias, A, v_raw, self.sigma2_raw)
 
 
+# Triton's own cost the CPU as much as a launch
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    """The next one, for n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def _pad(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -83,18 +94,24 @@ def _coef_size(cp: int, R: int) -> int:
 # Tile sizes, chosen by measurement on an H200 with Triton 3.6
 
 
-def _factor_options(R: int) -> Options:
+@functools.lru_cache(MAX_COMPILED)
+def _factor_options(R: int, cp: int, split: bool) -> Options:
+    if R == 8 and cp >= 2048 and not split:  # on an H100; fewer classes need the larger tile
+        return dict(NC=2, BLOCK=32, num_warps=1)
     return dict(NC=max(1, 16 // R), BLOCK=64 if R <= 16 else 32, num_warps=2)
 
 
+@functools.cache
 def _basis_options(R: int) -> Options:
     return dict(NC=max(1, 16 // R), BLOCK=128, num_warps=2 if R <= 16 else 4)
 
 
+@functools.cache
 def _class_grad_options(R: int, split: bool) -> Options:
     return dict(NC=max(1, 16 // R), BLOCK=128, num_warps=4 if split or R > 16 else 1 if R == 8 else 2)
 
 
+@functools.lru_cache(MAX_COMPILED)
 def _logits_options(device: torch.device, B: int, C: int, R: int, split: bool, exact: bool) -> Options:
     BM, BC, BK, warps = 64, max(16, min(64, 128 // R)), 64, 4
     if B <= 32 or (R == 32 and split):
@@ -122,12 +139,14 @@ def _shared_memory(device: torch.device) -> int:
     return properties.shared_memory_per_block_optin
 
 
+@functools.cache
 def _logits_grad_options(R: int, split: bool) -> Options:
     if R in (8, 16) and not split:
         return dict(BB=64, BC=2, num_warps=1)
     return dict(BB=32 if split or R >= 32 else 64, BC=max(2, min(16, 32 // R)), num_warps=4)
 
 
+@functools.cache
 def _product_options() -> Options:
     return dict(BN=64, BD=128, BB=32, num_warps=4)
 
@@ -136,8 +155,9 @@ def _row_warps(width: int) -> int:
     return min(16, max(1, width // 256))
 
 
-_compiled: Dict[Any, Any] = {}
-# Where launches are noted, for RepeatedLogits
+# Kernels that have been launched, by all that they were launched with but the addresses
+compiled: Dict[Any, Any] = {}
+# Where launches are noted, for _Repeated
 _record: contextvars.ContextVar[Any] = contextvars.ContextVar('record', default=None)
 
 
@@ -147,34 +167,42 @@ def _overlaps(device: torch.device) -> bool:
     return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _launch(kernel: Any, grid: Tuple[int, ...], args: Tuple[Any, ...], options: Options) -> None:
-    """Launch a Triton kernel; after the first time without its checks of arguments, which cost more than a launch."""
-    grid = (*grid, 1, 1)[:3]
-    if triton.knobs.runtime.interpret:
-        launch = functools.partial(kernel[grid], **options, OVERLAP=False)
-        launch(*args)
-        return _note(launch, args)
-    # What Triton may compile a kernel anew for: types, alignment of pointers, and ints, constants among them
-    specialization = [
-        (x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else None if type(x) is float else x for x in args
-    ]
-    key = (kernel.__name__, args[0].device, *options.values(), *specialization)
-    known = _compiled.get(key)
+_INTERPRETED = not isinstance(kernels.rows_kernel, triton.JITFunction)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> List[Any]:
+    """What compiled kernels take for tensors; Triton's interpreter takes the tensors."""
+    return list(tensors) if _INTERPRETED else [t.data_ptr() for t in tensors]
+
+
+def _launch(
+    kernel: Any, grid: Tuple[int, ...], tensors: Sequence[Tensor], numbers: Tuple[Any, ...], options: Options
+) -> None:
+    """Launch a Triton kernel; after the first time without its checks of arguments, which cost more than a launch.
+
+    Args:
+        tensors, numbers: Its arguments in order.
+        options: Its tile sizes in order, num_warps and num_stages.
+    """
+    grid, device, addresses = (*grid, 1, 1)[:3], tensors[0].device, _addresses(tensors)
+    # Triton compiles anew for other types, alignments and constants, and for some numbers
+    aligned = _INTERPRETED or tuple([at & 15 == 0 for at in addresses])
+    key = (kernel.__name__, device, numbers, *options.values(), aligned, *[t.dtype for t in tensors])
+    known = compiled.get(key)
     if known is None:
-        overlap = _overlaps(args[0].device)
+        if len(compiled) >= MAX_COMPILED:
+            compiled.clear()
+        overlap = _overlaps(device)
         tiles = [value for name, value in options.items() if name not in ('num_warps', 'num_stages')]
-        known = kernel[grid](*args, **options, OVERLAP=overlap, launch_pdl=overlap), (*tiles, overlap)
-        _compiled[key] = known
-        return _note(known[0][grid], (*args, *known[1]))
-    launch, args = known[0][grid], (*args, *known[1])
-    launch(*args)
-    _note(launch, args)
-
-
-def _note(launch: Callable[..., Any], args: Tuple[Any, ...]) -> None:
+        code = kernel[grid](*tensors, *numbers, **options, OVERLAP=overlap, **dict(launch_pdl=True) if overlap else {})
+        known = compiled[key] = kernel if _INTERPRETED else code, (*numbers, *tiles, overlap)
+        launch = known[0][grid]
+    else:
+        launch = known[0][grid]
+        launch(*addresses, *known[1])
     record = _record.get()
     if record is not None:
-        record.append((launch, args))
+        record.append((launch, tensors, known[1]))
 
 
 class _Stay:
@@ -207,7 +235,7 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _new_classes(p: Parameters, split: bool, coef: Optional[Tensor] = None) -> Classes:
     C, d, r = p.A.shape
-    R, cp = triton.next_power_of_2(r), _pad(C, 16)
+    R, cp = _power_of_2(r), _pad(C, 16)
     if coef is None:
         coef = torch.empty(_coef_size(cp, R), dtype=_FP32, device=p.A.device)
     rows = cp * (2 * R + 2 if split else R + 3)
@@ -233,12 +261,12 @@ def _fill_coef(
     coef: Tensor, p: Parameters, v_min: float, sigma2_min: float, split: bool, basis_only: bool = False
 ) -> None:
     C, d, r = p.A.shape
-    R, cp = triton.next_power_of_2(r), _pad(C, 16)
-    options = _factor_options(R)
+    R, cp = _power_of_2(r), _pad(C, 16)
+    options = _factor_options(R, cp, split)
     _launch(
-        kernels.factor_kernel, (triton.cdiv(cp, options['NC']),),
-        (p.A, p.weight, p.v_raw, p.bias, p.sigma2_raw, coef, v_min, sigma2_min,
-         C, cp, d, r, R, split or R == 4, basis_only), options,
+        kernels.factor_kernel, (_cdiv(cp, options['NC']),),
+        (p.A, p.weight, p.v_raw, p.bias, p.sigma2_raw, coef),
+        (v_min, sigma2_min, C, cp, d, r, R, split or R == 4, basis_only), options,
     )  # fmt: skip
 
 
@@ -247,8 +275,8 @@ def _fill_operand(classes: Classes, p: Parameters, basis_only: bool = False) -> 
     out, coef, _, cp, R, split = classes
     options = _basis_options(R)
     _launch(
-        kernels.basis_kernel, (triton.cdiv(cp, options['NC']), triton.cdiv(out.shape[1], options['BLOCK'])),
-        (p.A, p.weight, coef, out, C, cp, d, out.shape[1], r, R, split, basis_only), options,
+        kernels.basis_kernel, (_cdiv(cp, options['NC']), _cdiv(out.shape[1], options['BLOCK'])),
+        (p.A, p.weight, coef, out), (C, cp, d, out.shape[1], r, R, split, basis_only), options,
     )  # fmt: skip
 
 
@@ -262,14 +290,14 @@ def _fill_rows(
     """Repair flagged bases, where the parameters are given, and normalise embeddings, where those are."""
     out, coef, _, cp, R, split = classes
     dp = out.shape[1]
-    width = triton.next_power_of_2(dp)
+    width = _power_of_2(dp)
     A = weight = scratch = coef
     programs, per_program, C, d, r = 0, 16, 0, dp, 1
     if p is not None:
         A, weight = p.A, p.weight
         C, d, r = A.shape
-        per_program = max(16, triton.next_power_of_2(triton.cdiv(C, _REPAIR_PROGRAMS)))
-        programs = triton.cdiv(C, per_program)
+        per_program = max(16, _power_of_2(_cdiv(C, _REPAIR_PROGRAMS)))
+        programs = _cdiv(C, per_program)
         scratch = torch.empty(programs * r * width, dtype=_FP32, device=A.device)
     B, exact, f, (hi, lo, factor) = 0, False, coef, (out, out, coef)
     if features is not None and x is not None:
@@ -277,8 +305,8 @@ def _fill_rows(
         B, d = f.shape
     _launch(
         kernels.rows_kernel, (programs + B,),
-        (A, weight, out, coef, scratch, f, hi, lo, factor,
-         programs, C, cp, d, dp, r, R, per_program, split, basis_only, exact),
+        (A, weight, out, coef, scratch, f, hi, lo, factor),
+        (programs, C, cp, d, dp, r, R, per_program, split, basis_only, exact),
         dict(BLOCK=width, num_warps=_row_warps(width)),
     )  # fmt: skip
 
@@ -299,9 +327,9 @@ def _fill_logits(
     t, xm = saved or (chunk, chunk)
     options = _logits_options(out.device, B, cp, R, classes.split, x.exact)
     _launch(
-        kernels.logits_kernel, (triton.cdiv(cp, options['BC']), triton.cdiv(B, options['BM'])),
-        (*x, classes.operand, classes.coef, sigma2_raw, chunk, t, xm, sigma2_min,
-         B, classes.num_classes, cp, dp, out.stride(0), R, classes.split, bool(saved), x.exact), options,
+        kernels.logits_kernel, (_cdiv(cp, options['BC']), _cdiv(B, options['BM'])),
+        (*x, classes.operand, classes.coef, sigma2_raw, chunk, t, xm),
+        (sigma2_min, B, classes.num_classes, cp, dp, out.stride(0), R, classes.split, bool(saved), x.exact), options,
     )  # fmt: skip
 
 
@@ -309,7 +337,7 @@ def _fold(rows: Tensor, offsets: Tensor, sigma2: Tensor, num_classes: int, split
     """The classes, and sigma2_raw for a sigma2_min of 0, of a fused head."""
     C, d = num_classes, rows.shape[1]
     rank = rows.shape[0] // C - 1
-    R, cp, dp = triton.next_power_of_2(rank), _pad(C, 16), _pad(d, 8)
+    R, cp, dp = _power_of_2(rank), _pad(C, 16), _pad(d, 8)
     rows, offsets, sigma2 = rows.float(), offsets.float(), sigma2.double()
     scale = fused_scale(sigma2)
     scaled = rows[C:].view(rank, C, d).transpose(0, 1)
@@ -338,7 +366,7 @@ def orthonormalize(A: Tensor) -> Tuple[Tensor, Tensor]:
     C, d, r = A.shape
     A = A.contiguous()
     p = Parameters(A, A, A, A, A)
-    R, cp = triton.next_power_of_2(r), _pad(C, 16)
+    R, cp = _power_of_2(r), _pad(C, 16)
     coef = torch.empty(_coef_size(cp, R), dtype=_FP32, device=A.device)
     out = torch.empty((cp * R, _pad(d, 8)), dtype=_FP32, device=A.device)
     classes = Classes(out, coef, C, cp, R, False)
@@ -387,7 +415,7 @@ class FusedLogits:
         like = features.shape, features.dtype
         repeated = self._repeated.get(like)
         if repeated is None:
-            if len(self._repeated) >= _MAX_REPEATED:
+            if len(self._repeated) >= MAX_REPEATED:
                 self._repeated.clear()
             repeated = self._repeated[like] = _Repeated(features, self.classes, self.sigma2_raw)
         return repeated(features)
@@ -409,35 +437,29 @@ class _Repeated:
         finally:
             _record.reset(token)
         self.launches = []
-        for launch, args in record:
+        for launch, args, numbers in record:
             changing = [(i, k) for i, a in enumerate(args) for k, t in enumerate(tensors) if a is t]
-            self.launches.append((launch, self._addresses(args), changing))
+            self.launches.append((launch, _addresses(args), changing, numbers))
 
     def __call__(self, features: Tensor) -> Tensor:
         tensors = self._tensors(features)
-        addresses = self._addresses(tensors)
-        for launch, args, changing in self.launches:
+        addresses = _addresses(tensors)
+        for launch, args, changing, numbers in self.launches:
             args = args.copy()
             for i, k in changing:
                 args[i] = addresses[k]
-            launch(*args)
-        return tensors[-1].view(self.shape)
+            launch(*args, *numbers)
+        return tensors[-1] if features.ndim == 2 else tensors[-1].view(self.shape)
 
     def _tensors(self, features: Tensor) -> Tuple[Tensor, ...]:
-        flat = features.detach().view(-1, features.shape[-1])
+        flat = features if features.ndim == 2 else features.view(-1, features.shape[-1])
         out = torch.empty((flat.shape[0], self.shape[-1]), dtype=_FP32, device=flat.device)
         return (flat, *_new_embeddings(flat, self.classes.split), out)
-
-    @staticmethod
-    def _addresses(args: Sequence[Any]) -> List[Any]:
-        if triton.knobs.runtime.interpret:
-            return list(args)
-        return [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
 
 
 def _chunks(A: Tensor) -> List[Tuple[int, int]]:
     C, d, r = A.shape
-    size = 2 * C * d * triton.next_power_of_2(r)
+    size = 2 * C * d * _power_of_2(r)
     count = 1 if size <= KEEP_BYTES else -(-size // CHUNK_BYTES)
     step = _pad(-(-C // count), 16)
     return [(start, min(C, start + step)) for start in range(0, C, step)]
@@ -497,7 +519,7 @@ def backward(
     features, p = features.contiguous(), Parameters(*(t.contiguous() for t in parameters))
     B, d = features.shape
     C, _, r = p.A.shape
-    R, dp = triton.next_power_of_2(r), _pad(d, 8)
+    R, dp = _power_of_2(r), _pad(d, 8)
     device = features.device
     x, kept = Embeddings(*kept[:3]), kept[3:]
     grad = grad.contiguous()
@@ -509,7 +531,7 @@ def backward(
     dx: Optional[Tensor] = None
     with _device(features):
         amax = torch.empty(kernels.AMAX_PROGRAMS, dtype=_FP32, device=device)
-        _launch(kernels.amax_kernel, (len(amax),), (grad, amax, grad.numel()), dict(BLOCK=2048, num_warps=8))
+        _launch(kernels.amax_kernel, (len(amax),), (grad, amax), (grad.numel(),), dict(BLOCK=2048, num_warps=8))
         chunks = _chunks(p.A)
         for k, (start, stop) in enumerate(chunks):
             part, dpart = (p, g) if len(chunks) == 1 else (p.part(start, stop), g.part(start, stop))
@@ -531,8 +553,8 @@ def backward(
             _launch(
                 kernels.logits_grad_kernel, (cp // options['BC'],),
                 (grad[:, start:stop], t, xm, x.factor, part.v_raw, p.sigma2_raw, classes.coef, amax, operands, partial,
-                 dpart.v_raw, dpart.bias, dprec[start:stop], v_min, sigma2_min, top,
-                 B, n_classes, cp, C, operands.stride(0), r, R, split, x.exact), options,
+                 dpart.v_raw, dpart.bias, dprec[start:stop]),
+                (v_min, sigma2_min, top, B, n_classes, cp, C, operands.stride(0), r, R, split, x.exact), options,
             )  # fmt: skip
             del t, xm
             product = _exact_product(operands, classes) if split else _mm(operands, classes.operand, _FP32)
@@ -545,14 +567,14 @@ def backward(
                 dU = _mm(operands[:, :n].t(), x.hi, _FP16)
                 P = _product(hi, lo, cp, x)
             del operands
-            options = dict(WIDTH=triton.next_power_of_2(dp), **_class_grad_options(R, split))
-            tiles = triton.cdiv(n_classes, options['NC']) * triton.cdiv(d, options['BLOCK'])
+            options = dict(WIDTH=_power_of_2(dp), **_class_grad_options(R, split))
+            tiles = _cdiv(n_classes, options['NC']) * _cdiv(d, options['BLOCK'])
             rest = B + 1 if stop == C else 0
             _launch(
                 kernels.class_grad_kernel, (tiles + rest,),
                 (p.sigma2_raw, amax, classes.operand, classes.coef, partial, dU, P, dpart.A, dpart.weight,
-                 features, x.factor, dx, dprec, dfeatures, g.sigma2_raw, sigma2_min, top,
-                 tiles, B, n_classes, C, cp, d, dp, r, R, split, x.exact), options,
+                 features, x.factor, dx, dprec, dfeatures, g.sigma2_raw),
+                (sigma2_min, top, tiles, B, n_classes, C, cp, d, dp, r, R, split, x.exact), options,
             )  # fmt: skip
             del classes, dU, P
     return [dfeatures, *g]
@@ -583,8 +605,8 @@ def _product(hi: Tensor, lo: Tensor, n: int, x: Embeddings) -> Tensor:
     out = torch.empty((n, dp), dtype=_FP32, device=x.hi.device)
     options = _product_options()
     _launch(
-        kernels.product_kernel, (triton.cdiv(n, options['BN']), triton.cdiv(dp, options['BD'])),
-        (hi, lo, x.hi, x.lo, out, B, n, dp, hi.stride(0), x.exact), options,
+        kernels.product_kernel, (_cdiv(n, options['BN']), _cdiv(dp, options['BD'])),
+        (hi, lo, x.hi, x.lo, out), (B, n, dp, hi.stride(0), x.exact), options,
     )  # fmt: skip
     return out
 
