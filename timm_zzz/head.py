@@ -240,8 +240,8 @@ class ZZZHead(nn.Module):
     input), also under autocast and for a float16 or bfloat16 module.
 
     In eval mode without gradients the head keeps its fused form, which :meth:`fuse` returns, until a parameter changes
-    through a module, an optimiser, or an operation in place. Writes by hand through ``.data`` or shared memory, and those
-    of a replayed CUDA graph, are invisible to PyTorch's version counters: call ``train()`` or ``eval()`` after them,
+    through a module, an optimiser, or an operation in place. PyTorch's version counters do not see writes by hand
+    through ``.data`` or shared memory, nor those of a replayed CUDA graph: call ``train()`` or ``eval()`` after them,
     which drop what is kept.
 
     Args:
