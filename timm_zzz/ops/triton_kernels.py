@@ -455,9 +455,13 @@ def rows_kernel(
     A, W, OUT, COEF, SCRATCH, F, XH, XL, XF, programs, C, cp, d, dp, r, R: tl.constexpr, CLASSES: tl.constexpr,
     SPLIT: tl.constexpr, BASIS_ONLY: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
-    """Whole rows: the bases of flagged classes in the first programs, one embedding in each of the others."""
-    _wait(OVERLAP)
+    """Whole rows: the bases of flagged classes in the first programs, one embedding in each of the others.
+
+    Behind basis_kernel, which has waited for all before it, embeddings need not wait: they share nothing with it.
+    """
     pid = tl.program_id(0).to(tl.int64)
+    if pid < programs or programs == 0:
+        _wait(OVERLAP)
     if pid >= programs:
         _embed(F, XH, XL, XF, pid - programs, d, dp, EXACT, BLOCK)
     else:
