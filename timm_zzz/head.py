@@ -158,12 +158,12 @@ class FusedZZZHead(nn.Module):
         """Logits of shape (..., C) for embeddings of shape (..., d)."""
         return self.logits(x)
 
-    def logits(self, x: Tensor, plain: bool = False) -> Tensor:
-        """Logits of shape (..., C) for embeddings of shape (..., d), whatever kind of classifier this replaces.
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of shape (..., C) for embeddings of shape (..., d), whatever kind of classifier this replaces."""
+        return self._logits(x, False)
 
-        Args:
-            plain: Whether the caller knows that neither ``x`` nor this module's tensors are traced or transformed.
-        """
+    def _logits(self, x: Tensor, plain: bool) -> Tensor:
+        """With ``plain`` the caller knows that neither ``x`` nor this module's tensors are traced or transformed."""
         logits: Optional[Tensor] = None
         if not torch.jit.is_scripting():
             logits = self._kernel_logits(x, plain)
@@ -378,7 +378,7 @@ class ZZZHead(nn.Module):
             if not self.training and not torch.is_grad_enabled():
                 kept = self._kept_fused(x)
                 if kept is not None:
-                    return kept.logits(x, True)
+                    return kept._logits(x, True)
         return zzz_logits(
             x,
             self.weight,
