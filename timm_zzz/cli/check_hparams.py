@@ -31,7 +31,6 @@ from timm.models import (
     is_model,
     is_model_pretrained,
     list_models,
-    resolve_model_input_args,
 )
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -57,7 +56,8 @@ def check(path: Union[str, Path], script: TrainScript = NEWEST, build_model: boo
     """Check a recipe for a train.py; with ``build_model`` build the model without memory and run it at its sizes."""
     places = dict.fromkeys(_parameters(ZZZAdamW) - NEWEST.options.keys(), 'opt_kwargs')
     recipe = Recipe(script, {**places, **dict.fromkeys(_ZZZ_OPTIONS, 'model_kwargs')})
-    with warnings.catch_warnings(action='ignore'), ExitStack() as stack:
+    with warnings.catch_warnings(), ExitStack() as stack:
+        warnings.simplefilter('ignore')
         stack.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.CRITICAL)  # timm's log stays out of the report, as its warnings do
         if recipe.read(path):
@@ -323,8 +323,9 @@ def _create(recipe: Recipe, name: str, s: argparse.Namespace) -> nn.Module:
     if repeated:
         raise TypeError(f'model_kwargs: {", ".join(repeated)} has an option of its own, and train.py passes both')
     arguments.update((key, value) for key, value in s.model_kwargs.items() if key != 'device')
-    if recipe.script.resizes_model:
-        arguments = resolve_model_input_args(name, vars(s), **arguments)
+    resolve: Any = getattr(timm.models, 'resolve_model_input_args', None)  # from timm 1.0.31 on, as such scripts
+    if recipe.script.resizes_model and resolve is not None:
+        arguments = resolve(name, vars(s), **arguments)
         name = arguments.pop('model_name')
     with torch.device('meta'):
         return timm.create_model(name, **arguments).eval()

@@ -18,9 +18,9 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, 
 
 import timm
 import torch
+from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
-from tqdm import tqdm
 
 from .. import __version__
 from ..data import SPLIT_FOLDERS, Split, open_split
