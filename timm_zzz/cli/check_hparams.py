@@ -400,15 +400,20 @@ def _check_optimizer(recipe: Recipe, model: Optional[nn.Module]) -> None:
             optimizer = _attempt(recipe, create, keys, 'opt')
     optimizer = optimizer or torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     keys = {key: key for key in chain(*FACTS['schedule'])}
-    _attempt(
-        recipe, lambda s: create_scheduler_v2(optimizer, **scheduler_kwargs(s), updates_per_epoch=1), keys, 'sched'
-    )
+    _attempt(recipe, partial(_create_scheduler, optimizer), keys, 'sched')
     _check_lr(recipe, name)
     scale = s.opt_kwargs.get('head_lr_scale', 1)
     for key, value in (('warmup_lr', s.warmup_epochs and s.warmup_lr), ('min_lr', s.min_lr)):
         if value and name == OPTIMIZER and isinstance(scale, int | float) and scale != 1:
             where = recipe.first(key, 'opt_kwargs.head_lr_scale')
             recipe.note(where, f'{key} is {value:g}, and {value * scale:g} for the head; write {key}: 0.0')
+
+
+def _create_scheduler(optimizer: torch.optim.Optimizer, s: argparse.Namespace) -> Any:
+    scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(s), updates_per_epoch=1)
+    if scheduler is None and s.sched != 'none':  # timm itself refuses it from 1.0.31 on
+        raise ValueError(f"Unknown scheduler '{s.sched}'")
+    return scheduler
 
 
 def _check_lr(recipe: Recipe, optimizer: str) -> None:
