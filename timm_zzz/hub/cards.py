@@ -74,7 +74,7 @@ def model_card(
         ValueError: For results without the command that measured them, a value that is not a number, or a malformed
             repository id.
     """
-    from jinja2 import Template  # a dependency of torch
+    from jinja2 import Template
 
     validate_repo_id(repo_id)
     if results and not results_command:
