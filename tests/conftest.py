@@ -26,10 +26,28 @@ _guard = Path(__file__).resolve().parent / 'guard'
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(_guard), os.environ.get('PYTHONPATH')]))
 runpy.run_path(str(_guard / 'sitecustomize.py'))
 
+import huggingface_hub  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+if hasattr(huggingface_hub, 'configure_http_backend'):  # 0.x: a card is checked at a fixed address
+    import requests
+    from huggingface_hub.utils._http import _default_backend_factory
+
+    class _ToOwnHub(requests.adapters.HTTPAdapter):
+        def send(self, request, *args, **kwargs):
+            request.url = request.url.replace('https://huggingface.co', _server.endpoint)
+            return super().send(request, *args, **kwargs)
+
+    def _session():
+        session = _default_backend_factory()
+        session.mount('https://huggingface.co', _ToOwnHub())
+        return session
+
+    huggingface_hub.configure_http_backend(_session)
 
 
 _OUTSIDE = {'hub', 'run', 'timm_scripts'}
@@ -70,6 +88,22 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path / 'cache'))  # for other processes
     monkeypatch.setenv('HF_TOKEN', 'hf_owner')
     return _server
+
+
+@pytest.fixture
+def go_offline(hub, monkeypatch):
+    """Put the client offline when called, as HF_HUB_OFFLINE=1 does at its start."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    reset = getattr(_http, 'reset_sessions', lambda: None)  # of 0.x, which asks when it opens a session
+
+    def _go_offline():
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+        reset()
+
+    yield _go_offline
+    reset()
 
 
 @pytest.fixture(params=[0o022, 0o027], ids=oct)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -305,7 +305,8 @@ class HubServer:
         return _Answer(200, url)
 
     def _on_validate(self, request: Request, body: bytes) -> _Answer:
-        errors = _card_errors(json.loads(body)['content'])
+        is_json = request.headers['content-type'].startswith('application/json')  # from huggingface_hub 1.0 on
+        errors = _card_errors(json.loads(body)['content'] if is_json else parse_qs(body.decode())['content'][0])
         answer = {'errors': [{'message': error} for error in errors], 'warnings': []}
         return _Answer(400, {'error': '; '.join(errors), **answer}) if errors else _Answer(200, answer)
 
@@ -327,7 +328,8 @@ class HubServer:
             objects.append({'oid': wanted['oid'], 'size': wanted['size']})
             if wanted['oid'] not in self._blobs:
                 objects[-1]['actions'] = {'upload': {'href': f'{self.endpoint}/storage/{wanted["oid"]}'}}
-        return _Answer(200, {'transfer': 'basic', 'objects': objects}, Content_Type='application/vnd.git-lfs+json')
+        transfer = 'xet' if self.xet_dir and 'xet' in batch.get('transfers', ()) else 'basic'
+        return _Answer(200, {'transfer': transfer, 'objects': objects}, Content_Type='application/vnd.git-lfs+json')
 
     def _on_upload(self, request: Request, body: bytes, oid: str) -> _Answer:
         if hashlib.sha256(body).hexdigest() != oid:

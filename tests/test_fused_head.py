@@ -133,8 +133,11 @@ def onnx_logits(file, x):
 def test_onnx(kind, shape, fuse, dynamo, tmp_path):
     """For batches of other sizes than the exported one."""
     pytest.importorskip('onnxscript')
+    if fuse and dynamo and torch.__version__.startswith('2.6.'):
+        pytest.skip("torch 2.6 can't decompose addcmul with a symbolic size for ONNX")
     head, x = random_head(kind=kind, sigma2_init=1e-2), torch.randn(shape)
-    batch = dict(dynamic_shapes=[{0: 'batch'}], verbose=False) if dynamo else dict(dynamic_axes={'input': {0: 'batch'}})
+    shapes = [{0: torch.export.Dim('batch')}]  # by its name from torch 2.7 on
+    batch = dict(dynamic_shapes=shapes, verbose=False) if dynamo else dict(dynamic_axes={'input': {0: 'batch'}})
     module, file = head.fuse() if fuse else head, tmp_path / 'head.onnx'
     torch.onnx.export(module, (x[:2],), str(file), input_names=['input'], dynamo=dynamo, **batch)
     for count in (4, 7):
@@ -217,7 +220,8 @@ def test_int8_keeps_the_directions(sigma2):
     target = torch.arange(3000) % 30
     x = mu[target] + torch.einsum('bdr,br->bd', basis[target], torch.randn(3000, 4) * v[target].sqrt())
     x += sigma2**0.5 * torch.randn(3000, 64)
-    with warnings.catch_warnings(action='ignore'):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
         quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(head.fuse()), {nn.Linear}, torch.qint8)
     exact = head.double()(x.double()).detach()
     assert accuracy(quantised(x), target) > accuracy(exact, target) - 0.02
@@ -228,7 +232,8 @@ def test_dynamic_quantisation_reaches_the_fused_head(task):
     heads, _, (x, target) = task
     fused = nn.Sequential(copy.deepcopy(heads['zzz']))
     before = len(pickle.dumps(fused.state_dict()))
-    with warnings.catch_warnings(action='ignore'):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
         quantised = torch.ao.quantization.quantize_dynamic(fused, {nn.Linear}, torch.qint8)
     assert accuracy(quantised(x), target) > accuracy(fused(x), target) - 0.02
     assert not torch.equal(quantised(x), fused(x))

@@ -152,7 +152,9 @@ def test_shards(shard, tmp_path):
     model, loaded = (nn.Sequential(nn.Linear(12, 12), ZZZHead(5, 12, 3)) for _ in range(2))
     huggingface_hub.save_torch_model(model, tmp_path, max_shard_size=shard)
     assert len(list(tmp_path.glob('*.safetensors'))) > 1
-    huggingface_hub.load_torch_model(loaded, tmp_path, strict=True)
+    # 0.x holds each shard against the whole model when strict
+    strict = not hasattr(huggingface_hub, 'configure_http_backend')
+    huggingface_hub.load_torch_model(loaded, tmp_path, strict=strict)
     for (name, expected), actual in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert torch.equal(actual, expected), name
 

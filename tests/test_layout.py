@@ -1,9 +1,11 @@
 """The package's layout: few entries at the top, imports that point one way, and a short way for a batch."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 
@@ -48,6 +50,40 @@ def test_imports_point_one_way():
             if name != '__version__':
                 assert layer_of(name) <= layer_of(own), f'{path.relative_to(PACKAGE)} imports {name}'
     assert found > 80
+
+
+# Distributions by the name of their module, where the two differ
+DISTRIBUTIONS = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'yaml': 'pyyaml'}
+
+
+def modules_imported(node, top=True):
+    """Modules of others that a source imports, each with whether it does so as soon as it is imported itself."""
+    for child in ast.iter_child_nodes(node):
+        names = [alias.name for alias in child.names] if isinstance(child, ast.Import) else []
+        if isinstance(child, ast.ImportFrom) and not child.level:
+            names = [child.module]
+        yield from ((name.partition('.')[0], top) for name in names)
+        yield from modules_imported(child, top and not isinstance(child, (ast.FunctionDef, ast.Lambda)))
+
+
+def test_every_import_is_declared():
+    """In pyproject.toml: what functions import may be in an extra. Triton is looked for before it is imported."""
+    tomllib = pytest.importorskip('tomllib', reason='Python 3.10 reads no TOML')
+    project = tomllib.loads((PACKAGE.parent / 'pyproject.toml').read_text(encoding='utf-8'))['project']
+    always, extra = (
+        {re.match(r'[\w-]+', requirement)[0] for requirement in requirements}
+        for requirements in (project['dependencies'], sum(project['optional-dependencies'].values(), []))
+    )
+    found = set()
+    for path in PACKAGE.rglob('*.py'):
+        for module, top in modules_imported(ast.parse(path.read_text(encoding='utf-8'))):
+            if module not in {*sys.stdlib_module_names, 'timm_zzz'}:
+                name = DISTRIBUTIONS.get(module, module)
+                found.add(name)
+                kernels = {'triton'} if path.parent.name == 'ops' else set()
+                declared = always | kernels if top else always | kernels | extra
+                assert name in declared, f'{path.relative_to(PACKAGE)} imports {module}'
+    assert always <= found
 
 
 def files_of(function):

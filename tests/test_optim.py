@@ -3,6 +3,7 @@
 import copy
 import csv
 import gc
+import inspect
 import math
 import pickle
 import shutil
@@ -151,7 +152,7 @@ def test_groups():
     optimizer = ZZZAdamW(groups, head_lr_scale=5.0)
     assert options_of(optimizer, head.A) == (10.0, 3.0) and options_of(optimizer, head.v_raw) == (10.0, 0.0)
     layered = ZZZAdamW([dict(params=head.parameters(), lr_scale=0.5)], head_lr_scale=SCALE)  # as of timm's layer decay
-    create_scheduler_v2(layered, sched='constant')
+    create_scheduler_v2(layered, sched='step')
     assert options_of(layered, head.A)[0] == pytest.approx(1e-3 * SCALE * 0.5)
     optimizer.add_param_group(dict(params=model.cls_token))
     assert options_of(optimizer, model.cls_token) == (1e-3, 1e-2)
@@ -285,7 +286,11 @@ def test_schedulers_keep_the_factor(sched, unit, options):
     if sched == 'plateau' and unit == 'updates':
         pytest.skip('timm steps plateau per epoch only')
     schedule = dict(sched=sched, num_epochs=9, decay_rate=0.5, decay_milestones=[3, 5], noise=[0.6], noise_seed=1)
-    schedule.update(decay_epochs=2, stable_timescale=2, step_on_epochs=unit != 'updates', updates_per_epoch=1)
+    schedule.update(decay_epochs=2, step_on_epochs=unit != 'updates', updates_per_epoch=1)
+    if sched in ('wsd', 'rsqrt', 'constant'):
+        if 'stable_timescale' not in inspect.signature(create_scheduler_v2).parameters:
+            pytest.skip(f'timm before 1.0.31 has no schedule {sched}')
+        schedule.update(stable_timescale=2)
     if unit != 'epochs':
         schedule.update(warmup_epochs=3, warmup_lr=1e-4)
         schedule.update(dict(min_lr=1e-5) if sched != 'plateau' else {})  # torch's has one floor for all groups

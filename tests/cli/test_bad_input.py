@@ -3,6 +3,7 @@
 import argparse
 import builtins
 import io
+import pathlib
 import pickle
 import random
 import shutil
@@ -135,6 +136,8 @@ def unreadable(monkeypatch, path):
 
     monkeypatch.setattr(builtins, 'open', refuse)
     monkeypatch.setattr(io, 'open', refuse)  # pathlib's
+    if hasattr(pathlib, '_NormalAccessor'):  # Python 3.10
+        monkeypatch.setattr(pathlib._NormalAccessor, 'open', staticmethod(refuse))
 
 
 @pytest.mark.parametrize('command', ['push', 'report'])

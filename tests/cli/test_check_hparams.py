@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
 from timm.data import create_dataset
 
@@ -280,6 +281,8 @@ CASES = [(False, *case) for case in ONE] + [(True, *case) for case in BUILT]
     'build_model, recipe, change, line, level, text', CASES, ids=[f'{i}-{c[2]!r:.40}' for i, c in enumerate(CASES)]
 )
 def test_one_finding(tmp_path, build_model, recipe, change, line, level, text):
+    if 'wsd' in change and not hasattr(timm.models, 'resolve_model_input_args'):
+        pytest.skip('timm before 1.0.31 has no schedule wsd')
     change = change.replace('THIS_FILE', __file__)
     found = findings(tmp_path, changed(recipe, change) if recipe else change, build_model=build_model)
     assert [(f.line, f.level) for f in found] == [(line, level)], found
@@ -478,7 +481,9 @@ def test_options_of_the_given_script(script, tmp_path, capsys):
     # The model is built for the size by scripts that do it themselves.
     recipe.write_text(changed(FIXED, 'img_size: 128'))
     resizing = NEWEST._replace(resizes_model=True)
-    assert [f.line for f in check(recipe)] == [6] and check(recipe, resizing) == []
+    assert [f.line for f in check(recipe)] == [6]
+    if hasattr(timm.models, 'resolve_model_input_args'):  # of timm 1.0.31, as such scripts are
+        assert check(recipe, resizing) == []
 
 
 def test_printed_options_are_the_end_of_the_file_in_the_package(capsys):

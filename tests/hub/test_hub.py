@@ -8,19 +8,20 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save, save_file
-from timm.data import resolve_input_data_config
 
 import timm_zzz
 from timm_zzz import ZZZHead, from_pretrained, push_to_hub, save_pretrained
 from timm_zzz.errors import AccessError, CheckpointError, ConfigError, NotFoundError, UnavailableError
 from timm_zzz.hub import load
 from timm_zzz.hub.cards import model_card
+from timm_zzz.models import _timm
 
 REPO = 'owner/birds-zzz'
 
@@ -53,7 +54,7 @@ def image(model):
 
 
 def preprocessing(model):
-    config = resolve_input_data_config(model)
+    config = getattr(timm.data, 'resolve_input_data_config', _timm.input_config)(model)
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}  # JSON has lists
 
 
@@ -84,6 +85,7 @@ EXCHANGES = [
     pytest.param(writer, case, marks=pytest.mark.slow if 'folder' in writer and case != 'r 16' else ())
     for writer in WRITERS
     for case in MODELS
+    if _timm.SAVES_ARGS or 'timm_zzz' in writer  # timm's own functions save no arguments before 1.0.31
 ]
 
 
@@ -162,7 +164,8 @@ def test_models_changed_after_create_model(tmp_path):
     attached = timm_zzz.attach(timm.create_model('test_resnet', num_classes=5), rank=3, v_min=1e-3)
     resized = create()
     resized.reset_classifier(7)
-    resized.set_input_size(img_size=128)
+    if _timm.SAVES_ARGS:  # timm before 1.0.31 does not record it
+        resized.set_input_size(img_size=128)
     tied = create('in_chans').to(memory_format=torch.channels_last)
     tied.layer1[0].bn1.bias = tied.layer1[0].bn2.bias
     assert not all(tensor.is_contiguous() for tensor in tied.state_dict().values())
@@ -261,7 +264,7 @@ def test_private_repository(hub, monkeypatch):
         assert isinstance(e.value.__cause__, hub_errors.RepositoryNotFoundError)
 
 
-def test_cache_folder_and_offline(hub, tmp_path, monkeypatch):
+def test_cache_folder_and_offline(hub, tmp_path, go_offline):
     model = create()
     push_to_hub(model, REPO)
     from_pretrained(REPO, cache_dir=tmp_path / 'mine')
@@ -271,7 +274,7 @@ def test_cache_folder_and_offline(hub, tmp_path, monkeypatch):
     assert len(hub.requests) == seen
     with pytest.raises(UnavailableError, match='cache has no config.json'):
         from_pretrained(REPO, local_files_only=True)
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    go_offline()
     from_pretrained(REPO, cache_dir=tmp_path / 'mine')
     with pytest.raises(UnavailableError, match='owner/birds-zzz: the Hub is offline'):
         from_pretrained(REPO, cache_dir=tmp_path / 'empty')
@@ -382,7 +385,8 @@ def test_unavailable(pushed, fault, match, monkeypatch):
     if fault == 'refused':
         template = 'http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}'
         monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
-        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+        for place in ('constants', 'file_download'):  # the latter in huggingface_hub 0.x
+            monkeypatch.setattr(f'huggingface_hub.{place}.HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False)
     else:
         pushed.fault(match, fault, **(dict(status=503) if fault == 'status' else {}))
     what = r'failed \(503\): try again later' if fault == 'status' else "can't be reached|out of reach"
@@ -401,7 +405,8 @@ def test_a_warm_cache_still_works(pushed, fault):
 def test_a_passing_fault_is_tried_again(pushed):
     pushed.fault('config.json', 'slow', delay=0.3)
     pushed.fault('/storage/', 'drop', times=1)
-    pushed.fault('/storage/', 'truncate', times=1)
+    if not hasattr(huggingface_hub, 'configure_http_backend'):  # 0.x gives up when an answer breaks off
+        pushed.fault('/storage/', 'truncate', times=1)
     from_pretrained(REPO)
 
 

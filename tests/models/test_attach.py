@@ -11,6 +11,7 @@ from torch import nn
 from timm_zzz import ZZZHead, attach
 from timm_zzz.fit import fit_model
 from timm_zzz.head import ZZZConvHead, heads_of
+from timm_zzz.models import _timm
 
 # One small architecture per way of holding the classifier
 ARCHITECTURES = ['test_vit', 'test_resnet', 'test_efficientnet', 'test_convnext']
@@ -44,7 +45,11 @@ def test_reset_classifier(name):
     model = attach(timm.create_model(name, num_classes=5), rank=3, v_init=0.5).to(torch.float64).eval()
     model.reset_classifier(7)
     head = model.get_classifier()
-    assert (head.num_classes, head.rank, head.weight.dtype, head.training) == (7, 3, torch.float64, False)
+    linear = timm.create_model(name, num_classes=5).to(torch.float64)
+    linear.reset_classifier(7)
+    dtype = linear.get_classifier().weight.dtype  # float32 before timm 1.0.29
+    assert (head.num_classes, head.rank, head.weight.dtype, head.training) == (7, 3, dtype, False)
+    model.to(torch.float64)
     assert model.num_classes == 7 and model(image(model).double()).shape == (2, 7)
     model.reset_classifier(0)
     assert isinstance(model.get_classifier(), nn.Identity) and model(image(model).double()).ndim == 2
@@ -80,6 +85,8 @@ def test_pairs_of_classifiers():
     assert model(image(model)).shape == (2, model.num_features)
     model = attach(timm.create_model('efficientformerv2_s0', num_classes=5, distillation=False), rank=3).eval()
     assert [type(head) for head in model.get_classifier()] == [ZZZHead, type(None)]
+    if not _timm.SAVES_ARGS:
+        pytest.skip('timm before 1.0.31 calls the classifier that this model has not got')
     assert model(image(model)).shape == (2, 5)
 
 
@@ -215,7 +222,7 @@ def test_unsupported_classifiers_are_named():
 
 
 def test_models_without_a_classifier_and_wrong_options():
-    for name in ('deepseek_vit_412m_enc', 'gemma4_vit_167m_enc'):
+    for name in filter(timm.is_model, ('deepseek_vit_412m_enc', 'gemma4_vit_167m_enc')):  # not in timm 1.0.28
         with torch.device('meta'), pytest.raises(ValueError, match=f'{name} has no classifier'):
             attach(timm.create_model(name))
     with pytest.raises(ValueError, match='Linear has no classifier'):

@@ -113,6 +113,8 @@ def check_sharded(folder, kind, device, atol):
 @pytest.mark.integration
 @pytest.mark.parametrize('kind', ['fsdp1', 'fsdp2'])
 def test_sharded(kind, tmp_path):
+    if torch.__version__.startswith(('2.6.', '2.7.')):
+        pytest.skip('torch 2.6 and 2.7 crash or train wrongly under FSDP on the CPU, a linear model too')
     torch.multiprocessing.spawn(ddp.spawned, (ddp.sharded, tmp_path, kind, 'cpu'), nprocs=2)
     check_sharded(tmp_path, kind, 'cpu', 1e-5)
 

@@ -3,7 +3,7 @@ import pytest
 
 def run_kernels(run, root, marker):
     """test_kernels.py on the CPU; in a process of its own, since Triton reads the variable as it is imported."""
-    pytest.importorskip('triton', reason='Triton is not installed')
+    pytest.importorskip('triton', minversion='3.6', reason='Triton is not installed, or too old')
     result = run(
         *('-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', marker, root / 'tests/ops/test_kernels.py'),
         env={'TRITON_INTERPRET': '1', 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'},

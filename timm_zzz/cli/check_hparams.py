@@ -31,7 +31,6 @@ from timm.models import (
     is_model,
     is_model_pretrained,
     list_models,
-    resolve_model_input_args,
 )
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -57,7 +56,8 @@ def check(path: Union[str, Path], script: TrainScript = NEWEST, build_model: boo
     """Check a recipe for a train.py; with ``build_model`` build the model without memory and run it at its sizes."""
     places = dict.fromkeys(_parameters(ZZZAdamW) - NEWEST.options.keys(), 'opt_kwargs')
     recipe = Recipe(script, {**places, **dict.fromkeys(_ZZZ_OPTIONS, 'model_kwargs')})
-    with warnings.catch_warnings(action='ignore'), ExitStack() as stack:
+    with warnings.catch_warnings(), ExitStack() as stack:
+        warnings.simplefilter('ignore')
         stack.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.CRITICAL)  # timm's log stays out of the report, as its warnings do
         if recipe.read(path):
@@ -323,8 +323,9 @@ def _create(recipe: Recipe, name: str, s: argparse.Namespace) -> nn.Module:
     if repeated:
         raise TypeError(f'model_kwargs: {", ".join(repeated)} has an option of its own, and train.py passes both')
     arguments.update((key, value) for key, value in s.model_kwargs.items() if key != 'device')
-    if recipe.script.resizes_model:
-        arguments = resolve_model_input_args(name, vars(s), **arguments)
+    resolve: Any = getattr(timm.models, 'resolve_model_input_args', None)  # from timm 1.0.31 on, as such scripts
+    if recipe.script.resizes_model and resolve is not None:
+        arguments = resolve(name, vars(s), **arguments)
         name = arguments.pop('model_name')
     with torch.device('meta'):
         return timm.create_model(name, **arguments).eval()
@@ -399,15 +400,20 @@ def _check_optimizer(recipe: Recipe, model: Optional[nn.Module]) -> None:
             optimizer = _attempt(recipe, create, keys, 'opt')
     optimizer = optimizer or torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     keys = {key: key for key in chain(*FACTS['schedule'])}
-    _attempt(
-        recipe, lambda s: create_scheduler_v2(optimizer, **scheduler_kwargs(s), updates_per_epoch=1), keys, 'sched'
-    )
+    _attempt(recipe, partial(_create_scheduler, optimizer), keys, 'sched')
     _check_lr(recipe, name)
     scale = s.opt_kwargs.get('head_lr_scale', 1)
     for key, value in (('warmup_lr', s.warmup_epochs and s.warmup_lr), ('min_lr', s.min_lr)):
         if value and name == OPTIMIZER and isinstance(scale, int | float) and scale != 1:
             where = recipe.first(key, 'opt_kwargs.head_lr_scale')
             recipe.note(where, f'{key} is {value:g}, and {value * scale:g} for the head; write {key}: 0.0')
+
+
+def _create_scheduler(optimizer: torch.optim.Optimizer, s: argparse.Namespace) -> Any:
+    scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(s), updates_per_epoch=1)
+    if scheduler is None and s.sched != 'none':  # timm itself refuses it from 1.0.31 on
+        raise ValueError(f"Unknown scheduler '{s.sched}'")
+    return scheduler
 
 
 def _check_lr(recipe: Recipe, optimizer: str) -> None:

@@ -1,6 +1,6 @@
 """``python -m timm_zzz demo``: train a ZZZ head and a linear head on images of beetles drawn on the spot.
 
-Everything but the drawing is timm's: models, loaders, optimiser, schedule and training task.
+Everything but the drawing is timm's: models, loaders, optimiser and schedule.
 """
 
 import argparse
@@ -15,14 +15,13 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
+from huggingface_hub.utils import tqdm
 from PIL import Image, ImageDraw
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask
 from timm.utils import random_seed
 from torch import nn
-from tqdm import tqdm
 
 from ..data import eval_loader
 from ..errors import CheckpointError
@@ -129,18 +128,17 @@ def train(name: str, folder: Path, epochs: int, seed: int, device: torch.device,
     options: Dict[str, Any] = {key: config[key] for key in ('input_size', 'interpolation', 'mean', 'std')}
     options.update(scale=(0.8, 1.0), ratio=(0.9, 1.1), color_jitter=0.2)
     loader: Any = create_loader(dataset, batch_size=64, is_training=True, num_workers=workers, device=device, **options)
-    task = ClassificationTask(model, criterion=nn.CrossEntropyLoss(label_smoothing=0.1), device=device, verbose=False)
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     optimizer = create_optimizer_v2(model, opt='adamw', lr=4e-3, weight_decay=0.05)
     steps: Dict[str, Any] = dict(step_on_epochs=False, updates_per_epoch=len(loader))
     scheduler, _ = create_scheduler_v2(optimizer, num_epochs=epochs, warmup_epochs=2, warmup_lr=0.0, **steps)
     scheduler.step_update(0)
-    task.train()
+    model.train()
     batches = itertools.chain.from_iterable(itertools.repeat(loader, epochs))
     progress = tqdm(batches, desc=f'{name:>22}', total=epochs * len(loader), unit='step', file=sys.stderr)
     for step, (x, y) in enumerate(progress, 1):
         optimizer.zero_grad()
-        loss = task(x.to(device), y.to(device))['loss']
-        loss.backward()
+        criterion(model(x.to(device)), y.to(device)).backward()
         optimizer.step()
         scheduler.step_update(step)
     return model

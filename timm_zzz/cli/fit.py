@@ -9,11 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Optional, Union
 
+from huggingface_hub.utils import tqdm
 from safetensors.torch import save_file
 from timm.models import load_state_dict
 from timm.utils import ParseKwargs
 from torch import nn
-from tqdm import tqdm
 
 from .. import __version__
 from ..data import MissingSplitError, Split, find_left_out, open_split

@@ -18,9 +18,9 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, 
 
 import timm
 import torch
+from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
-from tqdm import tqdm
 
 from .. import __version__
 from ..data import SPLIT_FOLDERS, Split, open_split
@@ -216,11 +216,10 @@ def picture_of(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Op
 
 def check_extra() -> None:
     """Raise a ValueError that says how to install what draws the page, if it is missing."""
-    for name in ('jinja2', 'matplotlib'):
-        try:
-            importlib.import_module(name)
-        except ImportError as e:
-            raise ValueError(f'report needs {name}: pip install "timm_zzz[report]" ({e})') from e
+    try:
+        importlib.import_module('matplotlib')
+    except ImportError as e:
+        raise ValueError(f'report needs matplotlib: pip install "timm_zzz[report]" ({e})') from e
 
 
 def write_report(

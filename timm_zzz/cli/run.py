@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
+import torch
 import yaml
 from timm.models import clean_state_dict
-from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
 from ..data import find_left_out, open_split, read_class_map
@@ -66,7 +66,8 @@ def load_run(path: Path, *, use_ema: bool = False, model_name: Optional[str] = N
         raise ValueError(f'no such checkpoint: {checkpoint}')
     args_file, summary = checkpoint.with_name('args.yaml'), checkpoint.with_name('summary.csv')
     try:
-        saved = load_checkpoint_metadata(str(checkpoint))
+        with torch.serialization.safe_globals([Namespace]):
+            saved = torch.load(checkpoint, map_location='cpu', weights_only=True, mmap=True)
     except Exception as e:  # whatever a broken archive or pickle raises
         raise ValueError(f"{checkpoint} can't be read as a checkpoint of train.py: {one_line(e)}") from e
     if not isinstance(saved, dict) or not isinstance(saved.get('state_dict'), dict):

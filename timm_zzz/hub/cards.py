@@ -13,11 +13,11 @@ import torch
 import yaml
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
-from timm.data import resolve_input_data_config
 from torch import nn
 
 from ..data import shipped_files
 from ..head import heads_of
+from ..models._timm import input_config
 
 __all__ = ['model_card', 'top1', 'write_card']
 
@@ -74,7 +74,7 @@ def model_card(
         ValueError: For results without the command that measured them, a value that is not a number, or a malformed
             repository id.
     """
-    from jinja2 import Template  # a dependency of torch
+    from jinja2 import Template
 
     validate_repo_id(repo_id)
     if results and not results_command:
@@ -106,7 +106,7 @@ def model_card(
         model_name=title if results else None,
         eval_results=list(results) or None,
     )
-    channels, *size = resolve_input_data_config(model, data_config)['input_size']
+    channels, *size = input_config(model, data_config)['input_size']
     license_text = _escape(licence) + (", that of the backbone's weights" if inherited else '')
     if licence == 'unknown':
         license_text = "not recorded: see the backbone's and the data's"

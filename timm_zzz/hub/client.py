@@ -12,7 +12,8 @@ from .config import WEIGHTS
 __all__ = ['TransportError', 'translated']
 
 # Base class of all failures on the way, of the HTTP library that this version of the client uses
-TransportError: Any = client.HfHubHTTPError.__bases__[0]
+_bases = client.HfHubHTTPError.__mro__
+TransportError: Any = _bases[_bases.index(OSError) - 1]
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def translated(repo_id: str, revision: Optional[str], filename: Optional[str] = 
 
 def _translate(e: Any, repo_id: str, revision: Optional[str], filename: Optional[str]) -> Optional[HubError]:
     at = f'{repo_id}@{revision}' if revision else repo_id
-    status = getattr(getattr(e, 'response', None), 'status_code', 0)
+    status = _status(e)
     match e:  # The first that fits: subclasses stand above their base class.
         case client.GatedRepoError():
             return AccessError(
@@ -43,7 +44,7 @@ def _translate(e: Any, repo_id: str, revision: Optional[str], filename: Optional
             )
         case client.RevisionNotFoundError():
             return NotFoundError(f'{repo_id} has no revision {revision}: expected a branch, a tag or a commit')
-        case client.LocalEntryNotFoundError(__cause__=client.HfHubHTTPError()):
+        case client.LocalEntryNotFoundError() if _status(e.__cause__):
             return _translate(e.__cause__, repo_id, revision, filename)
         case client.LocalEntryNotFoundError():
             return UnavailableError(
@@ -52,11 +53,11 @@ def _translate(e: Any, repo_id: str, revision: Optional[str], filename: Optional
         case client.EntryNotFoundError():
             only = ': only safetensors weights are read' if filename == WEIGHTS else ''
             return NotFoundError(f'{at} has no {filename}{only}')
-        case client.HfHubHTTPError() if status in (401, 403):
+        case TransportError() if status in (401, 403):
             return AccessError(
                 f'{at}: the Hub refused ({status}): the token is missing or invalid, or has no right to do this'
             )
-        case client.HfHubHTTPError() if status in (408, 429) or status >= 500:
+        case TransportError() if status in (408, 429) or status >= 500:
             return UnavailableError(f'{at}: the Hub failed ({status}): try again later')
         case client.HfHubHTTPError():
             return HubError(f'{at}: {e}')
@@ -69,3 +70,8 @@ def _translate(e: Any, repo_id: str, revision: Optional[str], filename: Optional
         case RuntimeError(__cause__=Exception()):  # a failed upload
             return _translate(e.__cause__, repo_id, revision, filename)
     return None
+
+
+def _status(e: Any) -> int:
+    """Return the status code of the answer that an error tells of, 0 if there was none."""
+    return getattr(getattr(e, 'response', None), 'status_code', 0)

@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from dataclasses import fields
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, Dict, Iterable, Set, Tuple
@@ -208,8 +209,11 @@ class _Budget(TorchFunctionMode):
 
 def sha256(path: Path) -> str:
     """Compute the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
+        for block in iter(partial(file.read, 2**20), b''):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union, cast
 
-import timm
 import yaml
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from timm.utils import unwrap_model
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import CheckpointError, ConfigError, some
 from ..head import ZZZHead
-from ..models._timm import recorded_args
+from ..models import _timm
 from ..models.attach import find_classifiers
 from .client import translated
 from .config import CONFIG, SECTION, WEIGHTS, read_config, sha256
@@ -71,12 +70,11 @@ def save_pretrained(
         new = Path(temporary)
         handle = model.register_state_dict_post_hook(_own_memory)
         try:
-            timm.models.save_for_hf(
-                model, str(new), described, model_args, safe_serialization=True, data_config=data_config
-            )
+            lacking = _timm.save(model, new, described, model_args, data_config)
         finally:
             handle.remove()
         config = json.loads((new / CONFIG).read_text(encoding='utf-8'))
+        config['pretrained_cfg'].update(lacking)
         config[SECTION] = dict(version=__version__, weights_sha256=sha256(new / WEIGHTS))
         (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
         shutil.copymode(new / CONFIG, new / WEIGHTS)  # the umask's: safetensors writes for the owner only
@@ -88,7 +86,7 @@ def save_pretrained(
 
 def _check_model(model: nn.Module) -> None:
     kind = type(model).__name__
-    if not getattr(model, 'pretrained_cfg', None) or recorded_args(model) is None:
+    if not getattr(model, 'pretrained_cfg', None) or _timm.recorded_args(model) is None:
         raise ValueError(f'{kind}: expected a model made by timm.create_model')
     if not hasattr(model, 'zzz_options'):
         raise ValueError(

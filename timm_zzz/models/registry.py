@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Union
 
+import timm
 import torch
 from timm.models import (
     DefaultCfg,
@@ -22,7 +23,7 @@ from timm.models import (
 from torch import nn
 
 from ..head import heads_of
-from ._timm import default_cfgs, entrypoints
+from ._timm import SAVES_ARGS, default_cfgs, entrypoints, model_args, record_args
 from .attach import HEAD_OPTIONS, OPTION_PREFIX, attach, find_classifiers
 from .loading import on_load
 
@@ -37,6 +38,9 @@ TAG = re.compile(r'(?:(?P<base>.+)\.)?zzz_r(?P<rank>0|[1-9]\d*)')
 SOURCE_KEYS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'source')
 # Layers between backbone and classifier that timm makes or leaves out by the kind of pooling
 _POOLING_LAYERS = ('fc_norm', 'attn_pool')
+
+# Options that the logits depend on and the weights say nothing of
+_NOT_IN_WEIGHTS = {'v_min', 'sigma2_min', 'log_density'}
 
 Cfg = Union[None, str, Dict[str, Any], PretrainedCfg]
 
@@ -111,10 +115,14 @@ def _register(name: str, ranks: Sequence[int]) -> None:
 def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     @functools.wraps(original)
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        args = model_args(kwargs)
         request = _parse(original, kwargs)
         if request is None:
-            return original(pretrained=pretrained, **kwargs)
-        return _create(original, request, pretrained, kwargs)
+            model = original(pretrained=pretrained, **kwargs)
+        else:
+            model = _create(original, request, pretrained, kwargs)
+        record_args(model, args)
+        return model
 
     entrypoint.zzz_original = original  # type: ignore[attr-defined]
     return entrypoint
@@ -276,7 +284,16 @@ def _create(
 
     if request.tag:
         model.pretrained_cfg['tag'] = request.tag
+        unsaved = () if SAVES_ARGS else _NOT_IN_WEIGHTS & request.options.keys()
+        if unsaved:
+            _warn_of_timms_save(*sorted(unsaved))
     return model
+
+
+@functools.cache
+def _warn_of_timms_save(*options: str) -> None:
+    names = ', '.join(OPTION_PREFIX + name for name in options)
+    _logger.warning(f'save_for_hf of timm {timm.__version__} leaves out {names}: save with timm_zzz.save_pretrained')
 
 
 def _restart(path: str, state_dict: Dict[str, Any]) -> None:

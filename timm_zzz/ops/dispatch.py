@@ -31,6 +31,7 @@ IMPLS = ('auto', 'torch', 'triton')
 
 # The largest rank and width that the kernels were made for: a class's r x r matrix and a whole row in one program
 MAX_RANK, MAX_WIDTH = 32, 16384
+MIN_TRITON = (3, 6)  # the oldest that they were tested with on a GPU, which comes with torch 2.10
 
 _logger = logging.getLogger(__name__)
 
@@ -114,9 +115,11 @@ def _device_refusal(device_type: str, index: Optional[int]) -> Optional[str]:
 def _cached_device_refusal(device_type: str, index: Optional[int]) -> Optional[str]:
     if importlib.util.find_spec('triton') is None:
         return 'Triton is not installed'
-    if device_type == 'cpu':
-        import triton
+    import triton
 
+    if tuple(map(int, triton.__version__.split('.')[:2])) < MIN_TRITON:
+        return f'Triton {triton.__version__} is older than {".".join(map(str, MIN_TRITON))}'
+    if device_type == 'cpu':
         return None if triton.knobs.runtime.interpret else 'no GPU'
     if device_type != 'cuda':
         return f'device {device_type}'
