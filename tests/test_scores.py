@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import PARAMETERS, parts
+from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.distributions import Categorical, LowRankMultivariateNormal, MixtureSameFamily, MultivariateNormal
 from torch.nn import functional as F
@@ -17,6 +18,7 @@ from timm_zzz.scores import (
     METHODS,
     Background,
     auroc,
+    calibrate,
     class_gaussians_of,
     ece,
     energy,
@@ -402,15 +404,107 @@ def test_wrong_scores(function):
 
 
 def test_page(root):
-    """Its example runs, and takes what the head gets."""
+    """Its examples run, and take what the head gets."""
     pytest.importorskip('sklearn')
     page = (root / 'docs' / 'scores.md').read_text(encoding='utf-8')
-    (snippet,) = re.findall(r'```python\n(.*?)```', page, re.S)
+    snippets = '\n'.join(re.findall(r'```python\n(.*?)```', page, re.S))
     train, test, other = (torch.randn(count, 3, 64, 64) for count in (24, 6, 8))
     names = dict(train_images=train, train_targets=torch.arange(24) % 5, test_images=test, other_images=other)
-    exec(compile(snippet.replace('pretrained=True', 'pretrained=False'), 'docs/scores.md', 'exec'), names)
+    names.update(validation_images=train, validation_targets=names['train_targets'])
+    exec(compile(snippets.replace('pretrained=True', 'pretrained=False'), 'docs/scores.md', 'exec'), names)
     with torch.no_grad():
         close(names['head'](names['features'](test)), names['model'](test))
+    assert names['temperature'] > 0
     assert set(names['inlier']) == set(METHODS) == set(names['table'])
     for method in METHODS:
         assert f'`{method}`' in page
+
+
+# Calibration
+
+
+def task(head, count, noise=0.3):
+    """Embeddings around the head's means, and their classes."""
+    targets = torch.arange(count) % head.num_classes
+    mu = F.normalize(head.weight.detach().double(), dim=1)
+    x = mu[targets] + noise * torch.randn(count, mu.shape[1], dtype=torch.float64)
+    return x.to(head.weight.dtype), targets
+
+
+@pytest.mark.parametrize('rank', RANKS)
+@pytest.mark.parametrize('sigma2_raw', [-4.0, -1.0, 2.0])
+def test_temperature_against_scipy(rank, sigma2_raw):
+    head = new_head(rank, sigma2_raw=sigma2_raw)
+    features, targets = task(head, 200)
+    logits = head(features).detach()
+    spread = logits.std(1).mean().item()
+
+    def objective(log_t):  # every label counts N times, and once more as any label
+        log_p = (logits / math.exp(log_t)).log_softmax(1)
+        return -(log_p.gather(1, targets[:, None]).mean() * 200 + log_p.mean()).item() / 201
+
+    bounds = (math.log(spread) - 7, math.log(spread) + 7)
+    expected = math.exp(minimize_scalar(objective, bounds=bounds, options=dict(xatol=1e-10)).x)
+    temperature = calibrate(head, features, targets)
+    assert temperature == pytest.approx(expected, rel=1e-4)
+    close(head(features).softmax(1), (logits / temperature).softmax(1))
+    close(head.fuse()(features).softmax(1), (logits / temperature).softmax(1))
+    assert calibrate(head, features, targets) == pytest.approx(1, rel=1e-6)
+
+
+def test_calibrated_head_has_a_smaller_calibration_error(caplog):
+    head = new_head(4, 20, 32, torch.float32, sigma2_raw=-5.0)
+    (features, targets), (others, labels) = task(head, 400), task(head, 400)
+    head.eval()
+    with torch.no_grad():
+        before = head(others)
+        state = {name: p.clone() for name, p in head.named_parameters()}
+        assert calibrate(head, features, targets) > 1
+        after = head(others)
+    assert torch.equal(before.argmax(1), after.argmax(1))
+    assert ece(after, labels) < ece(before, labels) and F.cross_entropy(after, labels) < F.cross_entropy(before, labels)
+    assert {name for name, p in head.named_parameters() if not torch.equal(p, state[name])} == {
+        *('v_raw', 'sigma2_raw', 'bias')
+    }
+    assert not caplog.records
+
+
+def test_temperature_of_images_that_are_all_right():
+    """It stays bounded, so that one wrong image elsewhere costs a few nats at most."""
+    head = new_head(4, 20, 32, sigma2_raw=0.0)
+    nn.init.zeros_(head.bias)
+    nn.init.zeros_(head.v_raw)
+    features, targets = task(head, 500, noise=0.05)
+    calibrate(head, features, targets)
+    logits = head(features).detach()
+    assert (logits.argmax(1) == targets).all()
+    worst = -logits.log_softmax(1).min()
+    assert F.cross_entropy(logits, targets) < 0.01 and 1 < worst < 5 * math.log(500)
+
+
+def test_temperature_below_the_bounds_of_variances(caplog):
+    head = new_head(2, sigma2_raw=5.0)
+    nn.init.zeros_(head.bias)
+    nn.init.constant_(head.v_raw, -12.0)
+    features, targets = task(head, 200, noise=0.01)
+    assert calibrate(head, features, targets) < 1
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1 and re.search('v: the temperature .* leads below v_min = 0.0001, its bound', messages[0])
+    assert head(features).isfinite().all()
+
+
+def test_mistakes_in_calibrate():
+    head = new_head(2)
+    features, targets = task(head, 10)
+    for args, match in (
+        ((nn.Linear(D, 5), features, targets), 'head: expected a ZZZHead, got Linear'),
+        ((head, features[:, 1:], targets), r'features: expected .* \(N, 12\)'),
+        ((head, features, targets[1:]), 'targets: expected 10 class indices'),
+        ((head, features, targets + 1), 'targets: expected class indices >= 0 and < 5, got 5'),
+        ((head, features[:0], targets[:0]), 'features: expected at least one row'),
+        ((head, features / 0, targets), 'logits: NaN or infinite in row 0'),
+    ):
+        state = {name: p.clone() for name, p in head.named_parameters()}
+        with pytest.raises(ValueError, match=match):
+            calibrate(*args)
+        assert all(torch.equal(p, state[name]) for name, p in head.named_parameters())

@@ -1,13 +1,14 @@
 """Metrics of predictions and of outlier scores, and the run of a model over a loader that gives the predictions."""
 
+import math
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ['Bin', 'Predictions', 'auroc', 'ece', 'evaluate', 'fpr95', 'predict', 'reliability']
+__all__ = ['Bin', 'Predictions', 'auroc', 'best_temperature', 'ece', 'evaluate', 'fpr95', 'predict', 'reliability']
 
 BINS = 15
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -27,7 +28,7 @@ def check_matrix(name: str, t: Any, width: Optional[int] = None) -> None:
         raise ValueError(f'{name}: expected {wanted}, got {t.dtype} of shape {list(t.shape)}')
 
 
-def _check_targets(targets: Any, count: int, num_classes: int) -> None:
+def check_targets(targets: Any, count: int, num_classes: int) -> None:
     if not isinstance(targets, Tensor):
         raise ValueError(f'targets: expected a tensor of {count} class indices, got {type(targets).__name__}')
     if targets.shape != (count,) or targets.dtype not in _INTEGERS:
@@ -267,8 +268,32 @@ def ece(logits: Tensor, targets: Tensor, bins: int = BINS) -> float:
         0.3
     """
     check_matrix('logits', logits)
-    _check_targets(targets, len(logits), logits.shape[1])
+    check_targets(targets, len(logits), logits.shape[1])
     confidence, prediction = full_precision(logits).softmax(1).max(1)
     if confidence.isnan().any():
         raise ValueError(f'logits: NaN or infinite in row {int(confidence.isnan().nonzero()[0])}')
     return reliability(confidence, prediction == targets.to(prediction.device), bins)[1]
+
+
+def best_temperature(logits: Tensor, y: Tensor, log_prior: Union[Tensor, float] = 0.0) -> Tuple[float, float]:
+    """Find T of the least mean negative log-likelihood of labels y under T * logits + log_prior, and that value, nats.
+
+    Labels are smoothed by 1 / (N + 1), as if one example more had any label with the same probability: T stays finite
+    where all are classified correctly. The function is convex in T: Newton's method, kept in a bracket. Logits have
+    the shape (N, C), class indices y (N,), log_prior (C,).
+    """
+    spread = max(float(logits.std(1, correction=0).mean()), 1e-12)
+    logits = (logits - logits.mean(1, keepdim=True)) / spread
+    right = float(logits.gather(1, y[:, None]).mean()) * len(y) / (len(y) + 1)  # smoothed; the mean over classes is 0
+    low, high, T = 1e-4, 1e4, 1.0
+    for _ in range(40):
+        p = (T * logits + log_prior).softmax(1)
+        mean = (p * logits).sum(1)
+        slope = float(mean.mean()) - right
+        curvature = float(((p * logits.square()).sum(1) - mean.square()).mean())
+        low, high = (low, T) if slope > 0 else (T, high)
+        new = T - slope / max(curvature, 1e-300)
+        T, old = new if low < new < high else math.sqrt(low * high), T
+        if abs(T - old) <= 1e-8 * T:
+            break
+    return T / spread, F.cross_entropy(T * logits + log_prior, y).item()

@@ -5,6 +5,7 @@ ZZZ head or its :func:`class_gaussians_of`. Scores are computed in float32, or i
 autocast says. NaN in, NaN out. Another ``head``, or tensors of other shapes than said, raise a ValueError.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -16,7 +17,18 @@ from torch.nn import functional as F
 from .functional import gaussian_logits, normalize
 from .functional import log_density as gaussian_log_density
 from .head import ZZZHead
-from .metrics import Bin, auroc, check_matrix, ece, fpr95, full_precision, reliability
+from .metrics import (
+    Bin,
+    auroc,
+    best_temperature,
+    check_matrix,
+    check_targets,
+    ece,
+    fpr95,
+    full_precision,
+    reliability,
+)
+from .ops.reference import inverse_softplus
 
 __all__ = [
     'METHODS',
@@ -24,6 +36,7 @@ __all__ = [
     'Bin',
     'ClassGaussians',
     'auroc',
+    'calibrate',
     'class_gaussians_of',
     'ece',
     'energy',
@@ -41,6 +54,8 @@ __all__ = [
 # Those that need nothing but logits come first
 _FROM_LOGITS = ('max_logit', 'max_softmax', 'energy')
 METHODS = (*_FROM_LOGITS, 'negative_log_density', 'mahalanobis', 'relative_mahalanobis')
+_logger = logging.getLogger(__name__)
+
 _VALUES = 2**25  # of an intermediate result that are held at a time
 
 
@@ -328,6 +343,61 @@ def _linear_logits(head: nn.Linear, features: Tensor) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(features.dtype, head.weight.dtype), torch.float32)
     weight, bias = head.weight.detach().to(dtype), head.bias if head.bias is None else head.bias.detach().to(dtype)
     return _in_parts(lambda part: F.linear(part.to(dtype), weight, bias), features, sum(weight.shape))
+
+
+# Calibration
+
+
+@torch.no_grad()
+def calibrate(head: ZZZHead, features: Tensor, targets: Tensor) -> float:
+    """Divide a head's logits by the temperature that suits held-out images best (Guo et al. 2017, arXiv:1706.04599).
+
+    The temperature goes into the head's own parameters: sigma2 and the variances are multiplied by it, and the biases
+    make up for what that changes (docs/theory.md, claim 11). The ranking of the classes stays, and nothing has to be
+    kept beside the head, on the Hub or in ONNX. It is the one of the least negative log-likelihood where every label is
+    smoothed by 1 / (N + 1), so that it stays finite for images that are all classified correctly.
+
+    Args:
+        head: A ZZZ head; it is changed in place.
+        features: Pooled embeddings of images that it was not trained on, as it gets them, shape (N, d).
+        targets: Their class indices, shape (N,).
+
+    Returns:
+        The temperature, > 0: above 1 the head was overconfident.
+
+    Raises:
+        ValueError: If ``head`` is no ZZZ head, or for no images, NaN or infinite logits, or tensors of other shapes.
+
+    Example:
+        >>> head, features = ZZZHead(num_classes=2, feat_dim=16, rank=4), torch.randn(100, 16)
+        >>> before, temperature = head(features), calibrate(head, features, torch.arange(100) % 2)
+        >>> torch.allclose(head(features).softmax(1), (before / temperature).softmax(1), atol=1e-4)
+        True
+    """
+    classes = class_gaussians_of(head, torch.float64)
+    _, x = _prepare(classes, features)
+    check_targets(targets, len(x), head.num_classes)
+    if not len(x):
+        raise ValueError('features: expected at least one row')
+    logits = _in_parts(lambda part: gaussian_logits(part, *classes[:4]) + classes.bias, x, _per_row(classes))
+    if not logits.isfinite().all():
+        raise ValueError(f'logits: NaN or infinite in row {int((~logits.isfinite()).any(1).nonzero()[0])}')
+    temperature = 1 / best_temperature(logits, targets.to(x.device).long())[0]
+    bias = classes.bias / temperature
+    variances: List[Tuple[str, Tensor, Tensor, float]] = [
+        ('sigma2', head.sigma2_raw, classes.sigma2.reshape(1), head.sigma2_min)
+    ]
+    if classes.v is not None and head.v_raw is not None:
+        bias += 0.5 * (1 - 1 / temperature) * (classes.v / classes.sigma2).log1p().sum(1)
+        variances.append(('v', head.v_raw, classes.v, head.v_min))
+    head.bias.copy_(bias)
+    for name, raw, value, minimum in variances:
+        above = temperature * value - minimum
+        least = 1e-3 * minimum
+        if (above < least).any():
+            _logger.warning(f'{name}: the temperature {temperature:.4g} leads below {name}_min = {minimum}, its bound')
+        raw.copy_(inverse_softplus(above.clamp(min=least)).reshape(raw.shape))
+    return temperature
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,6 +72,7 @@ def test_shipped_recipes_pass(file, capsys):
         'val_split: test\n',
         changed(PLAIN, 'model: hf-hub:user/model'),
         changed(PLAIN, 'model_kwargs: {device: cuda}'),
+        changed(PLAIN, 'head_init_scale: 0.0'),
         changed(PLAIN, 'opt: Lookahead_AdamW\nopt_kwargs: {betas: [0.9, 0.95]}\nlayer_decay: 0.7'),
         changed(PLAIN, "dataset: HFDS/user/set\nval_split: test[:50%]+extra\nepochs: '20'\nseed: 0x10"),
         changed(PLAIN, 'img_size: 128'),  # test_vit takes any size that its patches divide
@@ -269,6 +270,7 @@ BUILT = [
         'note',
         'sigma2_raw and bias of a ZZZ head, and clips its others: take norm',
     ),
+    (GOOD, 'head_init_scale: 0.0', 10, 'error', "it multiplies a ZZZ head's class means and biases after they were loaded"),
     (PLAIN, 'model_ema: true', 6, 'note', 'picks the best checkpoint'),
     (PLAIN, 'workers: 0', 6, 'note', 'within the training process'),
 ]

@@ -106,6 +106,7 @@ def test_values_have_their_types(name):
 @pytest.mark.parametrize('pair', PAIRS)
 def test_twins_agree(pair):
     zzz, linear = load(pair + ZZZ), load(pair)
+    assert linear.pop('head_init_scale') == 0.0  # the strongest start of a linear head
     assert zzz == {**linear, 'device_modules': ['timm_zzz'], 'model': linear['model'] + ZZZ}
     comments = comment(pair + ZZZ), comment(pair)
     for key in ('Data', 'Settings', 'Expected'):

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 
 from timm_zzz import ZZZHead
 from timm_zzz.fit import ZZZFit, fit_head, fit_model
-from timm_zzz.fit.estimators import Discriminant, Quadratic, best_temperature, on_sphere
+from timm_zzz.fit.estimators import Discriminant, Quadratic, on_sphere
 from timm_zzz.fit.moments import HeldOut, Moments
 from timm_zzz.fit.zzzfit import SHRINKAGES
+from timm_zzz.metrics import best_temperature
 from timm_zzz.scores import class_gaussians_of
 
 close = torch.testing.assert_close

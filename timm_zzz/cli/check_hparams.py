@@ -232,6 +232,9 @@ def _check_settings(recipe: Recipe) -> None:
     if s.clip_grad and s.clip_mode == 'agc' and _zzz_key(recipe):
         why = "agc leaves out the model's last two parameters, sigma2_raw and bias of a ZZZ head, and clips its others"
         recipe.note('clip_mode', f'{why}: take norm')
+    if s.head_init_scale is not None and _zzz_key(recipe):
+        why = "it multiplies a ZZZ head's class means and biases after they were loaded or fitted, and 0 wipes them out"
+        recipe.error('head_init_scale', f'{why}: leave it to linear heads')
     if s.model_ema and not s.model_ema_warmup and not s.model_ema_force_cpu:
         why = "the average's metric picks the best checkpoint"
         recipe.note('model_ema', f'{why}; in a short run it needs model_ema_warmup: true')

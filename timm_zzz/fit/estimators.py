@@ -5,16 +5,15 @@ share. Logits are to be multiplied by a temperature; at 1 / ``scale`` they are t
 """
 
 import math
-from typing import Callable, Iterator, NamedTuple, Sequence, Tuple, Union
+from typing import Callable, Iterator, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..functional import normalize
 from .moments import Moments
 
-__all__ = ['Density', 'Discriminant', 'Estimator', 'Quadratic', 'best_temperature', 'on_sphere']
+__all__ = ['Density', 'Discriminant', 'Estimator', 'Quadratic', 'on_sphere']
 
 LEAST_VARIANCE = 1.01e-4  # just above the least of the bare head
 _MARGINS = (1.8, 3.0, 6.0)  # of 1 / sigma2 over the largest gain; the next where the means are not found
@@ -259,27 +258,3 @@ def _means(target: Tensor, s: Tensor, directions: Tensor, gain: Tensor, a: float
             break
         s, z, error = s + size * step, new_z, new_error
     return z
-
-
-def best_temperature(logits: Tensor, y: Tensor, log_prior: Union[Tensor, float] = 0.0) -> Tuple[float, float]:
-    """Find T of the least mean negative log-likelihood of labels y under T * logits + log_prior, and that value, nats.
-
-    Labels are smoothed by 1 / (N + 1), as if one example more had any label with the same probability: T stays finite
-    where all are classified correctly. The function is convex in T: Newton's method, kept in a bracket. Logits have
-    the shape (N, C), class indices y (N,), log_prior (C,).
-    """
-    spread = max(float(logits.std(1, correction=0).mean()), 1e-12)
-    logits = (logits - logits.mean(1, keepdim=True)) / spread
-    right = float(logits.gather(1, y[:, None]).mean()) * len(y) / (len(y) + 1)  # smoothed; the mean over classes is 0
-    low, high, T = 1e-4, 1e4, 1.0
-    for _ in range(40):
-        p = (T * logits + log_prior).softmax(1)
-        mean = (p * logits).sum(1)
-        slope = float(mean.mean()) - right
-        curvature = float(((p * logits.square()).sum(1) - mean.square()).mean())
-        low, high = (low, T) if slope > 0 else (T, high)
-        new = T - slope / max(curvature, 1e-300)
-        T, old = new if low < new < high else math.sqrt(low * high), T
-        if abs(T - old) <= 1e-8 * T:
-            break
-    return T / spread, F.cross_entropy(T * logits + log_prior, y).item()

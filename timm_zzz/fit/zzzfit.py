@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..head import INIT_STD, SIGMA2_INIT, ZZZHead, heads_of, record_inputs
+from ..metrics import best_temperature
 from ..ops.reference import inverse_softplus
-from .estimators import Density, Discriminant, Estimator, Quadratic, best_temperature
+from .estimators import Density, Discriminant, Estimator, Quadratic
 from .moments import HeldOut, Moments, as_features, as_labels
 
 __all__ = ['ZZZFit', 'fit_head', 'fit_model']
