@@ -270,7 +270,7 @@ BUILT = [
         'note',
         'sigma2_raw and bias of a ZZZ head, and clips its others: take norm',
     ),
-    (GOOD, 'head_init_scale: 0.0', 10, 'error', "it multiplies a ZZZ head's class means and biases after they were loaded"),
+    (GOOD, 'head_init_scale: 0.0', 10, 'error', "it multiplies a ZZZ head's class means and biases after"),
     (PLAIN, 'model_ema: true', 6, 'note', 'picks the best checkpoint'),
     (PLAIN, 'workers: 0', 6, 'note', 'within the training process'),
 ]
