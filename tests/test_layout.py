@@ -66,10 +66,10 @@ def modules_imported(node, top=True):
         yield from modules_imported(child, top and not isinstance(child, (ast.FunctionDef, ast.Lambda)))
 
 
-def test_every_import_is_declared():
+def test_every_import_is_declared(root):
     """In pyproject.toml: what functions import may be in an extra. Triton is looked for before it is imported."""
     tomllib = pytest.importorskip('tomllib', reason='Python 3.10 reads no TOML')
-    project = tomllib.loads((PACKAGE.parent / 'pyproject.toml').read_text(encoding='utf-8'))['project']
+    project = tomllib.loads((root / 'pyproject.toml').read_text(encoding='utf-8'))['project']
     always, extra = (
         {re.match(r'[\w-]+', requirement)[0] for requirement in requirements}
         for requirements in (project['dependencies'], sum(project['optional-dependencies'].values(), []))
