@@ -189,6 +189,8 @@ class FusedZZZHead(nn.Module):
             return None
         if x.requires_grad and torch.is_grad_enabled():
             return None
+        if x.shape[-1] != linear.weight.shape[1]:  # a kept plan would read and write past the ends; what follows raises
+            return None
         # Unlike parameters these are not written to but as a whole, so it is enough to know them by their addresses.
         state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         key = (x.device, x.dtype, torch.is_autocast_enabled(x.device.type), self._impl, state)

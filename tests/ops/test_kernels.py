@@ -369,6 +369,18 @@ def test_repeated(dtype):
     assert repeat(other).isfinite().all(-1).tolist() == [[True, True], [True, False], [False, True]]
 
 
+@pytest.mark.parametrize('width', [32, 34, 40])
+@pytest.mark.parametrize('fused', [False, True])
+@torch.no_grad()
+def test_another_width_after_a_launch_was_kept(fused, width):
+    """The kernels would read and write past the ends of what the kept plan is for."""
+    head = ZZZHead(20, 33, 3, impl='triton').to(DEVICE).eval()
+    head = head.fuse() if fused else head
+    head(torch.randn(4, 33, device=DEVICE))
+    with pytest.raises(ValueError, match='features: expected a last dimension of 33'):
+        head(torch.randn(4, width, device=DEVICE))
+
+
 def test_launches_are_kept_within_bounds(monkeypatch):
     """Batches of many sizes, through first launches and kept ones, against plain PyTorch."""
     from timm_zzz.ops import triton_ops
