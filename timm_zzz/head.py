@@ -416,10 +416,11 @@ class ZZZHead(nn.Module):
         tensors = [t for t in parameters if t is not None]
         if not is_plain(tensors) or any(t.is_inference() for t in tensors):
             return None
-        versions = [t._version for t in tensors]
+        # Both first, so that what another thread changes meanwhile is seen the next time
+        versions, memory = [t._version for t in tensors], [t.detach() for t in tensors]
         with torch.inference_mode(False):
             fused = self._fuse(torch.float64 if torch.float64 in (x.dtype, self.weight.dtype) else torch.float32)
-        return _Kept(key, parameters, versions, [t.detach() for t in tensors], fused)
+        return _Kept(key, parameters, versions, memory, fused)
 
     def _parameter_tuple(self) -> Parameters:
         own: Any = self._parameters
