@@ -438,6 +438,12 @@ def _transpose(head):
     assert_up_to_date(square, x)
 
 
+def _view(head):
+    head.bfloat16()
+    assert_up_to_date(head, torch.randn(4, 12))
+    head.weight.data = head.weight.data.view(torch.float16)
+
+
 @torch.no_grad()
 def _copied(head):
     torch._foreach_copy_(list(head.parameters()), [torch.rand_like(p) for p in head.parameters()])
@@ -453,6 +459,7 @@ CHANGES = {
     'in place in inference mode': _inference_in_place,
     'data = new': lambda head: setattr(head.A, 'data', torch.randn(5, 12, 3)),
     'data = transposed': _transpose,
+    'data = other dtype over the same memory': _view,
     'data = other dtype': lambda head: [setattr(p, 'data', p.data.double()) for p in head.parameters()],
     'setattr': lambda head: setattr(head, 'A', nn.Parameter(torch.randn(5, 12, 3))),
     'register_parameter': lambda head: head.register_parameter('A', nn.Parameter(torch.randn(5, 12, 3))),
@@ -588,6 +595,36 @@ def test_what_is_traced_keeps_nothing(derivations):
         torch.testing.assert_close(form(x), fresh_logits(head, x), msg=lambda m, name=name: f'{name}: {m}')
     torch.testing.assert_close(graph(x, parameters), fresh_logits(head, x))
     assert len(derivations) == count
+
+
+def test_eval_lets_go_of_other_tensors():
+    """And of the graphs that they belong to."""
+    head, x = evaluated_head()
+    other = {name: 2 * p for name, p in head.named_parameters()}
+    references = [weakref.ref(t) for t in other.values()]
+    with torch.no_grad():
+        torch.func.functional_call(head, other, (x,))
+    del other
+    gc.collect()
+    assert not any(ref() is not None for ref in references)
+
+
+@pytest.mark.parametrize('change', [lambda head: setattr(head, 'v_min', 0.9), lambda head: head.eval()])
+def test_eval_sees_what_changes_while_it_derives(change, monkeypatch):
+    """As another thread may: here within the derivation."""
+    head, x = ZZZHead(5, 12, 3).eval(), torch.randn(4, 12)
+    derive = timm_zzz.head.class_gaussians
+
+    def change_meanwhile(*args):
+        gaussians = derive(*args)
+        head.sigma2_raw.data.add_(1)
+        change(head)
+        return gaussians
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(timm_zzz.head, 'class_gaussians', change_meanwhile)
+        head(x)
+    assert_up_to_date(head, x)
 
 
 def test_eval_in_threads():

@@ -6,7 +6,6 @@ import functools
 import itertools
 import logging
 import math
-import operator
 import weakref
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, cast
 
@@ -242,9 +241,9 @@ class ZZZHead(nn.Module):
     input), also under autocast and for a float16 or bfloat16 module.
 
     In eval mode without gradients the head keeps its fused form, which :meth:`fuse` returns, until a parameter changes
-    through a module, an optimiser, or an operation in place. PyTorch's version counters do not see writes by hand
-    through ``.data`` or shared memory, nor those of a replayed CUDA graph: call ``train()`` or ``eval()`` after them,
-    which drop what is kept.
+    through a module, an optimiser, or an operation in place. PyTorch's version counters do not see writes through
+    ``.data`` (by hand, or by another package's average of weights), shared memory, collectives of torch.distributed,
+    and replayed CUDA graphs: call ``train()`` or ``eval()`` after them, which drop what is kept.
 
     Args:
         num_classes: Number of classes C, >= 1.
@@ -396,7 +395,9 @@ class ZZZHead(nn.Module):
 
     def _kept_fused(self, x: Tensor) -> Optional[FusedZZZHead]:
         """Derive the fused form anew if a parameter has changed; None where nothing may be kept, as in a CUDA graph."""
-        if not is_plain([x]):
+        parameters = self._parameter_tuple()
+        tensors = [t for t in parameters if t is not None]
+        if not is_plain([x, *tensors]):
             return None
         # Another stream might read a result before it is there.
         stream = 0
@@ -404,23 +405,26 @@ class ZZZHead(nn.Module):
             if torch.cuda.is_current_stream_capturing():
                 return None
             stream = raw_stream(x.device)
-        parameters = self._parameter_tuple()
-        key = (x.dtype == torch.float64, stream, _optimizer_steps[0])
+        key = (x.dtype == torch.float64, stream, _optimizer_steps[0], self._drops)
         kept = self._kept
-        if kept is None or kept.key != key or not kept.is_of(parameters):
-            kept = self._kept = self._keep(key, x, parameters)
+        if kept is None or kept.key != key or not kept.is_of(tensors):
+            kept = self._kept = self._keep(key, tensors)
         return None if kept is None else kept.fused
 
-    def _keep(self, key: Any, x: Tensor, parameters: Parameters) -> Optional['_Kept']:
-        """Derive the fused form, unless parameters are traced or transformed, or have no version counter."""
-        tensors = [t for t in parameters if t is not None]
-        if not is_plain(tensors) or any(t.is_inference() for t in tensors):
+    def _keep(self, key: Any, tensors: List[Tensor]) -> Optional['_Kept']:
+        """Derive the fused form, unless nothing tells whether the parameters change."""
+        if any(t.is_inference() or t.device.type not in ('cpu', 'cuda', 'mps', 'xpu') for t in tensors):
             return None
-        # Both first, so that what another thread changes meanwhile is seen the next time
+        # Before it is derived, so that what another thread changes meanwhile is seen the next time
         versions, memory = [t._version for t in tensors], [t.detach() for t in tensors]
         with torch.inference_mode(False):
-            fused = self._fuse(torch.float64 if torch.float64 in (x.dtype, self.weight.dtype) else torch.float32)
-        return _Kept(key, parameters, versions, memory, fused)
+            fused = self._fuse(torch.float64 if key[0] or self.weight.dtype == torch.float64 else torch.float32)
+        return _Kept(key, versions, memory, fused)
+
+    def _drop(self) -> None:
+        """Forget the fused form, and what another thread may be deriving."""
+        self.__dict__['_drops'] = self.__dict__.get('_drops', 0) + 1
+        self.__dict__['_kept'] = None
 
     def _parameter_tuple(self) -> Parameters:
         own: Any = self._parameters
@@ -451,7 +455,7 @@ class ZZZHead(nn.Module):
     def _fuse(self, dtype: Optional[torch.dtype] = None) -> FusedZZZHead:
         gaussians = self.gaussians(dtype)
         tensors = (*reference.fuse(*gaussians), gaussians[3])
-        return self._fused_type(*tensors, self.num_classes, self._impl, self.log_density).train(self.training)
+        return self._fused_type(*tensors, len(gaussians[0]), self._impl, self.log_density).train(self.training)
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
         super().register_parameter(name, param)
@@ -476,11 +480,11 @@ class ZZZHead(nn.Module):
         # FSDP puts other tensors in the parameters' places, whose version counters do not tell of all that is written.
         # That fully_shard comes here, and so to register_parameter, is because there is a function of this name.
         if name != '_kept':
-            self.__dict__['_kept'] = None
+            self._drop()
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-        self._kept = None
+        self._drop()
         _adapt_state_dict(self, state_dict, prefix, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -492,12 +496,13 @@ class ZZZHead(nn.Module):
         return {**self.__dict__, '_kept': None}
 
     def train(self, mode: bool = True) -> 'ZZZHead':
-        self._kept = None
+        self._drop()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'ZZZHead':
-        self._kept = None
+        self._drop()
         super()._apply(fn, recurse)
+        self._drop()
         self._mark_parameters()
         return self
 
@@ -529,18 +534,16 @@ class _Kept(NamedTuple):
     """What an evaluated head keeps: the fused form, and of which parameters it is."""
 
     key: Any
-    parameters: Parameters
     versions: List[int]
     # Aliases of the parameters, which keep their memory, so that no other tensor can come to lie at its address
     memory: List[Tensor]
     fused: FusedZZZHead
 
-    def is_of(self, parameters: Parameters) -> bool:
-        """Whether these are the parameters, and nothing has been written to them as far as their versions tell."""
-        tensors = [t for t in parameters if t is not None]
+    def is_of(self, tensors: List[Tensor]) -> bool:
+        """Whether the parameters lie where they lay, and nothing has been written there as far as versions tell."""
         return (
-            all(map(operator.is_, parameters, self.parameters))
-            and [t._version for t in tensors] == self.versions
+            [t._version for t in tensors] == self.versions
+            and [t.dtype for t in tensors] == [t.dtype for t in self.memory]
             and all(map(Tensor.is_set_to, tensors, self.memory))
         )
 

@@ -34,7 +34,8 @@ _AMAX_PROGRAMS = tl.constexpr(AMAX_PROGRAMS)
 def _wait(OVERLAP: tl.constexpr):
     """Wait for the kernel before; with OVERLAP this one was launched while that one ran, to hide what a launch costs.
 
-    Every kernel waits before it reads or writes, so that it also comes after all that the kernel before waited for.
+    A kernel waits before it reads or writes, so that it also comes after all that the kernel before waited for; for the
+    one exception see rows_kernel.
     """
     if OVERLAP:
         cuda.gdc_wait()
