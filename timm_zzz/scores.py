@@ -125,6 +125,11 @@ def _per_row(classes: ClassGaussians) -> int:
     return len(classes.mu) * (1 if classes.v is None else 1 + classes.v.shape[1])
 
 
+def _logits(classes: ClassGaussians, x: Tensor) -> Tensor:
+    """Compute the head's logits (N, C) of normalised embeddings."""
+    return _in_parts(lambda part: gaussian_logits(part, *classes[:4]) + classes.bias, x, _per_row(classes))
+
+
 def log_density(head: Head, features: Tensor) -> Tensor:
     """Compute the log-densities of the classes, log N(x; mu_c, Sigma_c), for ``x = f / |f|``.
 
@@ -323,7 +328,7 @@ def outlier_scores(
     head, x = _prepare(head, features)
     scores: Dict[str, Tensor] = {}
     if any(method in _LOGIT_SCORES for method in methods):
-        logits = _in_parts(lambda part: gaussian_logits(part, *head[:4]) + head.bias, x, _per_row(head))
+        logits = _logits(head, x)
     for method in methods:
         if method in _LOGIT_SCORES:
             scores[method] = _LOGIT_SCORES[method](logits)
@@ -379,7 +384,7 @@ def calibrate(head: ZZZHead, features: Tensor, targets: Tensor) -> float:
     check_targets(targets, len(x), head.num_classes)
     if not len(x):
         raise ValueError('features: expected at least one row')
-    logits = _in_parts(lambda part: gaussian_logits(part, *classes[:4]) + classes.bias, x, _per_row(classes))
+    logits = _logits(classes, x)
     if not logits.isfinite().all():
         raise ValueError(f'logits: NaN or infinite in row {int((~logits.isfinite()).any(1).nonzero()[0])}')
     temperature = 1 / best_temperature(logits, targets.to(x.device).long())[0]
