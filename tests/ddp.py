@@ -1,4 +1,4 @@
-"""What the processes of distributed tests do; in a module that a spawned process can import.
+"""Run the processes of distributed tests; in a module that a spawned process can import.
 
 Also a script for torchrun, of which test_distributed.py compares what it saves with a plain loop in one process:
 torchrun --nproc-per-node N -m timm_zzz tests/ddp.py FOLDER DEVICE DTYPE compile|eager|fsdp1|fsdp2
@@ -132,7 +132,7 @@ def sharded(folder, kind, device):
 
 
 def main_sharded(folder, kind):
-    """What torchrun calls, on GPUs."""
+    """Run the tests' processes on GPUs; torchrun calls this."""
     device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
     torch.cuda.set_device(device)
     torch.distributed.init_process_group('nccl')
@@ -149,7 +149,7 @@ def spawned(rank, function, folder, *args):
 
 
 def train(folder, name):
-    """What a process of test_families.test_distributed does."""
+    """Train in a process of test_families.test_distributed."""
     sys.path.append(str(Path(__file__).parent / 'models'))
     from test_families import build, flat, image
 

@@ -500,7 +500,7 @@ def test_options_in_the_package_are_those_of_train_py(timm_scripts):
 
 
 def test_args_yaml_of_train_py_passes(tmp_path):
-    """What train.py writes beside its checkpoints is a recipe too, with every option in it."""
+    """Check the args.yaml that train.py writes beside its checkpoints, which names every option."""
     options = {name: option.default for name, option in NEWEST.options.items()}
     options.update(yaml.safe_load(GOOD), lr=1e-5, device_modules=['timm_zzz'], val_split='test')
     assert findings(tmp_path, yaml.safe_dump(options)) == []

@@ -20,7 +20,7 @@ REPO = 'owner/beetles-zzz'
 
 
 def write_run(folder, beetles, *, model='test_resnet.zzz_r4', ema=False, top1=91.0, logged=None, **kwargs):
-    """What train.py leaves in its output folder, by timm's own saver."""
+    """Write the files of a run of train.py, with timm's own saver."""
     folder.mkdir()
     args = dict(
         model=model,

@@ -159,7 +159,7 @@ def test_adamw_is_zzzadamw_without_options(layer_decay):
 
 
 def validate_parser():
-    """What of validate.py's options the recipes use."""
+    """Parse the options of validate.py that the recipes use."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for name in ('model', 'data-dir', 'dataset', 'split', 'checkpoint', 'amp-dtype'):
         parser.add_argument(f'--{name}', default='')
