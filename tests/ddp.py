@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn import functional as F
@@ -129,6 +130,23 @@ def sharded(folder, kind, device):
         logits = [model.train(mode)(batch(0)[0].to(device)).cpu() for mode in (True, False)]
     torch.save(dict(model=model_state, logits=logits), Path(folder) / f'rank{rank}.pth')
     torch.distributed.barrier()
+
+
+def drawn(folder):
+    """Draw sharded heads that were made without memory; the processes' random numbers differ."""
+    from timm_zzz import ZZZHead
+
+    rank, mesh = torch.distributed.get_rank(), init_device_mesh('cpu', (2,))
+    torch.manual_seed(rank)
+    saved = []
+    for size in ((5, 300, 3), (1, 300, 0)):
+        for dtype in (torch.float32, torch.bfloat16):
+            head = ZZZHead(*size, device='meta', dtype=dtype)
+            fully_shard(head, mesh=mesh).to_empty(device='cpu')
+            head.reset_parameters()
+            saved.append({name: p.full_tensor().detach() for name, p in head.named_parameters()})
+    torch.save(saved, Path(folder) / f'rank{rank}.pth')
+    torch.distributed.destroy_process_group()
 
 
 def main_sharded(folder, kind):

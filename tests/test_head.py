@@ -2,6 +2,7 @@ import copy
 import gc
 import io
 import itertools
+import math
 import pickle
 import re
 import weakref
@@ -24,23 +25,102 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import timm_zzz.head
 from timm_zzz import ZZZHead
 from timm_zzz.functional import zzz_logits
-from timm_zzz.head import FusedZZZConvHead, FusedZZZHead, ZZZConvHead
+from timm_zzz.head import FLAT_SPREAD, ROW_STD, SIGMA2_INIT, V_RATIO, FusedZZZConvHead, FusedZZZHead, ZZZConvHead
 
 SHAPES = {'weight': (5, 12), 'A': (5, 12, 3), 'v_raw': (5, 3), 'sigma2_raw': (1,), 'bias': (5,)}
+
+
+def variances(head):
+    return F.softplus(head.v_raw) + head.v_min, (F.softplus(head.sigma2_raw) + head.sigma2_min).item()
 
 
 def test_parameters_and_their_first_values():
     head = ZZZHead(5, 12, rank=3)
     assert {name: tuple(p.shape) for name, p in head.named_parameters()} == SHAPES
-    assert head.mu is head.weight
-    assert (head.v_raw == 0).all() and head.sigma2_raw == 0 and (head.bias == 0).all()
+    assert head.mu is head.weight and (head.bias == 0).all()
     large = ZZZHead(100, 100)
-    assert large.rank == 8
-    assert large.weight.std().item() == pytest.approx(0.02, rel=0.1) == large.A.std().item()
-    head = ZZZHead(5, 12, v_init=2.0, sigma2_init=1e-3)
-    torch.testing.assert_close(F.softplus(head.v_raw) + head.v_min, torch.full((5, 8), 2.0))
-    assert (F.softplus(head.sigma2_raw) + head.sigma2_min).item() == pytest.approx(1e-3, rel=1e-4)
+    assert large.rank == 8 and large.A.std().item() == pytest.approx(0.02, rel=0.1)
     assert set(ZZZHead(5, 12, rank=0).state_dict()) == {'weight', 'bias', 'sigma2_raw'}
+
+
+@pytest.mark.parametrize(
+    'options, v, sigma2',
+    [
+        ({}, V_RATIO * SIGMA2_INIT, SIGMA2_INIT),
+        (dict(sigma2_init=0.5), V_RATIO * 0.5, 0.5),
+        (dict(v_init=2.0, sigma2_init=1e-3), 2.0, 1e-3),
+        (dict(init='reference', sigma2_init=0.5), math.log(2) + 1e-4, 0.5),
+        # The defaults keep clear of the floors, where softplus has no gradient left
+        (dict(sigma2_init=1e-3), 2e-4, 1e-3),
+        (dict(v_min=0.05, sigma2_min=0.2), 0.1, 0.4),
+    ],
+)
+def test_first_variances(options, v, sigma2):
+    head = ZZZHead(5, 12, **options)
+    torch.testing.assert_close(variances(head)[0], torch.full((5, 8), v), rtol=1e-4, atol=0)
+    assert variances(head)[1] == pytest.approx(sigma2, rel=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_flat_start(dtype):
+    """Class means that share a direction: a cosine of 1 / (1 + spread^2) between any two, and rows of ROW_STD."""
+    head = ZZZHead(200, 500, 2, dtype=dtype)
+    first = {name: p.detach().clone() for name, p in head.named_parameters()}
+    rows = head.weight.detach().double()
+    apart = 1 - (F.normalize(rows, dim=1) @ F.normalize(rows, dim=1).T)[~torch.eye(200, dtype=torch.bool)]
+    expected = 1 - 1 / (1 + FLAT_SPREAD**2)
+    assert apart.mean().item() == pytest.approx(expected, rel=0.05)
+    assert 0.5 * expected < apart.min() and apart.max() < 1.5 * expected
+    shared = rows.mean(0)
+    assert shared.std().item() == pytest.approx(ROW_STD, rel=0.1)
+    assert (rows - shared).std().item() == pytest.approx(ROW_STD * FLAT_SPREAD, rel=0.02)
+    head.reset_parameters()
+    assert not torch.equal(head.weight, first['weight'])
+    assert F.cosine_similarity(head.weight.double().mean(0), shared, dim=0).abs() < 0.3  # another direction
+    assert torch.equal(head.v_raw, first['v_raw']) and torch.equal(head.sigma2_raw, first['sigma2_raw'])
+    torch.manual_seed(3)
+    head.reset_parameters()
+    again = head.weight.detach().clone()
+    torch.manual_seed(3)
+    assert torch.equal(ZZZHead(200, 500, 2, dtype=dtype).weight, again)
+
+
+@pytest.mark.parametrize('rank', [0, 8])
+def test_flat_start_hardly_pushes_the_backbone(rank):
+    """Against the reference's start with the same variances: the spread of the logits, and the first gradient."""
+    x, y = torch.randn(64, 128), torch.arange(64) % 20
+    spread, push = {}, {}
+    for init in ('flat', 'reference'):
+        head, inputs = ZZZHead(20, 128, rank, init=init, sigma2_init=1 / 16, v_init=1 / 160), x.clone().requires_grad_()
+        logits = head(inputs)
+        F.cross_entropy(logits, y).backward()
+        spread[init], push[init] = logits.std(1).mean().item(), inputs.grad.norm().item()
+    assert spread['flat'] < 2 * FLAT_SPREAD * spread['reference'] and spread['flat'] < 0.3
+    assert push['flat'] < 2 * FLAT_SPREAD * push['reference']
+
+
+def test_start_of_the_reference():
+    """Means, then A, from 0.02 N(0, 1); variances of softplus(0); a Gaussian of torch with that covariance."""
+    torch.manual_seed(1)
+    weight, A = 0.02 * torch.randn(7, 12), 0.02 * torch.randn(7, 12, 3)
+    torch.manual_seed(1)
+    head = ZZZHead(7, 12, 3, init='reference', log_density=True)
+    expected = dict(weight=weight, A=A, v_raw=torch.zeros(7, 3), sigma2_raw=torch.zeros(1), bias=torch.zeros(7))
+    torch.testing.assert_close(dict(head.state_dict()), expected, rtol=0, atol=0)
+    x, variance = torch.randn(4, 12), torch.tensor(math.log(2) + 1e-4)
+    factor, diagonal = torch.linalg.qr(A)[0] * variance.sqrt(), variance.expand(7, 12)
+    density = torch.distributions.LowRankMultivariateNormal(F.normalize(weight, dim=1), factor, diagonal)
+    log_prob = density.log_prob(F.normalize(x, dim=1)[:, None]) + 6 * math.log(2 * math.pi)
+    torch.testing.assert_close(head(x), log_prob)
+
+
+@pytest.mark.parametrize('num_classes, feat_dim, rank', [(1, 12, 3), (5, 1, 0), (5, 1, 1), (5, 4, 4), (1, 1, 1)])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+def test_flat_start_of_the_smallest_heads(num_classes, feat_dim, rank, dtype):
+    head, x = ZZZHead(num_classes, feat_dim, rank, dtype=dtype), torch.randn(3, feat_dim, requires_grad=True)
+    assert head.weight.isfinite().all() and (head.weight != 0).any()
+    head(x).logsumexp(1).sum().backward()
+    assert all(t.grad.isfinite().all() for t in (x, *head.parameters()))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +134,9 @@ def test_parameters_and_their_first_values():
         (dict(v_min=0.0), 'v_min: .*got 0.0'),
         (dict(sigma2_min=float('nan')), 'sigma2_min: .*got nan'),
         (dict(sigma2_init=1e-5), 'sigma2_init: .*above the minimum 0.0001, got 1e-05'),
+        (dict(sigma2_init=float('nan')), 'sigma2_init: .*got nan'),
         (dict(v_init=float('inf')), 'v_init: .*got inf'),
+        (dict(init='random'), "init: expected 'flat' or 'reference', got 'random'"),
     ],
 )
 def test_wrong_arguments_are_named(kwargs, message):

@@ -31,8 +31,12 @@ __all__ = ['FusedZZZConvHead', 'FusedZZZHead', 'ZZZConvHead', 'ZZZHead', 'heads_
 
 _logger = logging.getLogger(__name__)
 
-INIT_STD = 0.02  # of the entries of new class means and of A
-SIGMA2_INIT = 1 / 16  # of the heads of named models
+INIT_STD = 0.02  # of the entries of A, and of the class means in the reference's start
+# The flat start
+ROW_STD = 0.02  # of the entries of the direction that all class means share
+FLAT_SPREAD = 0.1  # length of what sets a class mean apart from it, relative to it
+SIGMA2_INIT = 1 / 16
+V_RATIO = 0.1  # of v to sigma2
 
 # In the order in which the linear classifier's come first
 _PARAMETERS = Parameters._fields
@@ -251,8 +255,12 @@ class ZZZHead(nn.Module):
         rank: Rank r of the class covariances, 0 <= r <= d; useful ranks are 4, 8 and 16.
         v_min: Lower bound of the variances along the basis, > 0.
         sigma2_min: Lower bound of the isotropic variance, > 0.
-        v_init: Initial variance along the basis, > v_min; softplus(0) + v_min = 0.69 if None.
-        sigma2_init: Initial isotropic variance, > sigma2_min; softplus(0) + sigma2_min = 0.69 if None.
+        v_init: Initial variance along the basis, > v_min; by default a tenth of the initial sigma2, or 2 v_min if that
+            is larger.
+        sigma2_init: Initial isotropic variance, > sigma2_min; by default 1/16, or 2 sigma2_min if that is larger.
+        init: The start. ``'flat'``: the class means share one random direction and differ by little, so that the logits
+            are nearly equal and the first gradients to the backbone nearly zero. ``'reference'``: the class means are
+            drawn apart, and both variances are softplus(0) plus their minimum, 0.69, unless given.
         log_density: Give log N(x; mu_c, Sigma_c) + d/2 log(2 pi) + bias_c as logits instead.
         impl: What computes it, as in :func:`timm_zzz.functional.zzz_logits`: ``'torch'``, ``'triton'`` or ``'auto'``.
         device: Device of the parameters.
@@ -288,6 +296,7 @@ class ZZZHead(nn.Module):
         sigma2_min: float = 1e-4,
         v_init: Optional[float] = None,
         sigma2_init: Optional[float] = None,
+        init: str = 'flat',
         log_density: bool = False,
         impl: str = 'auto',
         device: Optional[torch.device] = None,
@@ -306,6 +315,8 @@ class ZZZHead(nn.Module):
         for name, minimum in (('v_min', v_min), ('sigma2_min', sigma2_min)):
             if not 0 < minimum < math.inf:
                 raise ValueError(f'{name}: expected a finite value > 0, got {minimum}')
+        if init not in ('flat', 'reference'):
+            raise ValueError(f"init: expected 'flat' or 'reference', got {init!r}")
         if not isinstance(log_density, bool):
             raise ValueError(f'log_density: expected a bool, got {log_density!r}')
         # in_features and out_features as on nn.Linear, for code that reads them off a classifier
@@ -316,8 +327,13 @@ class ZZZHead(nn.Module):
         self.v_min = float(v_min)
         self.sigma2_min = float(sigma2_min)
         self._impl = check_impl(impl)
-        self._v_raw_init = _raw_variance('v_init', v_init, v_min)
+        self._init = init
+        if init == 'flat' and sigma2_init is None:
+            sigma2_init = max(SIGMA2_INIT, 2 * sigma2_min)
         self._sigma2_raw_init = _raw_variance('sigma2_init', sigma2_init, sigma2_min)
+        if init == 'flat' and v_init is None:
+            v_init = max(V_RATIO * cast(float, sigma2_init), 2 * v_min)
+        self._v_raw_init = _raw_variance('v_init', v_init, v_min)
 
         dd: Dict[str, Any] = dict(device=device, dtype=dtype)
         self.weight = nn.Parameter(torch.empty(num_classes, feat_dim, **dd))
@@ -333,14 +349,26 @@ class ZZZHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew: weight and A from 0.02 N(0, 1), the variances at their initial values, bias 0."""
+        """Draw weight and A anew as ``init`` says, and set the variances to their initial values and the bias to 0."""
         with torch.no_grad():
-            self.weight.normal_(std=INIT_STD)
+            if self._init == 'flat':
+                self._draw_flat()
+            else:
+                self.weight.normal_(std=INIT_STD)
             if self.A is not None and self.v_raw is not None:
                 self.A.normal_(std=INIT_STD)
                 self.v_raw.fill_(self._v_raw_init)
             self.sigma2_raw.fill_(self._sigma2_raw_init)
             self.bias.zero_()
+
+    def _draw_flat(self) -> None:
+        """Draw class means that share a direction, a sum over the rows and so the same in all shards."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        rows = torch.empty_like(self.weight, dtype=wide).normal_()
+        # The sum of C normal variables over sqrt(C) is normal again. In place, which keeps a DTensor's placement.
+        shared = rows.sum(0) / self.num_classes**0.5
+        rows.sub_(shared / self.num_classes**0.5).mul_(FLAT_SPREAD).add_(shared).mul_(ROW_STD)
+        self.weight.copy_(rows)
 
     @property
     def mu(self) -> Tensor:

@@ -7,6 +7,7 @@ import timm.optim
 import timm.utils
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from timm_zzz import ZZZHead, attach
 from timm_zzz.fit import fit_model
@@ -62,7 +63,7 @@ def test_reset_classifier(name):
 def test_convolutional_classifier():
     """Its logits, and TorchScript, are in test_families.py."""
     plain = timm.create_model('dla46_c', num_classes=5).eval()
-    model = attach(copy.deepcopy(plain), rank=3)
+    model = attach(copy.deepcopy(plain), rank=3, warm_start=True)
     head = model.get_classifier()
     assert isinstance(head, ZZZConvHead) and torch.equal(head.weight, plain.get_classifier().weight.flatten(1))
     x = image(model)
@@ -195,16 +196,36 @@ def test_other_wrappers_are_refused():
     assert type(model.head) is nn.Linear
 
 
-def test_warm_start():
+def is_flat(head):
+    """Whether the class means share a direction, which no layer of timm starts with."""
+    rows = F.normalize(head.weight, dim=1)
+    return (rows @ rows.T).min() > 0.9 and not head.bias.any()
+
+
+def test_warm_start_on_request():
     model = timm.create_model('test_resnet', num_classes=5)
     linear = model.get_classifier()
-    head = attach(model, rank=3).get_classifier()
+    head = attach(copy.deepcopy(model), rank=3).get_classifier()
+    assert is_flat(head)
+    head = attach(model, rank=3, warm_start=True).get_classifier()
     assert torch.equal(head.weight, linear.weight) and torch.equal(head.bias, linear.bias)
-    again = attach(model, rank=2).get_classifier()  # another rank, the same means
+    again = attach(model, rank=2, warm_start=True).get_classifier()  # another rank, the same means
     assert again.rank == 2 and torch.equal(again.weight, linear.weight)
-    assert not torch.equal(attach(model, warm_start=False).get_classifier().weight, linear.weight)
+    assert is_flat(attach(model).get_classifier())
     nn.init.zeros_(model.get_classifier().weight)
-    assert (attach(model).get_classifier().weight != 0).all()
+    assert is_flat(attach(model, warm_start=True).get_classifier())
+
+
+def test_reset_classifier_starts_as_the_first_head_did():
+    model = attach(timm.create_model('test_vit', num_classes=5), rank=3, warm_start=True, v_init=0.5)
+    model.reset_classifier(4)
+    assert is_flat(model.head)
+    torch.testing.assert_close(F.softplus(model.head.v_raw) + model.head.v_min, torch.full((4, 3), 0.5))
+    model = attach(model, rank=3, init='reference')
+    for num_classes in (4, 6):
+        model.reset_classifier(num_classes)
+        assert not is_flat(model.head) and not model.head.v_raw.any()
+        assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.2)
 
 
 def test_unsupported_classifiers_are_named():

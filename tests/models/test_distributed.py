@@ -12,7 +12,7 @@ import torch
 from test_optim import penalty_by_hand
 from torch.nn import functional as F
 
-import timm_zzz  # noqa: F401
+from timm_zzz.head import FLAT_SPREAD, ROW_STD
 
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
 
@@ -117,6 +117,18 @@ def test_sharded(kind, tmp_path):
         pytest.skip('torch 2.6 and 2.7 crash or train wrongly under FSDP on the CPU, a linear model too')
     torch.multiprocessing.spawn(ddp.spawned, (ddp.sharded, tmp_path, kind, 'cpu'), nprocs=2)
     check_sharded(tmp_path, kind, 'cpu', 1e-5)
+
+
+@pytest.mark.integration
+def test_shards_share_the_direction_of_a_flat_start(tmp_path):
+    torch.multiprocessing.spawn(ddp.spawned, (ddp.drawn, tmp_path), nprocs=2)
+    saved = [torch.load(tmp_path / f'rank{rank}.pth') for rank in range(2)]
+    torch.testing.assert_close(saved[1], saved[0], rtol=0, atol=0)
+    for head in saved[0]:
+        rows = F.normalize(head['weight'].float(), dim=1)
+        assert ((rows @ rows.T - 1 / (1 + FLAT_SPREAD**2)).abs() < 1.5 * FLAT_SPREAD**2).all()
+        assert head['weight'].float().std(1).mean().item() == pytest.approx(ROW_STD, rel=0.2)
+        assert (head['weight'][0] == head['weight']).all(1).sum() == 1  # no row twice
 
 
 @pytest.mark.gpu

@@ -6,15 +6,17 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import get_arch_pretrained_cfgs, get_deprecated_models, model_entrypoint, split_model_name_tag
+from torch.nn import functional as F
 
 import timm_zzz
 from timm_zzz import ZZZHead
-from timm_zzz.head import SIGMA2_INIT
+from timm_zzz.head import ROW_STD
 from timm_zzz.models import registry
 from timm_zzz.models.registry import RANKS
 
@@ -144,7 +146,7 @@ def test_import_loads_little_else(found):
 def test_names_and_options():
     model = timm.create_model('test_vit.zzz_r4', num_classes=5)
     assert model.head.rank == 4 and model.pretrained_cfg['tag'] == 'zzz_r4'
-    assert model._model_args == {'num_classes': 5, 'zzz_rank': 4, 'zzz_sigma2_init': SIGMA2_INIT}
+    assert model._model_args == {'num_classes': 5, 'zzz_rank': 4}
     model = timm.create_model('test_vit.r160_in1k.zzz_r16')
     assert model.head.rank == 16 and model.num_classes == 1000 and model.pretrained_cfg['tag'] == 'r160_in1k.zzz_r16'
     assert type(timm.create_model('test_vit').head) is torch.nn.Linear
@@ -259,10 +261,39 @@ def test_pretrained_other_channels_and_no_trace_of_the_hooks(stock):
     """The weights that arrive are compared in test_families.py::test_pretrained."""
     model = create(stock[0], num_classes=7, in_chans=1)
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 7)
-    assert model.get_classifier().weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert model.get_classifier().weight.std().item() == pytest.approx(ROW_STD, rel=0.3)
     for module in model.modules():
         if not isinstance(module, ZZZHead):
             assert not module._load_state_dict_pre_hooks and not module._load_state_dict_post_hooks
+
+
+@pytest.mark.parametrize('num_classes', [7, 5])
+def test_numpy_files_warm_start_where_timm_reads_the_classifier(num_classes, tmp_path):
+    """By the model's own reader, which leaves the linear layer of another class count as it was drawn."""
+    state = {key: value.numpy() for key, value in timm.create_model('test_vit', depth=0).state_dict().items()}
+    rows, bias = torch.randn(7, 64), torch.randn(7)
+    np.savez(
+        tmp_path / 'weights.npz',
+        **{
+            'embedding/kernel': state['patch_embed.proj.weight'].transpose(2, 3, 1, 0),
+            'embedding/bias': state['patch_embed.proj.bias'],
+            'cls': state['cls_token'],
+            'Transformer/posembed_input/pos_embedding': state['pos_embed'],
+            'Transformer/encoder_norm/scale': state['norm.weight'],
+            'Transformer/encoder_norm/bias': state['norm.bias'],
+            'head/kernel': rows.numpy().T,
+            'head/bias': bias.numpy(),
+        },
+    )
+    overlay = dict(file=str(tmp_path / 'weights.npz'), custom_load=True)
+    options = dict(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes, depth=0)
+    model = timm.create_model('test_vit.zzz_r4', **options)
+    assert torch.equal(model.pos_embed, torch.from_numpy(state['pos_embed']))
+    if num_classes == 7:
+        assert torch.equal(model.head.weight, rows) and torch.equal(model.head.bias, bias)
+    else:
+        similarity = F.normalize(model.head.weight, dim=1) @ F.normalize(model.head.weight, dim=1).T
+        assert similarity.min() > 0.9 and not model.head.bias.any()  # the flat start
 
 
 def test_truncated_backbone_is_an_error(stock, tmp_path):

@@ -10,7 +10,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..head import NOT_DECAYED, SIGMA2_INIT, FusedZZZHead, ZZZConvHead, ZZZHead, heads_of
+from ..head import NOT_DECAYED, FusedZZZHead, ZZZConvHead, ZZZHead, heads_of
 from . import _timm
 
 __all__ = ['attach', 'find_classifiers', 'HEAD_OPTIONS', 'OPTION_PREFIX']
@@ -26,7 +26,7 @@ _FOLLOWS = ('num_classes', 'feat_dim', 'impl', 'device', 'dtype')
 HEAD_OPTIONS = tuple(name for name in inspect.signature(ZZZHead).parameters if name not in _FOLLOWS)
 
 
-def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_options: Any) -> ModelT:
+def attach(model: ModelT, rank: int = 8, *, warm_start: bool = False, **head_options: Any) -> ModelT:
     """Put a ZZZ head in place of a timm model's classifier, in place and at the same module path.
 
     From then on ``model.reset_classifier(n)`` gives a new ZZZ head with the same options, or timm's identity for n = 0.
@@ -39,11 +39,10 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
             With ``num_classes=0`` there is nothing to replace yet; the head comes with ``reset_classifier``. What
             ``torch.compile`` or ``DataParallel`` made of a model is looked into; other wrappers come after ``attach``.
         rank: Rank of the class covariances, 0 <= rank <= width of the embedding.
-        warm_start: Take the class means and the bias from the linear layer's rows and bias; with False, or where the
-            rows are zero, start from a new head.
+        warm_start: Take the class means and the bias from the linear layer's rows and bias, for a layer that has been
+            trained on the same classes; where the rows are zero, start from a new head all the same.
         head_options: Further keyword arguments of :class:`~timm_zzz.ZZZHead`: v_min, sigma2_min, v_init, sigma2_init,
-            log_density. sigma2_init is 1/16 unless given, not the bare head's 0.69, from which a fine-tuning run is too
-            short to bring sigma2 down to where the logits are sharp enough.
+            init, log_density.
 
     Returns:
         The same model.
@@ -59,7 +58,7 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = True, **head_opti
         >>> model(torch.randn(2, 3, 160, 160)).shape
         torch.Size([2, 5])
     """
-    options: Dict[str, Any] = dict(dict(sigma2_init=SIGMA2_INIT), **head_options, rank=rank)
+    options: Dict[str, Any] = dict(head_options, rank=rank)
     unknown = sorted(options.keys() - set(HEAD_OPTIONS))
     if unknown:
         raise TypeError(f'Unknown option of a ZZZ head: {", ".join(unknown)} (known: {", ".join(HEAD_OPTIONS)})')
@@ -244,7 +243,7 @@ class _ZZZModel(_Mixin):
         impls = [head.impl for head in heads_of(self).values()]
         super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]
         if num_classes > 0:
-            attach(self, warm_start=False, **self.zzz_options)
+            attach(self, **self.zzz_options)
         for head, impl in zip(heads_of(self).values(), impls, strict=False):
             head.impl = impl
 

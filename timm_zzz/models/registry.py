@@ -17,6 +17,7 @@ from timm.models import (
     get_deprecated_models,
     get_pretrained_cfg,
     list_models,
+    load_pretrained,
     model_entrypoint,
     register_model,
 )
@@ -266,7 +267,7 @@ def _create(
         return original(pretrained=pretrained, **kwargs)
 
     def swap(model: nn.Module, state_dict: Dict[str, Any]) -> None:
-        attach(model, warm_start=False, **request.options)
+        attach(model, **request.options)
         for path in heads_of(model):
             _restart(path, state_dict)
 
@@ -279,8 +280,14 @@ def _create(
     else:
         model = original(pretrained=False, **kwargs)
     if not hasattr(model, 'zzz_options'):
-        # Not loaded, or loaded by the model's own reader (NumPy files), which fills the linear layer.
-        attach(model, warm_start=pretrained, **request.options)
+        # Not loaded, or loaded by the model's own reader (NumPy files), which leaves a linear layer of other classes at
+        # random. Rows that are zero before it reads, and afterwards, are no start.
+        own_reader = pretrained and bool(model.pretrained_cfg.get('custom_load'))
+        if own_reader:
+            for layer in find_classifiers(model).values():
+                nn.init.zeros_(layer.weight)
+            load_pretrained(model, cache_dir=kwargs.get('cache_dir'))
+        attach(model, warm_start=own_reader, **request.options)
 
     if request.tag:
         model.pretrained_cfg['tag'] = request.tag
