@@ -97,7 +97,7 @@ def zzz(impl: str, compiled: bool = False) -> Callable[..., nn.Module]:
 
 
 def zzz_head(num_classes: int, feat_dim: int, rank: int, impl: str, device: torch.device) -> timm_zzz.ZZZHead:
-    return timm_zzz.ZZZHead(num_classes, feat_dim, rank=rank, impl=impl, device=device)
+    return timm_zzz.ZZZHead(num_classes, feat_dim, rank=rank, init='reference', impl=impl, device=device)
 
 
 # A method builds its head from (num_classes, feat_dim, rank, batch, device).

@@ -15,10 +15,12 @@ import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save, save_file
+from torch.nn import functional as F
 
 import timm_zzz
 from timm_zzz import ZZZHead, from_pretrained, push_to_hub, save_pretrained
 from timm_zzz.errors import AccessError, CheckpointError, ConfigError, NotFoundError, UnavailableError
+from timm_zzz.head import ROW_STD
 from timm_zzz.hub import load
 from timm_zzz.hub.cards import model_card
 from timm_zzz.models import _timm
@@ -111,7 +113,7 @@ def test_other_classes_on_reload(hub, case):
             heads = classifier if isinstance(classifier, tuple) else [classifier]
             if num_classes:
                 assert {(head.num_classes, head.rank) for head in heads} == {(7, int(MODELS[case][0][-1]))}
-                assert all(abs(head.weight.std() - 0.02) < 0.01 and not head.bias.any() for head in heads)
+                assert all(abs(head.weight.std() - ROW_STD) < ROW_STD / 2 and not head.bias.any() for head in heads)
             else:
                 assert not any(isinstance(head, ZZZHead) for head in heads)
             assert again.eval()(image(model)).shape[1] == (num_classes or again.num_features)
@@ -158,6 +160,26 @@ def test_the_form_of_the_logits_is_recorded(tmp_path):
         assert_same(again, model)
         assert again.head.log_density
     assert 'tfrac{d}{2}' in str(model_card(model, REPO))
+
+
+def test_the_start_is_kept_for_other_classes(tmp_path):
+    """As are the options that a config.json of before the flat start has."""
+    options = dict(num_classes=5, zzz_init='reference')
+    named = timm.create_model('test_vit.zzz_r4', **options)
+    attached = timm_zzz.attach(timm.create_model('test_vit', num_classes=5), rank=4, init='reference')
+    for model in (named, attached):
+        save_pretrained(model, tmp_path)
+        args = json.loads((tmp_path / 'config.json').read_text())['model_args']
+        assert args['zzz_init'] == 'reference' and 'zzz_sigma2_init' not in args
+        assert_same(from_pretrained(tmp_path), model)
+        assert not from_pretrained(tmp_path, num_classes=7).head.v_raw.any()
+    config = json.loads((tmp_path / 'config.json').read_text())
+    del config['model_args']['zzz_init']
+    config['model_args']['zzz_sigma2_init'] = 1 / 8
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    assert_same(from_pretrained(tmp_path), attached)
+    again = from_pretrained(tmp_path, num_classes=7).head
+    assert F.softplus(again.sigma2_raw).item() + again.sigma2_min == pytest.approx(1 / 8)
 
 
 def test_models_changed_after_create_model(tmp_path):
@@ -527,6 +549,7 @@ CONFIGS = [
     ([ARGS], dict(zzz_v_min=float('inf')), 'zzz_v_min: expected at most'),
     ([ARGS], dict(zzz_rank=65), 'rank: expected 0 <= rank <= feat_dim = 64'),
     ([ARGS], dict(zzz_rank=-1), 'zzz_rank: expected an int >= 0'),
+    ([ARGS], dict(zzz_init='random'), "init: expected 'flat' or 'reference', got 'random'"),
     ([CFG], dict(url='http://x'), 'url would take the weights'),
     ([CFG], dict(custom_load=True), 'custom_load would take'),
     ([CFG], dict(x=1), 'pretrained_cfg: unknown keys x'),
