@@ -446,7 +446,7 @@ def best_of_scipy(logits, targets):
     def objective(log_T):
         T = math.exp(log_T)
         loss, uniform = terms(T)
-        return loss + ((uniform - terms(1.0)[1]) / len(y) if T > 1 else 20 * (T - 1 - log_T))
+        return loss + ((uniform - terms(1.0)[1]) / len(y) if T > 1 else 10 * (T - 1 - log_T))
 
     found = minimize_scalar(objective, bounds=(-9.2, 9.2), options=dict(xatol=1e-10)).x
     return math.exp(-min((found, 0.0), key=objective))
@@ -470,7 +470,7 @@ def test_temperature_against_scipy(rank, sigma2_raw):
         assert 1 <= again < temperature
 
 
-@pytest.mark.parametrize('count', [1, 2, 3, 10, 3000])
+@pytest.mark.parametrize('count', [1, 2, 3, 10, 1000])
 @pytest.mark.parametrize('scale', [0.1, 1.0, 10.0])
 @pytest.mark.parametrize('labels', ['drawn', 'right', 'wrong', 'one class'])
 def test_temperature_of_few_or_odd_images_against_scipy(count, scale, labels):
@@ -482,7 +482,7 @@ def test_temperature_of_few_or_odd_images_against_scipy(count, scale, labels):
     temperature = calibration_temperature(scale * logits, targets)
     assert temperature == pytest.approx(best_of_scipy(scale * logits, targets), rel=1e-4)
     assert calibration_temperature((scale * logits).float() + 3, targets) == pytest.approx(temperature, rel=1e-4)
-    if labels == 'drawn' and count == 3000:
+    if labels == 'drawn' and count == 1000:
         assert temperature == pytest.approx(scale, rel=0.1)
 
 
@@ -563,6 +563,21 @@ def test_calibrated_head_has_a_smaller_calibration_error(caplog):
         *('v_raw', 'sigma2_raw', 'bias')
     }
     assert not caplog.records
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_calibrated_head_in_onnx(tmp_path):
+    """The same modules and tensors as before, with the temperature in them."""
+    runtime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    head, file = new_head(4, 5, 32, torch.float32, sigma2_raw=-4.0), str(tmp_path / 'head.onnx')
+    features, targets = task(head, 100, noise=0.6)
+    before, keys = head(features).detach(), head.state_dict().keys()
+    temperature = calibrate(head, features, targets)
+    assert abs(temperature - 1) > 0.1 and head.state_dict().keys() == keys
+    torch.onnx.export(head.fuse(), (features,), file, input_names=['input'], dynamo=False)
+    (logits,) = runtime.InferenceSession(file, providers=['CPUExecutionProvider']).run([], {'input': features.numpy()})
+    close(torch.from_numpy(logits), before / temperature, rtol=1e-4, atol=1e-4)
 
 
 def test_temperature_of_images_that_are_all_right():

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 BINS = 15
-PULL = 20.0  # against softening a head for the sake of one wrong image
+PULL = 10.0  # against softening a head for the sake of one wrong image
 KEPT = 2**27  # logits that a temperature is fitted to
 _VALUES = 2**22  # of an intermediate result that are held at a time
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

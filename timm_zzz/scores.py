@@ -362,7 +362,7 @@ def calibrate(head: ZZZHead, features: Tensor, targets: Tensor) -> float:
     It goes into the head's own parameters, by :func:`fold_temperature`. It is the one of the least negative
     log-likelihood L, with a penalty where there is little to learn: few images, or such that are all classified
     correctly. With T = 1 / temperature, where L is summed over N images and U is the sum for labels that are smeared
-    evenly over the classes, L(T) + (U(T) - U(1)) / N is minimised above T = 1, L(T) + 20 (T - 1 - log T) below. Of more
+    evenly over the classes, L(T) + (U(T) - U(1)) / N is minimised above T = 1, L(T) + 10 (T - 1 - log T) below. Of more
     than 2^27 logits those of every k-th image are taken.
 
     Args:
