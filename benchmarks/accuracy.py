@@ -3,11 +3,11 @@
     python benchmarks/accuracy.py --data DIR [DIR ...] --backbone NAME FILE PIXELS [--backbone ...] \
         --heads linear:rows=zero zzz_r8 zzz_r8:fit=finetune --results FILE.jsonl
 
-For each number of images a class: first every head at every pair of learning rates, trained on four fifths of the training
-images and judged on the last ("inner"); then each head at its own rates, those of the highest mean over the sets of that for
-each backbone, trained on all training images and judged on the validation images. Every run is a line of the results file;
-runs that are in it already are not repeated. accuracy_table.py makes tables of them. Settings of the heads: starts.py; of the
-training: training.py.
+For each number of images a class: first every head at every pair of learning rates, trained on four fifths of the
+training images and judged on the last ("inner"); then each head at its own rates, those of the highest mean over the
+sets of that for each backbone, trained on all training images and judged on the validation images. Every run is a
+line of the results file; runs that are in it already are not repeated. accuracy_table.py makes tables of them.
+Settings of the heads: starts.py; of the training: training.py.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def unpacked(text: str, count: int) -> Tensor:
 
 
 def spectrum(head: nn.Module) -> Row:
-    """Describe a ZZZ head: sigma2, the mean cosine of two means, and the median over classes of the sorted variances."""
+    """Describe a ZZZ head: sigma2, the mean cosine of two means, the median over classes of the sorted variances."""
     if not isinstance(head, ZZZHead):
         return {}
     classes, count = class_gaussians_of(head), head.num_classes

@@ -2,8 +2,9 @@
 
     python benchmarks/accuracy_table.py FILE.jsonl [--base linear:rows=zero] [--pairs]
 
-For each number of images a class: every head against the base head, as means over the pairs of set and backbone that both have, at
-each one's own learning rates. The number of pairs where it is above or below is of those that a paired test says so of.
+For each number of images a class: every head against the base head, as means over the pairs of set and backbone that
+both have, at each one's own learning rates. The pairs where it is above or below are those of which a paired test
+says so.
 """
 
 import argparse
@@ -142,7 +143,7 @@ def _same_seeds(rows: List[Row], base: List[Row]) -> Tuple[List[Row], List[Row]]
 
 
 def grid_difference(rows: List[Row], base: List[Row]) -> Tuple[Optional[float], Optional[float]]:
-    """Mean over pairs and over the grid of rates of the inner top-1, to the base's; the NLL's at one temperature in percent."""
+    """Mean over pairs and rates of the difference in inner top-1, and in NLL at one temperature, percent."""
     keys = ('data', 'backbone', 'seed', *RATES)
     ours, theirs = ({tuple(row[k] for k in keys): row for row in each} for each in (rows, base))
     both = ours.keys() & theirs.keys()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import timm_zzz
 from timm_zzz.fit import ZZZFit
-from timm_zzz.head import SIGMA2_INIT
+from timm_zzz.head import INIT_STD, SIGMA2_INIT
 
 ROWS = {
     'zero': 'all zero (linear), as train.py --head-init-scale 0.0 starts them',
@@ -33,12 +33,10 @@ class HeadSpec:
     sigma2: float = 0.0
     v_ratio: float = 0.0  # v / sigma2
     row_std: float = 0.0  # of the entries of the class means
-    spread: float = -1.0  # of a flat start: the means' own part, relative to the one that they share
+    spread: float = -1.0  # of a flat start: random differences of the means, relative to what they share
     mean_spread: float = -1.0  # of a fit
     max_precision: float = -1.0  # of a fit
-    basis: str = (
-        ''  # 'random': a fit's means and variances with other subspaces; 'shared': one subspace for all classes
-    )
+    basis: str = ''  # 'random': subspaces drawn class by class, in a flat start or in place of a fit's
     scale: float = 16.0  # of cosines; at the start, if without a margin
     margin: float = 0.2  # of arcface, an angle, and cosface
     scalar_lr: float = 1.0  # factor on the head's learning rate for v_raw, sigma2_raw and a cosine head's scale
@@ -111,30 +109,30 @@ def _zzz(spec: HeadSpec, features: Tensor, target: Tensor, num_classes: int) -> 
         options['v_init'] = spec.v_ratio * (spec.sigma2 or SIGMA2_INIT)
     width = features.shape[1]
     head = timm_zzz.ZZZHead(num_classes, width, rank=spec.rank, device=features.device, **options)
-    if spec.basis == 'shared' and head.A is not None:
-        head.A.copy_(head.A[:1].expand_as(head.A).clone())
     if not spec.fit:
         head.weight.copy_(_spread_out(spec, head.weight))
-        return head
+    else:
+        _fit(spec, head, features, target)
+    if spec.basis and head.A is not None:
+        head.A.normal_(std=INIT_STD)
+    return head
+
+
+def _fit(spec: HeadSpec, head: timm_zzz.ZZZHead, features: Tensor, target: Tensor) -> None:
     choices: Dict[str, Any] = dict(preset=spec.fit)
     given = dict(sigma2=spec.sigma2 > 0, v_ratio=spec.v_ratio > 0)
     given.update({key: getattr(spec, key) >= 0 for key in ('mean_spread', 'max_precision')})
     choices.update({key: getattr(spec, key) for key, is_given in given.items() if is_given})
-    basis = None if head.A is None else head.A.clone()
-    ZZZFit(num_classes, spec.rank, **choices).fit(features, target).fill(head)
-    if spec.basis and head.A is not None:
-        head.A.copy_(basis)
+    ZZZFit(head.num_classes, spec.rank, **choices).fit(features, target).fill(head)
     if spec.row_std:
         head.weight.mul_(spec.row_std / head.weight.std())
-    return head
 
 
 def _spread_out(spec: HeadSpec, rows: Tensor) -> Tensor:
-    """Give the rows of a flat start another length, and another distance from their mean."""
+    """Give the rows of a flat start random differences, and another length."""
     if spec.spread >= 0:
-        mean = rows.mean(0)
-        own = rows - mean
-        rows = mean + own * (spec.spread * mean.norm() / own.norm(dim=1).mean())
+        shared = rows.mean(0)
+        rows = shared + spec.spread * shared.norm() / len(shared) ** 0.5 * torch.randn_like(rows)
     return rows * (spec.row_std / rows.std()) if spec.row_std else rows
 
 

@@ -29,7 +29,8 @@ def run(folder, backbone):
     """Run the command with more arguments and return the rows of its results file."""
 
     def run(results, *arguments):
-        fixed = ('--data', folder, '--backbone', *backbone, 0, '--results', results, '--epochs', 2, '--device', 'cpu')
+        fixed = ('--data', folder, '--backbone', *backbone, 0, '--results', results)
+        fixed += ('--epochs', 2, '--min-steps', 0, '--device', 'cpu')
         accuracy.main([str(a) for a in (*fixed, *arguments)])
         return [json.loads(line) for line in results.read_text().splitlines()]
 
@@ -38,44 +39,44 @@ def run(folder, backbone):
 
 @pytest.fixture(scope='module')
 def results(run, tmp_path_factory):
-    """A results file and its rows: three heads at two rates on the inner split, then at their own, and few images."""
+    """A results file and its rows: three heads at two rates, then at their own; all images and two a class."""
     path = tmp_path_factory.mktemp('runs') / 'runs.jsonl'
-    run(path, '--heads', *HEADS, '--inner', '--lrs', 1e-4, 1e-3, '--head-lrs', 5, '--threads', 2)
-    run(path, '--heads', *HEADS, '--seeds', 0, 1)
-    return path, run(path, '--heads', 'zzz_r2', '--shots', 2, '--lrs', 1e-3, '--head-lrs', 1, '--seeds', 0)
+    options = ('--heads', *HEADS, '--lrs', 1e-4, 1e-3, '--head-lrs', 5, '--seeds', 0, 1)
+    return path, run(path, *options, '--shots', 0, 2), options
 
 
 def test_grid_then_own_rates(run, results, tmp_path):
-    path, rows = results
-    inner = [row for row in rows if row['split'] == 'inner']
-    assert sorted((row['head'], row['lr'], row['head_lr']) for row in inner) == [
-        (head, lr, 5.0) for head in HEADS for lr in (1e-4, 1e-3)
-    ]
-    assert all(row['train_images'] == 20 for row in inner)  # of 6 images of each of 4 classes, a fifth is left out
-    best = {}
-    for row in sorted(inner, key=lambda row: -row['top1']):
-        best.setdefault(row['head'], row['top1'])
-    for row in rows:
-        if row['split'] == 'validation' and not row['shots']:
-            (grid,) = (each for each in inner if each['head'] == row['head'] and each['lr'] == row['lr'])
-            assert grid['top1'] == best[row['head']] and row['train_images'] == 24
-    assert rows[-1]['train_images'] == 8
+    path, rows, options = results
+    for shots, of_grid, of_final in ((0, 20, 24), (2, 8, 8)):
+        own = [row for row in rows if row['shots'] == shots]
+        grid, final = ([row for row in own if row['split'] == split] for split in ('inner', 'validation'))
+        assert sorted((row['head'], row['lr'], row['head_lr']) for row in grid) == [
+            (head, lr, 5.0) for head in HEADS for lr in (1e-4, 1e-3)
+        ]
+        assert [(row['head'], row['seed']) for row in final] == [(head, seed) for seed in (0, 1) for head in HEADS]
+        assert {row['train_images'] for row in grid} == {of_grid}  # a fifth of 6 images of each class is left out
+        assert {row['train_images'] for row in final} == {of_final}
+        for row in final:
+            found = {each['lr']: each['top1'] for each in grid if each['head'] == row['head']}
+            assert found[row['lr']] == max(found.values())
     for row in rows:
         assert 0 <= row['top1'] <= row['top5'] == 100 and math.isfinite(row['nll']) and row['temperature'] > 0
     before = path.read_text()
-    run(path, '--heads', *HEADS, '--seeds', 0, 1)  # what is there is not run again
+    run(path, *options, '--shots', 0, 2)  # what is there is not run again
     assert path.read_text() == before
-    with pytest.raises(SystemExit, match='no learning rates for cosine on test_vit'):
-        run(path, '--heads', 'cosine')
-    (again,) = run(
-        tmp_path / 'again.jsonl', '--heads', 'zzz_r2', '--shots', 2, '--lrs', 1e-3, '--head-lrs', 1, '--seeds', 0
-    )
-    assert again['nll'] == pytest.approx(rows[-1]['nll'], rel=1e-4)
+    again = run(tmp_path / 'again.jsonl', '--heads', 'zzz_r2', '--lrs', 1e-4, '--head-lrs', 5, '--grid-only')
+    first = next(row for row in rows if row['head'] == 'zzz_r2' and row['lr'] == 1e-4)
+    assert len(again) == 1 and again[0]['nll'] == pytest.approx(first['nll'], rel=1e-4)
 
 
-def test_a_failed_run_is_named(run, tmp_path, capsys):
+def test_no_run_begins_after_the_time_is_over(run, tmp_path):
+    (tmp_path / 'runs.jsonl').touch()
+    assert run(tmp_path / 'runs.jsonl', '--heads', 'linear', '--seconds', 0) == []
+
+
+def test_a_failed_run_is_named(run, tmp_path):
     with pytest.raises(SystemExit, match='1 runs failed, the first with ValueError: head zzz'):
-        run(tmp_path / 'runs.jsonl', '--heads', 'zzz', 'linear', '--inner', '--lrs', 1e-3, '--head-lrs', 1)
+        run(tmp_path / 'runs.jsonl', '--heads', 'zzz', 'linear', '--lrs', 1e-3, '--head-lrs', 1)
     assert json.loads((tmp_path / 'runs.jsonl').read_text())['head'] == 'linear'
 
 
@@ -102,7 +103,7 @@ def test_masks_as_text():
 def test_kept_features_give_the_figures(run, folder, tmp_path):
     """Compute a run's accuracy and energy again from what --keep writes, by hand."""
     options = ('--heads', 'zzz_r2', '--lrs', 1e-3, '--head-lrs', 1, '--seeds', 0, '--hold-out-every', 4)
-    (row,) = run(tmp_path / 'runs.jsonl', *options, '--keep', tmp_path, '--far', folder)
+    _, row = run(tmp_path / 'runs.jsonl', *options, '--keep', tmp_path, '--far', folder)
     found = load_file(tmp_path / 'gradients-test_vit-zzz_r2-0-0.safetensors')
     head = ZZZHead(3, found['validation'].shape[1], rank=2).eval()
     head.load_state_dict({k[5:]: v for k, v in found.items() if k.startswith('head.')})

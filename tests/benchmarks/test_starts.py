@@ -118,7 +118,7 @@ def test_flat_starts(kind):
     head = build(f'{kind}{colon}spread=0.2,row_std=0.003', num_classes=40)
     own = head.weight - head.weight.mean(0)
     assert head.weight.std().item() == pytest.approx(0.003, rel=1e-3)
-    assert (own.norm(dim=1).mean() / head.weight.mean(0).norm()).item() == pytest.approx(0.2, rel=1e-3)
+    assert (own.norm(dim=1).mean() / head.weight.mean(0).norm()).item() == pytest.approx(0.2, rel=0.05)
 
 
 def test_linear_and_reference_starts():
