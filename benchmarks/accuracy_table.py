@@ -1,6 +1,6 @@
 """Tables of the rows that accuracy.py writes, in markdown.
 
-    python benchmarks/accuracy_table.py FILE.jsonl [--base linear:rows=zero] [--pairs]
+    python benchmarks/accuracy_table.py FILE.jsonl [--base linear:rows=zero] [--pairs] [--grid]
 
 For each number of images a class: every head against the base head, as means over the pairs of set and backbone that
 both have, at each one's own learning rates. The pairs where it is above or below are those of which a paired test
@@ -232,14 +232,31 @@ def _pair_table(rows: List[Row]) -> str:
     return '\n'.join(lines)
 
 
+def grid_table(rows: List[Row]) -> str:
+    """Inner top-1 of every pair of set and backbone by learning rates, and their mean."""
+    inner = [row for row in rows if row['split'] == 'inner']
+    rates = sorted({tuple(row[k] for k in RATES) for row in inner})
+    titles = ['images a class', 'backbone', 'set', 'head', *(f'{lr:g} × {head_lr:g}' for lr, head_lr in rates), 'mean']
+    lines = ['| ' + ' | '.join(titles) + ' |', '|' + '---|' * len(titles)]
+    for (shots, backbone, data, head), group in groups(inner, 'shots', 'backbone', 'data', 'head').items():
+        of_rates = groups(group, *RATES)
+        means = {rate: statistics.fmean(row['top1'] for row in each) for rate, each in of_rates.items()}
+        cells = [f'{means[rate]:.1f}' if rate in means else '' for rate in rates]
+        cells.append(f'{statistics.fmean(means.values()):.1f}' if len(means) == len(rates) else '')
+        lines.append('| ' + ' | '.join((str(shots or 'all'), backbone, data, head, *cells)) + ' |')
+    return '\n'.join(lines)
+
+
 def main(arguments: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('results', type=Path, metavar='FILE.jsonl')
     parser.add_argument('--base', default=BASE, metavar='HEAD')
     parser.add_argument('--pairs', action='store_true', help='every pair of set and backbone, too')
+    parser.add_argument('--grid', action='store_true', help='only the runs by which rates are chosen, one by one')
     options = parser.parse_args(arguments)
     unique = {tuple(row[k] for k in JOB): row for row in read(options.results)}
-    print(tables(list(unique.values()), options.base, options.pairs))
+    rows = list(unique.values())
+    print(grid_table(rows) if options.grid else tables(rows, options.base, options.pairs))
 
 
 if __name__ == '__main__':

@@ -153,6 +153,9 @@ def test_table():
     assert cells[:5] == ['zzz_r8', '2', f'{mean:+.2f} ± {error:.2f}', '+0.50', '1, 0']
     assert cells[5:] == ['+15.50', '+0.0 %', '-20.0 %', '4.0, 2.0', '+8.00', '+0.0 %']
     assert '| net | cars | zzz_r8 | 0.001 × 1 | 50.50 ± 0.00 |' in accuracy_table.tables(rows, pairs=True)
+    table = accuracy_table.grid_table(rows).splitlines()
+    assert table[0].endswith('| head | 0.0001 × 1 | 0.001 × 1 | mean |')
+    assert table[3] == '| all | net | birds | zzz_r8 | 55.0 | 61.0 | 58.0 |'
 
 
 def test_bootstrap_and_holm():
