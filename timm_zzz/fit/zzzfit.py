@@ -26,7 +26,7 @@ OBJECTIVES: Dict[str, Callable[[Moments, int], Estimator]] = {'discriminant': Di
 SHRINKAGES = {'discriminant': (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02), 'density': (0.0,)}
 PRIOR_COUNTS = (1000.0, 100.0, 10.0)  # of equal likelihood the first of each is taken
 PRECISIONS = (9000.0, 3000.0, 1000.0)  # that 1 / sigma2 is raised to at most for the sake of large gains
-PRECISION_OF_A_START = 200.0  # docs/results.md compares it with others
+PRECISION_OF_A_START = 200.0
 # What a fit is for; docs/fit.md says which to take
 PRESETS: Dict[str, Dict[str, Any]] = {
     'frozen': dict(sigma2=None, mean_spread=1.0, v_ratio=None),
