@@ -8,7 +8,7 @@ and NLL on the validation images, mean and standard error over draws of the exam
 
 import argparse
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from accuracy_table import show
@@ -50,12 +50,12 @@ def draw(target: Tensor, shots: int, seed: int) -> Tensor:
     return torch.cat([order[target[order] == c][:shots] for c in range(int(target.max()) + 1)])
 
 
-def heads(x: Tensor, y: Tensor, num_classes: int) -> Dict[str, nn.Module]:
+def heads(x: Tensor, y: Tensor, num_classes: int, ranks: Sequence[int]) -> Dict[str, nn.Module]:
     """The classifiers that are compared, each from the same features (N, d); the fit normalises them."""
     probe = nn.Linear(x.shape[1], num_classes)
     fit_probe(probe, x, y)
     found: Dict[str, nn.Module] = {'linear probe, tuned': probe}
-    for rank in (0, 8):
+    for rank in ranks:
         found[f'fit, rank {rank}'] = fit_head(x, y, rank=rank, num_classes=num_classes)
     return found
 
@@ -67,6 +67,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     parser.add_argument('--cache', type=Path, required=True)
     parser.add_argument('--shots', type=int, nargs='+', default=[1, 2, 5, 10, 0], help='examples per class; 0: all')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--ranks', type=int, nargs='+', default=[0, 8], help='of the fit')
     options = parser.parse_args(arguments)
     name, checkpoint, size = options.backbone
     backbone = Backbone(name, checkpoint, int(size))
@@ -78,7 +79,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
             figures: Dict[str, List[Tuple[float, float]]] = {}
             for seed in options.seeds if shots else options.seeds[:1]:
                 index = draw(y, shots, seed)
-                for name, head in heads(x[index], y[index], int(y.max()) + 1).items():
+                for name, head in heads(x[index], y[index], int(y.max()) + 1, options.ranks).items():
                     predicted = evaluate(head, [(test_x, test_y)], torch.device('cpu'))
                     figures.setdefault(name, []).append((predicted.top1, predicted.mean_nll))
             for name, values in figures.items():
