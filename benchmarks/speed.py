@@ -208,7 +208,7 @@ def create_model(name: str, num_classes: int, head: str, device: torch.device) -
             path = next(n for n, m in model.named_modules() if m is classifier)
             model.set_submodule(path, CosineHead(num_classes, classifier.in_features, device))
     if head == 'zzz_r8':
-        timm_zzz.attach(model, rank=8)
+        timm_zzz.attach(model, rank=8, init='reference')
     return model.train()
 
 

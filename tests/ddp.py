@@ -35,7 +35,7 @@ SCHEDULE = dict(num_epochs=STEPS, warmup_epochs=2, warmup_lr=1e-4, step_on_epoch
 
 def build():
     torch.manual_seed(0)
-    return timm.create_model('test_vit.zzz_r4', num_classes=5, zzz_v_init=2.0)
+    return timm.create_model('test_vit.zzz_r4', num_classes=5, zzz_init='reference', zzz_v_init=2.0)
 
 
 def batch(step):

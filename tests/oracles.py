@@ -1,10 +1,12 @@
-"""The head's function written down by textbook routines, for tests to compare with."""
+"""The head's function written down by textbook routines, for tests to compare with, and what to compare on."""
 
 import math
 
 import torch
 from torch.distributions import LowRankMultivariateNormal, MultivariateNormal, Normal
 from torch.nn import functional as F
+
+from timm_zzz.head import heads_of
 
 PARAMETERS = ('features', 'weight', 'bias', 'A', 'v_raw', 'sigma2_raw')
 
@@ -15,6 +17,16 @@ def make(b, c, d, r, dtype=torch.float64):
     tensors += [torch.randn(c, d, r), torch.randn(c, r)] if r else [None, None]
     tensors.append(torch.tensor([-1.0]))
     return [t if t is None else t.to(dtype) for t in tensors]
+
+
+@torch.no_grad()
+def distinct(module):
+    """Set the classes of a module's ZZZ heads apart in every parameter that they have: they start as one Gaussian."""
+    for head in heads_of(module).values():
+        for p, scale in ((head.weight, 0.02), (head.A, 0.02), (head.v_raw, 0.3), (head.bias, 0.3)):
+            if p is not None:
+                p.add_(scale * torch.randn_like(p))
+    return module
 
 
 def qr_basis(A):

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import timm
 import torch
+from oracles import distinct
 from sklearn.linear_model import LogisticRegression
 from timm.utils import reparameterize_model
 from torch import nn
@@ -18,7 +19,7 @@ from timm_zzz.models.attach import find_classifiers
 
 
 def random_head(num_classes=20, feat_dim=33, rank=3, kind=ZZZHead, **kwargs):
-    head = kind(num_classes, feat_dim, rank, **kwargs)
+    head = distinct(kind(num_classes, feat_dim, rank, **kwargs))
     with torch.no_grad():
         head.bias.normal_()
     return head.eval()
@@ -213,7 +214,7 @@ def test_exports_of_few_bits_classify_as_well_as_a_linear_layers(task, tmp_path)
 @pytest.mark.parametrize('sigma2', [1e-3, 1e-2, 1 / 16])
 def test_int8_keeps_the_directions(sigma2):
     """Rows of means and of directions share a scale, whatever sigma2 is. Against the truth in float64."""
-    head = ZZZHead(30, 64, 4, sigma2_init=sigma2, v_init=10 * sigma2)
+    head = ZZZHead(30, 64, 4, init='reference', sigma2_init=sigma2, v_init=10 * sigma2)
     with torch.no_grad():
         head.weight.copy_(F.normalize(torch.randn(1, 64)) + 0.1 * F.normalize(torch.randn(30, 64)))
     mu, basis, v, _, _ = head.gaussians()
@@ -262,7 +263,7 @@ def heads_of(model):
     ],
 )
 def test_reparameterize_model(name, size, kind, count):
-    model = attach(timm.create_model(name, num_classes=5), rank=3).eval()
+    model = distinct(attach(timm.create_model(name, num_classes=5), rank=3)).eval()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(std=0.1)
@@ -290,7 +291,7 @@ def test_reparameterize_model(name, size, kind, count):
 def test_onnx_export_script(options, timm_scripts, run, tmp_path):
     pytest.importorskip('onnxscript')
     shutil.copy(timm_scripts / 'onnx_export.py', tmp_path)
-    model = timm.create_model('test_vit.zzz_r8', num_classes=10).eval()
+    model = distinct(timm.create_model('test_vit.zzz_r8', num_classes=10)).eval()
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'checkpoint.pth')
     script = ['-m', 'timm_zzz', 'onnx_export.py', 'out.onnx', '--model', 'test_vit.zzz_r8', '--num-classes', 10]
     run(*script, '--checkpoint', 'checkpoint.pth', '--batch-size', 2, *options)

@@ -13,6 +13,7 @@ import pytest
 import timm
 import timm.optim
 import torch
+from oracles import distinct
 from timm.loss import BinaryCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -182,7 +183,7 @@ def test_state_dict_of_a_layer_warm_starts_the_means(layer, rank):
 
 
 def test_old_name_loads():
-    head, other = ZZZHead(5, 12, 3), ZZZHead(5, 12, 3)
+    head, other = distinct(ZZZHead(5, 12, 3)), ZZZHead(5, 12, 3)
     other.load_state_dict({'mu' if k == 'weight' else k: v for k, v in head.state_dict().items()})
     assert torch.equal(other.weight, head.weight) and torch.equal(other.A, head.A)
 
@@ -207,7 +208,7 @@ def test_other_sizes_are_refused_with_both_figures(source, figures, strict):
 
 def test_rank_0_into_a_rank():
     """It may be a shard, so only a strict load can refuse it."""
-    head, source = ZZZHead(5, 12, 3), ZZZHead(5, 12, 0)
+    head, source = ZZZHead(5, 12, 3), distinct(ZZZHead(5, 12, 0))
     with pytest.raises(RuntimeError, match='Missing key.*"A", "v_raw"'):
         head.load_state_dict(source.state_dict())
     assert head.load_state_dict(source.state_dict(), strict=False).missing_keys == ['A', 'v_raw']
@@ -224,7 +225,7 @@ def test_truncated_state_dict_is_an_error(gone):
 
 @pytest.mark.parametrize('names', [['A', 'v_raw', 'sigma2_raw'], ['A'], ['weight'], ['weight', 'sigma2_raw'], ['bias']])
 def test_a_part_of_a_head_is_loaded_as_it_is(names):
-    head, other = ZZZHead(5, 12, 3), ZZZHead(5, 12, 3, v_init=0.1, sigma2_init=0.1)
+    head, other = distinct(ZZZHead(5, 12, 3)), distinct(ZZZHead(5, 12, 3, v_init=0.1, sigma2_init=0.1))
     before, part = copy.deepcopy(head.state_dict()), {name: other.state_dict()[name] + 1 for name in names}
     result = head.load_state_dict(part, strict=False)
     assert not result.unexpected_keys
@@ -239,7 +240,7 @@ def test_a_part_of_a_head_is_loaded_as_it_is(names):
 @pytest.mark.parametrize('shard', [300, 1000])  # bytes
 def test_shards(shard, tmp_path):
     """As huggingface_hub writes and reads them."""
-    model, loaded = (nn.Sequential(nn.Linear(12, 12), ZZZHead(5, 12, 3)) for _ in range(2))
+    model, loaded = (nn.Sequential(nn.Linear(12, 12), distinct(ZZZHead(5, 12, 3))) for _ in range(2))
     huggingface_hub.save_torch_model(model, tmp_path, max_shard_size=shard)
     assert len(list(tmp_path.glob('*.safetensors'))) > 1
     # 0.x holds each shard against the whole model when strict
@@ -251,7 +252,7 @@ def test_shards(shard, tmp_path):
 
 def test_shards_of_a_head_without_memory():
     """In any order, as accelerate and huggingface_hub fill a model from the meta device."""
-    state = ZZZHead(5, 12, 3, v_init=0.1, sigma2_init=0.1).state_dict()
+    state = distinct(ZZZHead(5, 12, 3, v_init=0.1, sigma2_init=0.1)).state_dict()
     for order in itertools.permutations(state):
         head = ZZZHead(5, 12, 3, device='meta')
         for name in order:
@@ -267,7 +268,7 @@ def test_a_layer_of_another_kind_is_refused():
 
 
 def test_a_copy_outlives_the_original():
-    original, state = ZZZHead(5, 12, 3), ZZZHead(5, 12, 3).state_dict()
+    original, state = ZZZHead(5, 12, 3), distinct(ZZZHead(5, 12, 3)).state_dict()
     head = copy.copy(original)
     del original
     gc.collect()
@@ -278,7 +279,7 @@ def test_a_copy_outlives_the_original():
 @torch.no_grad()
 def test_what_is_put_in_a_parameters_place_is_seen():
     """As FSDP does, with memory of which no version counter tells that it was written to."""
-    head, x = ZZZHead(5, 12, 3).eval(), torch.randn(4, 12)
+    head, x = distinct(ZZZHead(5, 12, 3)).eval(), torch.randn(4, 12)
     whole, before = nn.Parameter(head.weight.detach().clone()), head(x)
     head.weight = whole
     assert torch.equal(head(x), before)
@@ -291,7 +292,7 @@ def test_what_is_put_in_a_parameters_place_is_seen():
 
 @pytest.mark.parametrize('names', [['weight'], ['weight', 'A'], ['A', 'v_raw'], ['weight', 'A', 'v_raw']])
 def test_a_pruned_head(names):
-    head, loaded = ZZZHead(5, 12, 3), ZZZHead(5, 12, 3)
+    head, loaded = distinct(ZZZHead(5, 12, 3)), ZZZHead(5, 12, 3)
     for each in (head, loaded):
         for name in names:
             prune.random_unstructured(each, name, amount=0.5)
@@ -306,7 +307,7 @@ def test_a_pruned_head(names):
 
 @pytest.mark.parametrize('assign', [False, True])
 def test_sigma2_without_dimensions_is_read(assign):
-    head, loaded = ZZZHead(5, 12, 3, sigma2_init=0.1), ZZZHead(5, 12, 3)
+    head, loaded = distinct(ZZZHead(5, 12, 3, sigma2_init=0.1)), ZZZHead(5, 12, 3)
     state = {**head.state_dict(), 'sigma2_raw': head.sigma2_raw.detach().squeeze()}
     loaded.load_state_dict(state, assign=assign)
     assert state['sigma2_raw'].shape == () and loaded.sigma2_raw.shape == (1,)
@@ -326,7 +327,7 @@ def test_meta_device():
 @pytest.mark.parametrize('kind, shape', [(ZZZHead, (4, 12)), (ZZZConvHead, (4, 12, 2, 3))])
 @pytest.mark.parametrize('fuse', [False, True])
 def test_other_forms_give_the_same_logits(fuse, kind, shape, rank):
-    head, loaded, x = kind(5, 12, rank), kind(5, 12, rank), torch.randn(shape)
+    head, loaded, x = distinct(kind(5, 12, rank)), kind(5, 12, rank), torch.randn(shape)
     nn.init.normal_(head.bias)
     expected = head(x)
     if fuse:
@@ -360,7 +361,7 @@ def test_other_forms_give_the_same_logits(fuse, kind, shape, rank):
 
 
 def test_functional_transforms():
-    head, x = ZZZHead(5, 12, 3), torch.randn(4, 12)
+    head, x = distinct(ZZZHead(5, 12, 3)), torch.randn(4, 12)
     params = dict(head.named_parameters())
 
     def loss(params, row):
@@ -387,7 +388,7 @@ def assert_up_to_date(head, x):
 
 def evaluated_head(rank=3, **kwargs):
     """A head in eval mode that has kept what it derived, and embeddings."""
-    head, x = ZZZHead(5, 12, rank, **kwargs).eval(), torch.randn(4, 12)
+    head, x = distinct(ZZZHead(5, 12, rank, **kwargs)).eval(), torch.randn(4, 12)
     assert_up_to_date(head, x)
     return head, x
 
@@ -404,7 +405,7 @@ def derivations(monkeypatch):
 @pytest.mark.parametrize('no_grad', [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize('rank', [0, 3])
 def test_eval_derives_the_bases_once(no_grad, rank, derivations):
-    head = ZZZHead(5, 12, rank).eval()
+    head = distinct(ZZZHead(5, 12, rank)).eval()
     with no_grad():
         for batch in (4, 1, 7):
             x = torch.randn(batch, 12)
@@ -421,7 +422,7 @@ def test_eval_derives_the_bases_once(no_grad, rank, derivations):
     for mode in (torch.no_grad, torch.enable_grad):
         with pytest.raises(ValueError, match='features: expected a last dimension of 12'), mode():
             head(torch.randn(2, 11))
-    conv, x = ZZZConvHead(5, 12, rank).eval(), torch.randn(2, 12, 3, 3)
+    conv, x = distinct(ZZZConvHead(5, 12, rank)).eval(), torch.randn(2, 12, 3, 3)
     expected = conv(x).detach()
     with torch.no_grad():
         torch.testing.assert_close(conv(x), expected)
@@ -431,7 +432,7 @@ def test_eval_derives_the_bases_once(no_grad, rank, derivations):
 
 
 def test_nothing_is_kept_in_training_or_with_gradients(derivations):
-    head, x = ZZZHead(5, 12, 3), torch.randn(4, 12)
+    head, x = distinct(ZZZHead(5, 12, 3)), torch.randn(4, 12)
     with torch.no_grad():
         head(x)
     assert not derivations
@@ -521,7 +522,7 @@ def _swap(head):
 
 def _transpose(head):
     """Other strides over the same memory."""
-    square = ZZZHead(5, 5, 2).eval()
+    square = distinct(ZZZHead(5, 5, 2)).eval()
     x = torch.randn(4, 5)
     assert_up_to_date(square, x)
     square.weight.data = square.weight.data.t()
@@ -556,8 +557,8 @@ CHANGES = {
     'in the dict': lambda head: head._parameters.update(A=nn.Parameter(torch.randn(5, 12, 3))),
     'swap_tensors': _swap,
     'foreach copy': _copied,
-    'load_state_dict': lambda head: head.load_state_dict(ZZZHead(5, 12, 3).state_dict()),
-    'assign': lambda head: head.load_state_dict(ZZZHead(5, 12, 3).state_dict(), assign=True),
+    'load_state_dict': lambda head: head.load_state_dict(distinct(ZZZHead(5, 12, 3)).state_dict()),
+    'assign': lambda head: head.load_state_dict(distinct(ZZZHead(5, 12, 3)).state_dict(), assign=True),
     'double and back': lambda head: head.to(torch.float64).to(torch.float32),
     'double': lambda head: head.double(),
     'half': lambda head: head.half(),
@@ -641,7 +642,7 @@ def test_forward_mode_derivatives_in_eval():
     params = {name: p.detach() for name, p in head.named_parameters()}
     tangents = {name: torch.randn_like(p) for name, p in params.items()}
     double, logits = copy.deepcopy(head).double(), []
-    for step in (0, 1e-6):
+    for step in (0, 1e-8):
         moved = {name: p.double() + step * tangents[name] for name, p in params.items()}
         logits.append(torch.func.functional_call(double, moved, (x.double(),)))
     expected = ((logits[1] - logits[0]) / step).float()
@@ -655,7 +656,7 @@ def test_forward_mode_derivatives_in_eval():
 
 def test_parameters_made_in_inference_mode():
     with torch.inference_mode():
-        head, x = ZZZHead(5, 12, 3).eval(), torch.randn(4, 12)
+        head, x = distinct(ZZZHead(5, 12, 3)).eval(), torch.randn(4, 12)
         assert_up_to_date(head, x)
         head.A.mul_(torch.rand(5, 12, 3))
         assert_up_to_date(head, x)
@@ -702,7 +703,7 @@ def test_eval_lets_go_of_other_tensors():
 @pytest.mark.parametrize('change', [lambda head: setattr(head, 'v_min', 0.9), lambda head: head.eval()])
 def test_eval_sees_what_changes_while_it_derives(change, monkeypatch):
     """As another thread may: here within the derivation."""
-    head, x = ZZZHead(5, 12, 3).eval(), torch.randn(4, 12)
+    head, x = distinct(ZZZHead(5, 12, 3)).eval(), torch.randn(4, 12)
     derive = timm_zzz.head.class_gaussians
 
     def change_meanwhile(*args):
@@ -746,7 +747,7 @@ def test_non_finite_parameters_in_eval():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 @torch.no_grad()
 def test_cuda_eval_and_graph_capture():
-    head, x = ZZZHead(5, 12, 3).cuda().eval(), torch.randn(4, 12, device='cuda')
+    head, x = distinct(ZZZHead(5, 12, 3)).cuda().eval(), torch.randn(4, 12, device='cuda')
     assert_up_to_date(head, x)
     for p in head.parameters():
         p.add_(torch.randn_like(p))
@@ -763,7 +764,7 @@ def test_cuda_eval_and_graph_capture():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_cuda_agrees_and_never_synchronises():
-    head, x = ZZZHead(50, 123, 8, sigma2_init=0.05), torch.randn(33, 123)
+    head, x = distinct(ZZZHead(50, 123, 8, sigma2_init=0.05)), torch.randn(33, 123)
     expected = zzz_logits(
         x.double(), *[p.double() for p in (head.weight, head.bias, head.A, head.v_raw, head.sigma2_raw)]
     )

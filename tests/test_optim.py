@@ -14,7 +14,7 @@ import timm
 import timm.optim
 import torch
 import yaml
-from oracles import qr_basis
+from oracles import distinct, qr_basis
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, NativeScaler
 from torch import nn
@@ -36,7 +36,7 @@ DEVICES = ['cpu', pytest.param('cuda', marks=needs_cuda)]
 
 def build(seed=0, device='cpu', **kwargs):
     torch.manual_seed(seed)
-    return timm.create_model('test_vit.zzz_r4', num_classes=5, zzz_v_init=2.0, **kwargs).to(device)
+    return distinct(timm.create_model('test_vit.zzz_r4', num_classes=5, zzz_v_init=2.0, **kwargs)).to(device)
 
 
 def make(model, opt='zzzadamw', **kwargs):
@@ -162,7 +162,7 @@ def test_groups():
 
 def test_several_heads():
     options = dict(num_classes=5, img_size=32, depth=1, embed_dim=48, zzz_v_init=2.0)
-    model = timm.create_model('deit_tiny_distilled_patch16_224.zzz_r4', **options).eval()
+    model = distinct(timm.create_model('deit_tiny_distilled_patch16_224.zzz_r4', **options)).eval()
     other = copy.deepcopy(model)
     optimizer, plain = make(model, **CALM, **BOTH), make(other, **CALM)
     for head in (model.head, model.head_dist):
@@ -407,7 +407,7 @@ def test_resume_is_exact(opt, tmp_path):
 
 def test_regularisers_by_definition():
     for dtype in (torch.float32, torch.float64):
-        head = ZZZHead(7, 20, 4).to(dtype)
+        head = distinct(ZZZHead(7, 20, 4)).to(dtype)
         nn.init.normal_(head.v_raw)
         with torch.autocast('cpu', dtype=torch.bfloat16):  # must not matter
             v, mu = variance_shrinkage(head), mean_decoupling(head)
@@ -501,7 +501,7 @@ def test_compiled_model_and_average():
 
 @pytest.mark.parametrize('options', [{}, BOTH], ids=['', 'regularised'])
 def test_compiled_step(options):
-    head = ZZZHead(5, 12, 3)
+    head = distinct(ZZZHead(5, 12, 3))
     other = copy.deepcopy(head)
     optimizer, eager = (ZZZAdamW(h.parameters(), **options) for h in (head, other))
     step = torch.compile(optimizer.step, backend='eager')
@@ -517,7 +517,7 @@ def test_compiled_step(options):
 
 def test_closure_and_hooks():
     torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # after which torch has put its hooks into AdamW.step too
-    head = ZZZHead(5, 12, 3)
+    head = distinct(ZZZHead(5, 12, 3))
     other = copy.deepcopy(head)
     optimizer = ZZZAdamW(head.parameters(), weight_decay=0.0, v_shrinkage=1.0, mu_decoupling=1.0)
     plain = torch.optim.AdamW(other.parameters(), weight_decay=0.0)
@@ -643,7 +643,7 @@ def test_train_script_with_torchscript(timm_scripts, beetles, run, tmp_path):
 
 def test_parameters_keep_their_mark_and_stay_plain_tensors(tmp_path):
     """Checkpoints of trainable parameters load without this package's classes."""
-    head = ZZZHead(5, 12, 3)
+    head = distinct(ZZZHead(5, 12, 3))
     torch.save({name: p for name, p in head.named_parameters()}, tmp_path / 'parameters.pth')
     loaded = torch.load(tmp_path / 'parameters.pth', weights_only=True)
     assert all(torch.equal(loaded[name], p) for name, p in head.named_parameters())

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from oracles import PARAMETERS, parts
+from oracles import PARAMETERS, distinct, parts
 from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.distributions import Categorical, LowRankMultivariateNormal, MixtureSameFamily, MultivariateNormal
@@ -537,7 +537,7 @@ def test_folded_temperature_is_exact(rank, log_density, temperature):
 
 
 def test_folded_temperature_of_a_head_in_place_of_a_convolution():
-    head = ZZZConvHead(5, D, 4, dtype=torch.float64).eval()
+    head = distinct(ZZZConvHead(5, D, 4, dtype=torch.float64)).eval()
     nn.init.normal_(head.v_raw)
     f = embeddings(30)
     maps = f[:, :, None, None].expand(-1, -1, 2, 3)

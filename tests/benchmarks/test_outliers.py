@@ -55,7 +55,11 @@ def test_auroc_of_every_head():
     targets, inlier, outlier = torch.arange(60) % 3, torch.randn(30, D), torch.randn(20, D) + 1
     names = ['max_logit', 'max_softmax', 'energy']
     shared = ['shared_mahalanobis', 'shared_relative_mahalanobis']
-    for head, own in ((nn.Linear(D, 3), names), (CosineHead(3, D), names), (ZZZHead(3, D, 2), scores.METHODS)):
+    for head, own in (
+        (nn.Linear(D, 3), names),
+        (CosineHead(3, D), names),
+        (ZZZHead(3, D, 2, init='reference'), scores.METHODS),
+    ):
         head.eval()
         found = Outliers(head, torch.randn(60, D), targets, inlier).auroc(outlier)
         assert sorted(found) == sorted([*own, *shared])

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import yaml
+from oracles import distinct
 from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss
 from timm.data import create_transform
@@ -25,7 +26,7 @@ close = torch.testing.assert_close
 
 
 def new_model(name=MODEL, **kwargs):
-    model = timm.create_model(name, num_classes=CLASSES, img_size=SIZE, **kwargs).eval()
+    model = distinct(timm.create_model(name, num_classes=CLASSES, img_size=SIZE, **kwargs)).eval()
     for head in heads_of(model).values():
         with torch.no_grad():
             head.sigma2_raw.fill_(-3.0)

@@ -10,6 +10,7 @@ import timm
 import timm.utils
 import torch
 import yaml
+from oracles import distinct
 from timm.data.readers.class_map import load_class_map
 
 from timm_zzz import from_pretrained
@@ -39,8 +40,7 @@ def write_run(folder, beetles, *, model='test_resnet.zzz_r4', ema=False, top1=91
         output=str(folder.parent),
     )
     args.update(kwargs)
-    trained = timm.create_model(model, num_classes=12, **args['model_kwargs'])
-    averaged = timm.create_model(model, num_classes=12, **args['model_kwargs'])
+    trained, averaged = (distinct(timm.create_model(model, num_classes=12, **args['model_kwargs'])) for _ in range(2))
     saver = timm.utils.CheckpointSaver(
         trained,
         torch.optim.SGD(trained.parameters(), 0.1),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from oracles import parts
+from oracles import distinct, parts
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 from timm.data import create_transform
@@ -85,7 +85,7 @@ def draw(folder, names, count, split='validation'):
 
 
 def new_model(name='test_vit.zzz_r4', num_classes=7, **kwargs):
-    model = timm.create_model(name, num_classes=num_classes, img_size=SIZE, **kwargs).eval()
+    model = distinct(timm.create_model(name, num_classes=num_classes, img_size=SIZE, **kwargs)).eval()
     for head in heads_of(model).values():
         with torch.no_grad():
             head.weight += 0.02  # so that some classes are closer than others
@@ -380,7 +380,7 @@ class Bare(torch.nn.Module):
 
     def __init__(self, num_classes, feat_dim, rank):
         super().__init__()
-        self.head = ZZZHead(num_classes, feat_dim, rank)
+        self.head = distinct(ZZZHead(num_classes, feat_dim, rank))
         if rank:
             torch.nn.init.normal_(self.head.v_raw)
 

@@ -14,6 +14,7 @@ import timm
 import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub_errors
+from oracles import distinct
 from safetensors.torch import load_file, save, save_file
 from torch.nn import functional as F
 
@@ -145,7 +146,7 @@ def test_other_input_and_rank_on_reload(hub):
 )
 def test_models_of_other_sizes(hub, name, kwargs):
     """Arguments that size the backbone are held against the weights."""
-    model = timm.create_model(name, num_classes=5, **kwargs)
+    model = distinct(timm.create_model(name, num_classes=5, **kwargs))
     push_to_hub(model, REPO)
     assert_same(from_pretrained(REPO), model)
     assert_same(from_timm(REPO), model)
@@ -153,7 +154,7 @@ def test_models_of_other_sizes(hub, name, kwargs):
 
 
 def test_the_form_of_the_logits_is_recorded(tmp_path):
-    model = timm.create_model('test_vit.zzz_r4', num_classes=5, zzz_log_density=True)
+    model = distinct(timm.create_model('test_vit.zzz_r4', num_classes=5, zzz_log_density=True))
     save_pretrained(model, tmp_path)
     assert json.loads((tmp_path / 'config.json').read_text())['model_args']['zzz_log_density'] is True
     for again in (from_pretrained(tmp_path), timm.create_model(f'local-dir:{tmp_path}', pretrained=True)):
@@ -183,7 +184,7 @@ def test_the_start_is_kept_for_other_classes(tmp_path):
 
 
 def test_models_changed_after_create_model(tmp_path):
-    attached = timm_zzz.attach(timm.create_model('test_resnet', num_classes=5), rank=3, v_min=1e-3)
+    attached = distinct(timm_zzz.attach(timm.create_model('test_resnet', num_classes=5), rank=3, v_min=1e-3))
     resized = create()
     resized.reset_classifier(7)
     if _timm.SAVES_ARGS:  # timm before 1.0.31 does not record it

@@ -6,6 +6,7 @@ import timm
 import timm.optim
 import timm.utils
 import torch
+from oracles import distinct
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,7 +27,7 @@ def image(model, batch=2):
 @pytest.mark.parametrize('name', ARCHITECTURES)
 def test_model_keeps_its_shape(name):
     plain = timm.create_model(name, num_classes=5).eval()
-    model = attach(copy.deepcopy(plain), rank=3)
+    model = distinct(attach(copy.deepcopy(plain), rank=3))
     x = image(model)
     head = model.get_classifier()
     assert isinstance(head, ZZZHead) and head.rank == 3 and not head.training
@@ -149,7 +150,7 @@ def test_wrappers_that_are_looked_into(wrap, used):
     with torch.no_grad():
         if used:
             wrapped(x)
-        assert attach(wrapped, rank=3) is wrapped and isinstance(model.head, ZZZHead)
+        assert attach(wrapped, rank=3) is wrapped and isinstance(distinct(model).head, ZZZHead)
         torch.testing.assert_close(wrapped(x), model(x))
         model.reset_classifier(7)
         assert isinstance(model.head, ZZZHead) and wrapped(x).shape == (2, 7)
@@ -172,7 +173,7 @@ class _Saved(nn.Module):
 
 
 def test_copies_that_peft_trains(tmp_path):
-    model, plain = (attach(timm.create_model('test_vit', num_classes=5), rank=3) for _ in range(2))
+    model, plain = (distinct(attach(timm.create_model('test_vit', num_classes=5), rank=3)) for _ in range(2))
     plain.load_state_dict(model.state_dict())
     model.head = _Saved(model.head)
     before = copy.deepcopy(model.head.state_dict())
@@ -197,9 +198,8 @@ def test_other_wrappers_are_refused():
 
 
 def is_flat(head):
-    """Whether the class means share a direction, which no layer of timm starts with."""
-    rows = F.normalize(head.weight, dim=1)
-    return (rows @ rows.T).min() > 0.9 and not head.bias.any()
+    """Whether all classes are the same Gaussian."""
+    return all(torch.equal(p, p[:1].expand_as(p)) for p in head.parameters()) and not head.bias.any()
 
 
 def test_warm_start_on_request():

@@ -12,7 +12,7 @@ import sweep
 import timm
 import timm.utils
 import torch
-from oracles import low_rank_logits
+from oracles import distinct, low_rank_logits
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -55,7 +55,7 @@ def build(name, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         plain = timm.create_model(name, num_classes=5, **kwargs)
-        model = attach(copy.deepcopy(plain), rank=3)
+        model = distinct(attach(copy.deepcopy(plain), rank=3))
     return plain, model
 
 
@@ -95,7 +95,6 @@ def test_values(name):
     heads = find_classifiers(model)
     assert heads and list(heads) == list(find_classifiers(plain))
     for path, head in heads.items():
-        nn.init.normal_(head.weight, std=0.02)
         plain.set_submodule(path, Formula(head))
     x = image(name)
     for train in (False, True):
@@ -251,7 +250,7 @@ def test_pretrained(name, classes, tmp_path):
     assert all(torch.equal(state[k], t) for k, t in stock.state_dict().items() if not k.startswith(heads))
     for path, linear in find_classifiers(stock).items():
         assert torch.equal(state[f'{path}.weight'], linear.weight) == (classes == 5)
-    torch.save(state, tmp_path / 'zzz.pth')
+    torch.save(distinct(model).state_dict(), tmp_path / 'zzz.pth')
     again = timm.create_model(f'{name}.zzz_r4', num_classes=classes, checkpoint_path=tmp_path / 'zzz.pth')
     assert all(torch.equal(state[k], t) for k, t in again.state_dict().items())
 
@@ -261,7 +260,7 @@ def test_onnx_export_script(name, timm_scripts, run, tmp_path):
     pytest.importorskip('onnxscript')
     runtime = pytest.importorskip('onnxruntime')
     shutil.copy(timm_scripts / 'onnx_export.py', tmp_path)
-    model = timm.create_model(f'{name}.zzz_r8', num_classes=5).eval()
+    model = distinct(timm.create_model(f'{name}.zzz_r8', num_classes=5)).eval()
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'checkpoint.pth')
     script = ['-m', 'timm_zzz', 'onnx_export.py', 'out.onnx', '--model', f'{name}.zzz_r8', '--num-classes', 5]
     size = ['--img-size', FAMILIES[name], '--batch-size', 2]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from oracles import distinct
 from safetensors.torch import save_file
 from timm.models import get_arch_pretrained_cfgs, get_deprecated_models, model_entrypoint, split_model_name_tag
-from torch.nn import functional as F
 
 import timm_zzz
 from timm_zzz import ZZZHead
@@ -292,8 +292,7 @@ def test_numpy_files_warm_start_where_timm_reads_the_classifier(num_classes, tmp
     if num_classes == 7:
         assert torch.equal(model.head.weight, rows) and torch.equal(model.head.bias, bias)
     else:
-        similarity = F.normalize(model.head.weight, dim=1) @ F.normalize(model.head.weight, dim=1).T
-        assert similarity.min() > 0.9 and not model.head.bias.any()  # the flat start
+        assert (model.head.weight == model.head.weight[0]).all() and not model.head.bias.any()  # the flat start
 
 
 def test_truncated_backbone_is_an_error(stock, tmp_path):
@@ -307,7 +306,7 @@ def test_truncated_backbone_is_an_error(stock, tmp_path):
 
 
 def test_checkpoint_path_and_ema(stock, tmp_path):
-    trained, averaged = (timm.create_model('test_resnet.zzz_r8', num_classes=7) for _ in range(2))
+    trained, averaged = (distinct(timm.create_model('test_resnet.zzz_r8', num_classes=7)) for _ in range(2))
     path = str(tmp_path / 'last.pth.tar')
     torch.save({'state_dict': trained.state_dict(), 'state_dict_ema': averaged.state_dict()}, path)
     model = timm.create_model('test_resnet.zzz_r8', num_classes=7, checkpoint_path=path)

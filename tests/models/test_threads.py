@@ -7,6 +7,7 @@ import time
 import pytest
 import timm
 import torch
+from oracles import distinct
 from safetensors.torch import save_file
 from torch import nn
 
@@ -28,7 +29,7 @@ def test_loading_building_and_training_at_once(often, tmp_path):
     plain = timm.create_model('test_resnet', num_classes=5)
     save_file(plain.state_dict(), tmp_path / 'weights.safetensors')
     overlay = dict(file=str(tmp_path / 'weights.safetensors'), num_classes=5)
-    head = ZZZHead(5, 12, 2)
+    head = distinct(ZZZHead(5, 12, 2))
     optimizer, x = ZZZAdamW(head.parameters(), v_shrinkage=0.1, mu_decoupling=0.1), torch.randn(4, 12)
     errors, done = [], dict.fromkeys(('load', 'build', 'heads', 'train', 'evaluate'), 0)
     end = time.monotonic() + SECONDS
@@ -51,7 +52,7 @@ def test_loading_building_and_training_at_once(often, tmp_path):
         optimizer.step()
 
     def evaluate():
-        own = ZZZHead(5, 12, 2).eval()
+        own = distinct(ZZZHead(5, 12, 2)).eval()
         with torch.no_grad():
             first = own(x)
             own.weight.data.add_(1)  # as some optimisers write: by their step alone is it seen

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from oracles import PARAMETERS, low_rank_logits, make, qr_basis, reference_logits
+from oracles import PARAMETERS, distinct, low_rank_logits, make, qr_basis, reference_logits
 from torch import nn
 from torch.nn import functional as F
 
@@ -282,7 +282,7 @@ def test_second_derivatives_are_refused():
 
 
 def test_compiled():
-    head, x = ZZZHead(20, 33, 3, impl='triton'), torch.randn(4, 33, requires_grad=True)
+    head, x = distinct(ZZZHead(20, 33, 3, impl='triton')), torch.randn(4, 33, requires_grad=True)
     compiled = torch.compile(head, fullgraph=True, backend='aot_eager' if INTERPRETED else 'inductor')
     weights, leaves = torch.randn(4, 20), [x, *head.parameters()]
     expected, logits = head(x), compiled(x)
@@ -306,7 +306,7 @@ def test_operator_for_the_compiler():
 
 
 def test_eval_sees_changes():
-    head, x = ZZZHead(20, 33, 3, impl='triton').eval(), torch.randn(4, 33)
+    head, x = distinct(ZZZHead(20, 33, 3, impl='triton')).eval(), torch.randn(4, 33)
     expected = head(x)
     with torch.no_grad():
         torch.testing.assert_close(head(x), expected)
@@ -328,7 +328,7 @@ def plan_of(fused, split):
 @pytest.mark.parametrize('r', further([(1,), (3,), (8,)], quick=[(3,)]))
 @pytest.mark.parametrize('half', [False, True])
 def test_fused(r, half):
-    head, x = ZZZHead(20, 33, r, sigma2_init=0.05), torch.randn(4, 33)
+    head, x = distinct(ZZZHead(20, 33, r, sigma2_init=0.05)), torch.randn(4, 33)
     fused = head.fuse()
     logits = plan_of(fused, not half)(x)
     expected = zzz_logits(x.double(), *(p.detach().double() for p in _parameters(head)))
@@ -350,7 +350,7 @@ def test_log_density():
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32])
 def test_repeated(dtype):
     """Features through launches kept from others like them, against float64."""
-    head = ZZZHead(20, 33, 3, sigma2_init=0.05).to(DEVICE)
+    head = distinct(ZZZHead(20, 33, 3, sigma2_init=0.05)).to(DEVICE)
     fused = head.fuse()
     x = torch.randn(3, 2, 33, device=DEVICE, dtype=dtype)
     repeat = plan_of(fused, False)
@@ -398,7 +398,7 @@ def test_launches_are_kept_within_bounds(monkeypatch):
 @gpu
 @torch.no_grad()
 def test_fused_launches_see_changes():
-    head, other = ZZZHead(20, 40, 3, sigma2_init=0.05), ZZZHead(20, 40, 3, sigma2_init=0.1)
+    head, other = (distinct(ZZZHead(20, 40, 3, sigma2_init=sigma2)) for sigma2 in (0.05, 0.1))
     fused = head.fuse()
 
     def check(x, head=head, tolerance=1e-5):
@@ -465,7 +465,7 @@ def test_wrong_shapes_do_not_reach_a_kernel():
 
 def test_training_steps_agree_with_torch():
     x, y = torch.randn(24, 33), torch.arange(24, device=DEVICE) % 6
-    heads = [ZZZHead(6, 33, 3, sigma2_init=0.1, impl=impl) for impl in ('torch', 'triton')]
+    heads = [distinct(ZZZHead(6, 33, 3, sigma2_init=0.1, impl=impl)) for impl in ('torch', 'triton')]
     heads[1].load_state_dict(heads[0].state_dict())
     for head in heads:
         optimizer = torch.optim.SGD(head.parameters(), lr=0.05)
@@ -481,7 +481,7 @@ def test_training_steps_agree_with_torch():
 
 
 def _cuda_step(half=True):
-    head = ZZZHead(50, 123, 8, sigma2_init=0.05)
+    head = distinct(ZZZHead(50, 123, 8, sigma2_init=0.05))
     x, y = torch.randn(33, 123, requires_grad=True), torch.arange(33) % 50
 
     def step():
@@ -619,9 +619,9 @@ def test_distributed(tmp_path):
 @gpu
 @pytest.mark.parametrize('half', [False, True])
 def test_fused_module(half):
-    head, x = ZZZHead(50, 123, 8, sigma2_init=0.05).eval(), torch.randn(33, 123)
+    head, x = distinct(ZZZHead(50, 123, 8, sigma2_init=0.05)).eval(), torch.randn(33, 123)
     fused = head.fuse()
     with torch.no_grad(), torch.autocast('cuda', torch.bfloat16, enabled=half):
         torch.testing.assert_close(fused(x), head(x), rtol=1e-4, atol=1e-4)
-        fused.load_state_dict(ZZZHead(50, 123, 8).fuse().state_dict())
+        fused.load_state_dict(distinct(ZZZHead(50, 123, 8)).fuse().state_dict())
         assert not torch.allclose(fused(x), head(x))
