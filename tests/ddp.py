@@ -191,6 +191,52 @@ def train(folder, name):
     torch.distributed.destroy_process_group()
 
 
+def start(folder, images, backbone):
+    """Make models with zzz_fit in a process of test_start.test_two_processes."""
+    from timm_zzz.models import start as module
+
+    rank = torch.distributed.get_rank()
+    torch.set_num_threads(1)
+    module.BATCH_SIZE, module.MAX_WORKERS = 7, 0
+    tqdm, bars = module.tqdm, []
+
+    def counted(*args, **kwargs):
+        bars.append(not kwargs['disable'])
+        return tqdm(*args, **kwargs)
+
+    module.tqdm = counted
+
+    def create(source):
+        torch.manual_seed(rank)
+        overlay = dict(file=backbone, num_classes=-1)
+        kwargs = dict(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
+        return timm.create_model('test_resnet.zzz_r4', zzz_fit=source, **kwargs)
+
+    def failed(source):
+        try:
+            create(source)
+        except Exception as e:
+            return f'{type(e).__name__}: {e}'
+
+    model = create(images)
+    saved = dict(folder=model.state_dict(), bars=sum(bars))
+    dataset = timm.data.create_dataset('', root=images, search_split=False)
+    dataset.transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    x, y = (torch.stack([torch.as_tensor(each) for each in part]) for part in zip(*dataset, strict=True))
+    share = slice(rank, None, 2)
+    saved['loader'] = create([*zip(x[share].split(5), y[share].split(5), strict=True)]).state_dict()
+    saved['one'] = create([(x, y)] if rank else []).state_dict()
+    saved['missing'] = failed(images if rank else 'nowhere')
+
+    def breaks():
+        yield x[:5], y[:5]
+        raise OSError('gone')
+
+    saved['late'] = failed(breaks() if rank else [(x[:5], y[:5])] * 4)
+    torch.save(saved, Path(folder) / f'rank{rank}.pth')
+    torch.distributed.barrier()
+
+
 if __name__ == '__main__' and sys.argv[4].startswith('fsdp'):
     main_sharded(sys.argv[1], sys.argv[4])
 elif __name__ == '__main__':

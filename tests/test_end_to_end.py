@@ -69,6 +69,48 @@ def test_real_scripts(hub, timm_scripts, beetles, backbone, run, tmp_path):
     assert float(re.search(r'"top1": ([\d.]+)', out)[1]) == pytest.approx(top1, abs=1e-3)
 
 
+def test_start_from_the_data(hub, timm_scripts, beetles, run, tmp_path):
+    """By train.py's own options; a checkpoint precedes, and what reads the run later needs no images."""
+    shutil.copy(timm_scripts / 'train.py', tmp_path)
+    shutil.copytree(beetles / 'train', tmp_path / 'images')
+    file = tmp_path / 'backbone.safetensors'
+    state = timm.create_model('test_resnet').state_dict()
+    save_file({k: v for k, v in state.items() if not k.startswith('fc.')}, file)
+    train = ['train.py', '--device-modules', 'timm_zzz', '--model', 'test_resnet.zzz_r4', '--num-classes', 12]
+    train += ['--data-dir', beetles, '--pretrained', '--pretrained-path', file, '--batch-size', 16, '--workers', 1]
+    train += ['--device', 'cpu', '--output', 'out', '--model-kwargs', 'zzz_fit=images']
+    still = ['--lr', 1e-12, '--warmup-epochs', 0, '--weight-decay', 0, '--epochs', 1]
+
+    def head(experiment):
+        saved = torch.load(tmp_path / f'out/{experiment}/last.pth.tar', weights_only=False)['state_dict']
+        return saved['fc.weight'], saved['fc.sigma2_raw'], saved['fc.bias']
+
+    log = run(*train, *still, '--experiment', 'a').stderr
+    assert 'fc: fitted to 144 images of 12 classes, finetune' in log
+    model = timm.create_model(
+        'test_resnet.zzz_r4',
+        num_classes=12,
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(file), num_classes=-1),
+        zzz_fit=beetles / 'train',
+    )
+    expected = model.fc.weight, model.fc.sigma2_raw, model.fc.bias
+    torch.testing.assert_close(head('a'), tuple(t.detach() for t in expected), rtol=1e-3, atol=1e-3)
+
+    run(*train, '--lr', 0.1, '--warmup-epochs', 0, '--epochs', 1, '--experiment', 'b')
+    assert (head('b')[0] - head('a')[0]).abs().max() > 0.02
+    run(*train, *still, '--experiment', 'c', '--initial-checkpoint', 'out/b/last.pth.tar')
+    torch.testing.assert_close(head('c'), head('b'), rtol=1e-4, atol=1e-4)
+    resume = ['--resume', 'out/b/last.pth.tar', '--epochs', 2]
+    run(*train, *still[:-2], *resume, '--experiment', 'd', '--no-resume-opt')
+    torch.testing.assert_close(head('d'), head('b'), rtol=1e-4, atol=1e-4)
+
+    shutil.rmtree(tmp_path / 'images')
+    run('-m', 'timm_zzz', 'push', 'out/b/last.pth.tar', 'owner/fitted', '--data-dir', beetles)
+    torch.testing.assert_close(from_pretrained('owner/fitted').fc.weight, head('b')[0], rtol=0, atol=0)
+    assert 'zzz_fit' not in hub.files('owner/fitted')['config.json'].decode()
+
+
 @pytest.mark.parametrize(
     'device, changes',
     [

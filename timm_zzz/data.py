@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from itertools import chain
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple, Union
 
 import torch
 from PIL import Image
@@ -15,6 +15,7 @@ from timm.data import create_dataset, create_loader
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch.utils.data import IterableDataset, Subset
 
 from .errors import some
 
@@ -22,9 +23,11 @@ __all__ = [
     'SPLIT_FOLDERS',
     'SHOWN',
     'LeftOut',
+    'Names',
     'MissingSplitError',
     'Split',
     'UnknownClassesError',
+    'counted',
     'eval_loader',
     'find_left_out',
     'open_split',
@@ -45,12 +48,34 @@ class Split(NamedTuple):
     class_names: List[str]
 
 
+def _count(n: int, unit: str) -> str:
+    return f'{n} {unit}' if n == 1 else f'{n} {unit}{"es" if unit == "class" else "s"}'
+
+
+def counted(counts: Mapping[str, int], unit: str = 'image') -> str:
+    """List the first of some folders or suffixes, each with its count."""
+    return some([f'{name or "the folder itself"} ({_count(n, unit)})' for name, n in counts.items()], SHOWN)
+
+
 class LeftOut(NamedTuple):
     """What lies in the folder of a split and is not in its data set: timm says nothing about it."""
 
     unknown: Dict[str, int]  # images by class folder, of those that are no class
     empty: List[str]  # class folders without images
     unread: Dict[str, int]  # images by suffix, of formats that timm does not look for
+
+    def messages(self, name: str, known: str) -> List[str]:
+        """Say what was left out of a split; ``known`` is what names the classes."""
+        notes = []
+        if self.unknown:
+            count = f'{_count(sum(self.unknown.values()), "image")} of {_count(len(self.unknown), "class")}'
+            notes.append(f'{name}: left out {count} that {known} has not: {counted(self.unknown)}')
+        if self.empty:
+            notes.append(f'{name}: class folders without images: {some(self.empty, SHOWN)}')
+        if self.unread:
+            unread = counted(self.unread, 'file')
+            notes.append(f'{name}: left out files of formats that timm does not look for: {unread}')
+        return notes
 
 
 class MissingSplitError(ValueError):
@@ -60,62 +85,83 @@ class MissingSplitError(ValueError):
 class UnknownClassesError(ValueError):
     """There are images in a split, and none is of a class of the class map."""
 
-    def __init__(self, split: str, left_out: LeftOut):
-        super().__init__(f'--class-map has none of the classes of {split}: {some([*left_out.unknown], SHOWN)}')
+    def __init__(self, split: str, left_out: LeftOut, known: str = '--class-map'):
+        super().__init__(f'{known} has none of the classes of {split}: {some([*left_out.unknown], SHOWN)}')
         self.left_out = left_out
 
 
+class Names(NamedTuple):
+    """What a user gives the data by, for errors."""
+
+    data: str = '--data-dir'
+    class_map: str = '--class-map'
+
+
 def open_split(
-    data_dir: Union[str, Path],
+    data_dir: Union[None, str, Path],
     split: str,
     *,
     dataset: str = '',
     class_map: Union[None, str, Path, Sequence[str]] = None,
     channels: int = 3,
     batch_size: int = 1,
+    input_key: Optional[str] = None,
+    target_key: Optional[str] = None,
+    names: Names = Names(),  # noqa: B008
 ) -> Split:
     """Open one split of a data set, as timm's scripts do.
 
     Args:
-        data_dir: Folder with the splits; without any, its images are the only split.
-        split: Name of the split, e.g. ``'validation'``.
+        data_dir: Folder with the splits; without any, its images are the only split. None where timm finds the data set
+            by its name.
+        split: Name of the split, e.g. ``'validation'``; empty for a folder with the classes in it.
         dataset: timm's ``TYPE/NAME`` of the data; an ImageFolder if empty.
         class_map: Class names by index, or a file as :func:`read_class_map` takes; None numbers the classes found.
         channels: 3 for RGB, 1 for grey.
         batch_size: For data sets that are read in batches.
+        input_key: Name of the images in an example, where it is not timm's default.
+        target_key: Name of the classes, likewise.
+        names: What errors call ``data_dir`` and ``class_map``.
 
     Raises:
         MissingSplitError: If there is no such split; timm itself would take the images of all splits.
         UnknownClassesError: If all images are of other classes than those of the class map.
         ValueError: If there is no such folder, or as :func:`read_class_map`.
     """
-    root = Path(data_dir)
-    if not dataset and not root.is_dir():
-        raise ValueError(f'--data-dir: no such folder: {root}')
-    known = read_class_map(class_map) if isinstance(class_map, (str, Path)) else class_map
-    names = None if class_map is None or isinstance(class_map, (str, Path)) else list(class_map)
-    mapping: Any = str(class_map or '') if names is None else {name: i for i, name in enumerate(names)}
+    root = Path(data_dir or '')
+    if not dataset and not (data_dir and root.is_dir()):
+        raise ValueError(f'{names.data}: no such folder: {root}')
+    known: Optional[Sequence[str]] = None
+    mapping: Any = ''
+    if isinstance(class_map, (str, Path)):
+        known, mapping = read_class_map(class_map, names.class_map), str(class_map)
+    elif class_map is not None:
+        known, mapping = class_map, {name: i for i, name in enumerate(class_map)}
     try:
         opened: Any = create_dataset(
             dataset,
-            root=str(root),
+            root=str(root) if data_dir else None,
             split=split,
+            search_split=bool(split),
             class_map=mapping,
             input_img_mode='RGB' if channels == 3 else 'L',
             batch_size=batch_size,
+            input_key=input_key,  # None is left out
+            target_key=target_key,
         )
-    except (RuntimeError, AssertionError, OSError, ImportError, ValueError) as e:
+    except (RuntimeError, AssertionError, OSError, ImportError, ValueError, TypeError) as e:
         if known and not dataset:
-            unmapped = open_split(data_dir, split)
-            raise UnknownClassesError(split, find_left_out(Split(unmapped.dataset, [*known]))) from e
-        raise MissingSplitError(f'--data-dir: {root} has no images of a split {split}: {e}') from e
+            left_out = find_left_out(Split(open_split(data_dir, split, names=names).dataset, [*known]))
+            raise UnknownClassesError(split or str(root), left_out, names.class_map) from e
+        of = f' of a split {split}' if split else ''
+        raise MissingSplitError(f'{names.data}: {root if data_dir else dataset} has no images{of}: {e}') from e
     reader: Any = getattr(opened, 'reader', None)  # torchvision's data sets have none
-    if not dataset and Path(getattr(reader, 'root', '')) == root:  # timm found no folder of that name
+    if split and not dataset and Path(getattr(reader, 'root', '')) == root:  # timm found no folder of that name
         splits = {*chain(*SPLIT_FOLDERS), 'test'}
         others = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name in splits)
-        if others or names is not None:
+        if others or isinstance(mapping, dict):
             only = f', only {", ".join(others)}' if others else ''
-            raise MissingSplitError(f'--data-dir: {root} has no folder {split}{only}')
+            raise MissingSplitError(f'{names.data}: {root} has no folder {split}{only}')
     indices: Dict[str, int] = getattr(reader, 'class_to_idx', None) or {}
     return Split(opened, sorted(map(str, indices), key=lambda name: indices[name]))
 
@@ -148,39 +194,53 @@ def find_left_out(split: Split) -> LeftOut:
     return LeftOut(unknown, sorted(name for name in folders if not images[name]), dict(+unread))
 
 
-def read_class_map(path: Union[str, Path]) -> List[str]:
+def read_class_map(path: Union[str, Path], name: str = '--class-map') -> List[str]:
     """Read the class names, by index, from a text file of one name a line, as timm reads it.
 
     A blank line is a class without a name, as for timm. Of its other format, a pickled dict of indices by name, nothing
-    but names and indices is read.
+    but names and indices is read. ``name`` is what errors call it.
 
     Raises:
         ValueError: If there is no such file, it can't be read, or it does not give each index to one name.
     """
     path = Path(path)
     if path.suffix not in ('.txt', '.pkl') or not path.is_file():
-        raise ValueError(f'--class-map: expected a .txt file with one class per line: {path}')
+        raise ValueError(f'{name}: expected a .txt file with one class per line: {path}')
     try:
         indices: Dict[str, int] = load_class_map(str(path))
-        names = sorted(indices, key=lambda name: indices[name])
+        names = sorted(indices, key=lambda each: indices[each])
     except Exception as e:  # whatever an unreadable file or a broken pickle raises
-        raise ValueError(f"--class-map: {path} can't be read: {e}") from e
+        raise ValueError(f"{name}: {path} can't be read: {e}") from e
     if not names:
-        raise ValueError(f'--class-map: {path} names no class')
-    for i, name in enumerate(names):
-        if type(indices[name]) is not int or indices[name] != i:  # timm keeps the last of equal lines
-            raise ValueError(f'--class-map: {path} has no class of index {i}; is its line {i + 1} there twice?')
-    return [str(name) for name in names]
+        raise ValueError(f'{name}: {path} names no class')
+    for i, each in enumerate(names):
+        if type(indices[each]) is not int or indices[each] != i:  # timm keeps the last of equal lines
+            raise ValueError(f'{name}: {path} has no class of index {i}; is its line {i + 1} there twice?')
+    return [str(each) for each in names]
 
 
 def eval_loader(
-    dataset: Any, config: Dict[str, Any], *, batch_size: int, workers: int = 4, device: Optional[torch.device] = None
+    dataset: Any,
+    config: Dict[str, Any],
+    *,
+    batch_size: int,
+    workers: int = 4,
+    device: Optional[torch.device] = None,
+    share: Tuple[int, int] = (0, 1),
 ) -> Any:
-    """Create timm's loader with the transforms of evaluation; ``config`` is what ``resolve_data_config`` returns."""
+    """Create timm's loader with the transforms of evaluation; ``config`` is what ``resolve_data_config`` returns.
+
+    With ``share`` (i, n) it reads every n-th image from the i-th on. Data sets that only come one after the other take
+    their share themselves, from torch.distributed.
+    """
     device = torch.device('cpu') if device is None else device
     keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
-    return create_loader(
-        dataset,
+    first, step = share
+    part = dataset
+    if step > 1 and not isinstance(dataset, IterableDataset):
+        part = Subset(dataset, range(first, len(dataset), step))
+    loader = create_loader(
+        part,
         batch_size=batch_size,
         num_workers=workers,
         pin_memory=device.type == 'cuda',
@@ -188,6 +248,8 @@ def eval_loader(
         persistent_workers=False,
         **{key: config[key] for key in keys},
     )
+    dataset.transform = part.transform  # which timm gave to the part
+    return loader
 
 
 def shipped_files(folder: str, suffix: str) -> Dict[str, Path]:

@@ -29,6 +29,12 @@ class ConfigError(HubError):
     """config.json does not describe a ZZZ model, or asks for something that is not allowed."""
 
 
+def one_line(e: BaseException) -> str:
+    """Give an error's message in one line; of an error in a process that loads images, what it was."""
+    inner = 'Traceback (most recent call last)' in str(e)
+    return ' '.join((str(e).strip().rpartition('\n')[2] if inner else str(e)).split()) or type(e).__name__
+
+
 def some(items: Sequence[str], count: int = 3) -> str:
     """List the first items of a message, and how many more there are."""
     return ', '.join(items[:count]) + (f' and {len(items) - count} more' if len(items) > count else '')

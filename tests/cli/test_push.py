@@ -274,3 +274,14 @@ def test_public_args(tmp_path):
     assert yaml.safe_load(public_args(args)) == dict(
         a='birds', b=[tmp_path.name], c={'d': 'y.pth'}, e='adamw', f='hfds/org/set', g=None
     )
+
+
+def test_a_run_that_started_from_images_is_read_without_them(tmp_path, beetles):
+    write_run(tmp_path / 'run', beetles)
+    file = tmp_path / 'run' / 'model_best.pth.tar'
+    saved = torch.load(file, weights_only=False)
+    saved['args'].model_kwargs = dict(zzz_fit=str(tmp_path / 'gone'), zzz_fit_preset='frozen', zzz_v_min=0.01)
+    torch.save(saved, file)
+    model = load_run(tmp_path / 'run').model
+    assert model.fc.v_min == 0.01
+    assert all(torch.equal(value, saved['state_dict'][key]) for key, value in model.state_dict().items())

@@ -391,6 +391,9 @@ WRONG = [
     (dict(holdout=0.7), f'holdout: {FINITE} 0 to 0.5'),
     (dict(sigma2=0.1, temperature=1.0), 'sigma2: it sets the temperature, give only one of them, got temperature=1.0'),
     (dict(sigma2=-1.0), f'sigma2: {FINITE}'),
+    (dict(preset='flat'), "preset: expected one of frozen, finetune, got 'flat'"),
+    (dict(mean_spread=1.5), f'mean_spread: {FINITE} 0 to 1'),
+    (dict(v_ratio=-0.1), f'v_ratio: {FINITE}'),
     *((dict(max_precision=bound), f'max_precision: {FINITE} 0 to') for bound in (-1, math.nan, math.inf, 'most', True)),
 ]
 
@@ -595,6 +598,64 @@ def test_a_given_sigma2_is_another_temperature():
     heads = [ZZZHead(4, 16, rank=0) for _ in range(1000)]  # the rows of one differ little in length
     new = torch.cat([head.weight for head in heads]).norm(dim=1).square().mean().sqrt()
     assert float(start.weight.detach().norm(dim=1).mean()) == pytest.approx(float(new.detach()), rel=0.05)
+
+
+def gaussian_logits(head, x):
+    """Logits at one x of any length, the head's own at length 1, by dense Gaussians."""
+    mu, v, s2 = F.normalize(head.weight, dim=1), F.softplus(head.v_raw) + head.v_min, 1 / precision(head)
+    U = torch.linalg.qr(head.A)[0]
+    covariance = (U * v[:, None]) @ U.mT + s2 * torch.eye(len(x)).double()
+    return (MultivariateNormal(mu, covariance).log_prob(x) + head.bias).detach()
+
+
+@pytest.mark.parametrize('rank', [0, 2])
+@pytest.mark.parametrize(
+    'options', [{}, dict(mean_spread=0.6, sigma2=0.1), dict(v_ratio=0.5), dict(objective='density')]
+)
+def test_finetune_pulls_the_means_of_the_fit_together(options, rank):
+    X, y = draw(60, own=0.5)
+    (X, Z), (y, t) = X.split([240, 120]), y.split([240, 120])
+    numbers = {**dict(sigma2=1 / 16, mean_spread=0.3, v_ratio=0.1), **options}
+    kappa, ratio = numbers.pop('mean_spread'), numbers.pop('v_ratio')
+    fitted, start = double(X, y, rank, **numbers), double(X, y, rank, preset='finetune', **options)
+    mu = F.normalize(fitted.weight.detach(), dim=1)
+    m = F.normalize(mu.mean(0), dim=0)
+    between = m + kappa * (mu - m)
+    close(F.normalize(start.weight.detach(), dim=1), F.normalize(between, dim=1), rtol=0, atol=1e-9)
+    close(start.weight.norm(dim=1), fitted.weight.norm(dim=1), rtol=1e-9, atol=0)
+    assert precision(start) == pytest.approx(1 / numbers['sigma2'], rel=1e-6)
+    assert start.bias.mean().abs() < 1e-9
+    if rank:
+        gaussians = class_gaussians_of(start)
+        close(gaussians.v, torch.full_like(gaussians.v, ratio * numbers['sigma2']), rtol=1e-6, atol=0)
+        assert torch.equal(start.A, fitted.A)
+        fraction = (kappa / between.norm(dim=1)).mean()
+        at_the_mean = [gaussian_logits(head, X.mean(0)) for head in (start, fitted)]
+        close(relative(at_the_mean[0][None]), fraction * relative(at_the_mean[1][None]), rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        right = [(head(Z).argmax(1) == t).double().mean() for head in (start, fitted)]
+        assert right[0] > right[1] - 0.1 and right[1] > 0.6
+        assert start(Z).softmax(1).max() < fitted(Z).softmax(1).max()
+
+
+def test_presets():
+    X, y = draw(12)
+    plain, frozen, spread = (
+        double(X, y, 2, **options) for options in ({}, dict(preset='frozen'), dict(mean_spread=1.0))
+    )
+    assert all(torch.equal(value, frozen.state_dict()[key]) for key, value in plain.state_dict().items())
+    assert all(torch.equal(value, spread.state_dict()[key]) for key, value in plain.state_dict().items())
+    # What is given precedes the preset, a temperature its sigma2
+    warm = double(X, y, 2, preset='finetune', temperature=0.5)
+    assert precision(warm) == pytest.approx(precision(double(X, y, 2, temperature=0.5, max_precision='auto')), rel=1e-6)
+    assert mean_cosine(warm) > mean_cosine(plain)
+    # All means in one place, and two that cancel
+    one = double(X, y, 2, preset='finetune', mean_spread=0.0)
+    assert mean_cosine(one) == pytest.approx(1) and one(X).isfinite().all()
+    opposite = torch.cat([torch.eye(2, 4).repeat(5, 1), -torch.eye(2, 4).repeat(5, 1)])
+    for spread in (0.0, 0.3):
+        head = fit_head(opposite, torch.arange(4).repeat_interleave(5) % 2, 0, preset='finetune', mean_spread=spread)
+        assert all(value.isfinite().all() for value in head.state_dict().values())
 
 
 @pytest.fixture(scope='module')

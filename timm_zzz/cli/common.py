@@ -9,8 +9,8 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from ..data import SHOWN, LeftOut, Split, UnknownClassesError, eval_loader, find_left_out, open_split
-from ..errors import HubError, some
+from ..data import LeftOut, Split, UnknownClassesError, counted, eval_loader, find_left_out, open_split
+from ..errors import HubError, one_line
 
 __all__ = [
     'add_ignore_unknown',
@@ -32,12 +32,6 @@ __all__ = [
 ]
 
 
-def one_line(e: BaseException) -> str:
-    """Give an error's message in one line; of an error in a process that loads images, what it was."""
-    inner = 'Traceback (most recent call last)' in str(e)
-    return ' '.join((str(e).strip().rpartition('\n')[2] if inner else str(e)).split()) or type(e).__name__
-
-
 @contextmanager
 def exit_on_error(parser: argparse.ArgumentParser, interrupted: str = 'interrupted') -> Iterator[None]:
     """End a command as all do: an error that a user can mend is one line and status 2, an interrupt status 130."""
@@ -54,24 +48,10 @@ def warn(message: str) -> None:
     print(f'timm_zzz: warning: {message}', file=sys.stderr)
 
 
-def _count(n: int, unit: str) -> str:
-    return f'{n} {unit}' if n == 1 else f'{n} {unit}{"es" if unit == "class" else "s"}'
-
-
-def _list(counts: Mapping[str, int], unit: str = 'image') -> str:
-    return some([f'{name or "the folder itself"} ({_count(n, unit)})' for name, n in counts.items()], SHOWN)
-
-
 def warn_left_out(left_out: LeftOut, name: str, known: str = '--class-map') -> None:
     """Warn of what timm leaves out of the folder of a split; ``known`` is what names the classes."""
-    unknown, empty, unread = left_out
-    if unknown:
-        count = f'{_count(sum(unknown.values()), "image")} of {_count(len(unknown), "class")}'
-        warn(f'{name}: left out {count} that {known} has not: {_list(unknown)}')
-    if empty:
-        warn(f'{name}: class folders without images: {some(empty, SHOWN)}')
-    if unread:
-        warn(f'{name}: left out files of formats that timm does not look for: {_list(unread, "file")}')
+    for message in left_out.messages(name, known):
+        warn(message)
 
 
 def open_known(options: argparse.Namespace, name: str, class_map: Any, known: str, **settings: Any) -> Split:
@@ -88,11 +68,11 @@ def open_known(options: argparse.Namespace, name: str, class_map: Any, known: st
     try:
         split = open_split(options.data_dir, name, class_map=class_map, **settings)
     except UnknownClassesError as e:
-        unknown = _list(e.left_out.unknown)
+        unknown = counted(e.left_out.unknown)
         raise ValueError(f'{name} has classes that {known} has not, and no others: {unknown}') from e
     left_out = find_left_out(split)
     if left_out.unknown and not options.ignore_unknown_classes:
-        unknown, way = _list(left_out.unknown), '--ignore-unknown-classes leaves them out'
+        unknown, way = counted(left_out.unknown), '--ignore-unknown-classes leaves them out'
         raise ValueError(f'{name} has classes that {known} has not: {unknown}; {way}')
     warn_left_out(left_out, name, known)
     return split

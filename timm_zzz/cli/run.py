@@ -14,6 +14,7 @@ from torch import nn
 
 from ..data import find_left_out, open_split, read_class_map
 from ..head import same_shape
+from ..models.attach import FIT_PREFIX
 from ..models.checkpoint import build_model, load_weights
 from .common import check_count, one_line, tensors_of, warn_left_out
 from .recipe import NEWEST, Option
@@ -134,7 +135,10 @@ def _build(name: str, args: Mapping[str, Any], state: Mapping[str, Any]) -> nn.M
     size = args.get('input_size')
     options: Dict[str, Any] = dict(bn_momentum=args.get('bn_momentum'), bn_eps=args.get('bn_eps'))
     options.update(num_classes=counts.pop(), in_chans=args.get('in_chans') or (size[0] if size else 3))
-    options.update({'global_pool': args.get('gp'), **(args.get('model_kwargs') or {})})
+    model_kwargs = {
+        key: value for key, value in (args.get('model_kwargs') or {}).items() if not key.startswith(FIT_PREFIX)
+    }
+    options.update({'global_pool': args.get('gp'), **model_kwargs})
     model = build_model(name, **options)
     if any(key in state and not same_shape(key, state[key].shape, t.shape) for key, t in model.state_dict().items()):
         # Newer versions of train.py build models of a fixed input size for the size that they train at.

@@ -1,5 +1,5 @@
 """Closed-form fit of the ZZZ head from features, in one pass over them: no gradient steps."""
 
-from .zzzfit import ZZZFit, fit_head, fit_model
+from .zzzfit import PRESETS, ZZZFit, fit_head, fit_model
 
-__all__ = ['ZZZFit', 'fit_head', 'fit_model']
+__all__ = ['PRESETS', 'ZZZFit', 'fit_head', 'fit_model']

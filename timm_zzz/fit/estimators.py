@@ -5,7 +5,7 @@ share. Logits are to be multiplied by a temperature; at 1 / ``scale`` they are t
 """
 
 import math
-from typing import Callable, Iterator, NamedTuple, Sequence, Tuple
+from typing import Callable, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,29 @@ class Quadratic(NamedTuple):
     def precision(self) -> float:
         """Return the precision a of a classifier in the form of the head."""
         return float(self.rows.norm(dim=1).max())
+
+    def pulled(self, spread: float, v_ratio: Optional[float], x: Tensor) -> Tuple['Quadratic', float]:
+        """Pull the means of a classifier in the form of the head together, and give all directions one gain.
+
+        Means become normalize(m + spread (mu_c - m)), m their own normalised mean, which leaves of x.mu_c the fraction
+        spread / |m + spread (mu_c - m)|. The offsets make the logits at x (d,), the mean of the examples, the former
+        ones times that fraction, up to a term that all classes share: decisions near x stay.
+
+        Args:
+            spread: 0 to 1, which leaves the means.
+            v_ratio: v over sigma2; None leaves the gains.
+
+        Returns:
+            The classifier, and the mean fraction.
+        """
+        a, middle = self.precision(), normalize(self.centre.mean(0))
+        between = middle + spread * (self.centre - middle)
+        fraction = float((spread / between.norm(dim=1).clamp(min=1e-12)).mean())
+        mu = normalize(between)
+        gain = self.gain if v_ratio is None else torch.full_like(self.gain, a * v_ratio / (1 + v_ratio))
+        form = Quadratic(a * mu, torch.zeros_like(self.offset), mu, self.directions, gain)
+        offset = fraction * self.logits(x[None])[0] - form.logits(x[None])[0]
+        return form._replace(offset=offset), fraction
 
 
 def _product(directions: Tensor, gain: Tensor, x: Tensor) -> Tensor:

@@ -86,6 +86,10 @@ class Moments:
         self.count[classes] += new
         self._sketch.add(x, y)
 
+    def mean_embedding(self) -> Tensor:
+        """Compute the mean of all examples, shape (d,)."""
+        return self.count @ self.mean / self.count.sum()
+
     def sketches(self) -> Tensor:
         """Compute rows B_c whose Gram matrices B_c^T B_c approximate the classes' scatters, shape (C, k, d).
 

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import warnings
-from typing import Any, Callable, Dict, Iterable, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple, Union
 
 import torch
 from timm.utils import unwrap_model
@@ -15,9 +15,10 @@ from ..head import ROW_STD, SIGMA2_INIT, ZZZHead, heads_of, record_inputs
 from ..metrics import best_temperature
 from ..ops.reference import inverse_softplus
 from .estimators import Density, Discriminant, Estimator, Quadratic
+from .gather import Step, broadcast, gathered, process
 from .moments import HeldOut, Moments, as_features, as_labels
 
-__all__ = ['ZZZFit', 'fit_head', 'fit_model']
+__all__ = ['PRESETS', 'ZZZFit', 'fit_head', 'fit_model']
 
 _logger = logging.getLogger(__name__)
 
@@ -26,6 +27,11 @@ SHRINKAGES = {'discriminant': (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02), 'densi
 PRIOR_COUNTS = (1000.0, 100.0, 10.0)  # of equal likelihood the first of each is taken
 PRECISIONS = (9000.0, 3000.0, 1000.0)  # that 1 / sigma2 is raised to at most for the sake of large gains
 PRECISION_OF_A_START = 200.0  # docs/results.md compares it with others
+# What a fit is for; docs/fit.md says which to take
+PRESETS: Dict[str, Dict[str, Any]] = {
+    'frozen': dict(sigma2=None, mean_spread=1.0, v_ratio=None),
+    'finetune': dict(sigma2=1 / 16, mean_spread=0.3, v_ratio=0.1),
+}
 OVERSAMPLING = 8  # rows of a class's sketch beyond the rank
 
 
@@ -41,16 +47,20 @@ class ZZZFit:
         num_classes: Number of classes C, >= 1.
         rank: Rank r of the class covariances, 0 <= r <= d. A class of few examples has fewer directions of its own; the
             others are the leading ones of the pooled covariance, with a variance of v_min.
+        preset: A name in ``PRESETS``: ``'frozen'``, a classifier on a backbone that stays as it is, or ``'finetune'``,
+            a start for training the backbone too. It sets sigma2, mean_spread and v_ratio where they are None.
         objective: ``'discriminant'`` or ``'density'``.
         shrinkage: Weight of the identity, scaled to the same trace, in the pooled covariance, 0 to 1. ``'auto'`` is 0
             for the density.
         prior_count: Number of examples that the pooled covariance counts for in that of a class, >= 0.
         temperature: Factor T > 0 on the logits; 1 leaves them the log-densities of the estimated Gaussians.
-        sigma2: The head's isotropic variance, in place of the one that the temperature gives. For a start of training,
-            where the fit's own logits are too sharp: 1/16.
+        sigma2: The head's isotropic variance, in place of the one that the temperature gives.
         max_precision: Upper bound on 1 / sigma2, at the fit's own temperature, >= 0. Smaller values spread the class
             means further apart and clip class-specific variance of the discriminant. ``'auto'``: one of 9000, 3000 and
             1000 by held-out examples, or if sigma2 is given 200, which trained better.
+        mean_spread: Factor on how far the class means mu_c lie from their common direction m, 0 to 1: they become
+            normalize(m + mean_spread (mu_c - m)). The bias follows, so that decisions stay nearly the same.
+        v_ratio: Every v over sigma2, >= 0, in place of the fitted ones; the directions stay.
         holdout: Share of each class's examples to hold out, 0 to 0.5, at least one of every class that has two.
         max_holdout: About how many examples are held out at most; one of each class in any case.
         class_prior: ``'uniform'``, or ``'empirical'`` for a bias by the classes' shares of the examples.
@@ -87,12 +97,15 @@ class ZZZFit:
         num_classes: int,
         rank: int = 8,
         *,
+        preset: str = 'frozen',
         objective: str = 'discriminant',
         shrinkage: Union[str, float] = 'auto',
         prior_count: Union[str, float] = 'auto',
         temperature: Union[str, float] = 'auto',
         sigma2: Optional[float] = None,
         max_precision: Union[str, float] = 'auto',
+        mean_spread: Optional[float] = None,
+        v_ratio: Optional[float] = None,
         holdout: float = 0.2,
         max_holdout: int = 4096,
         class_prior: str = 'uniform',
@@ -105,19 +118,28 @@ class ZZZFit:
         for name, choice, choices in (
             ('objective', objective, tuple(OBJECTIVES)),
             ('class_prior', class_prior, ('uniform', 'empirical')),
+            ('preset', preset, tuple(PRESETS)),
         ):
             if choice not in choices:
                 raise ValueError(f'{name}: expected one of {", ".join(choices)}, got {choice!r}')
         if sigma2 is not None and temperature != 'auto':
             raise ValueError(f'sigma2: it sets the temperature, give only one of them, got temperature={temperature}')
+        numbers = PRESETS[preset]
+        if sigma2 is None and temperature == 'auto':
+            sigma2 = numbers['sigma2']
+        mean_spread = numbers['mean_spread'] if mean_spread is None else mean_spread
+        v_ratio = numbers['v_ratio'] if v_ratio is None else v_ratio
         self.num_classes = num_classes
         self.rank = rank
+        self.preset = preset
         self.objective = objective
         self.shrinkage = _auto_or_number('shrinkage', shrinkage, 0, 1)
         self.prior_count = _auto_or_number('prior_count', prior_count, 0, math.inf)
         self.temperature = _auto_or_number('temperature', temperature, 1e-9, 1e9)
         self.sigma2 = None if sigma2 is None else _number('sigma2', sigma2, 1e-6, 1e6)
         self.max_precision = _auto_or_number('max_precision', max_precision, 0, 1e9)
+        self.mean_spread = _number('mean_spread', mean_spread, 0, 1)
+        self.v_ratio = None if v_ratio is None else _number('v_ratio', v_ratio, 0, 1e6)
         self.holdout = _number('holdout', holdout, 0, 0.5)
         self.max_holdout = max_holdout
         self.class_prior = class_prior
@@ -127,7 +149,7 @@ class ZZZFit:
 
     def _reset(self) -> None:
         self._held_out: Optional[HeldOut] = None
-        self._solution: Optional[Tuple[Quadratic, float]] = None
+        self._solution: Optional[Tuple[Quadratic, float, float]] = None
         self.n_samples_ = 0
 
     @torch.no_grad()
@@ -193,7 +215,7 @@ class ZZZFit:
     @torch.no_grad()
     def fill(self, head: ZZZHead) -> ZZZHead:
         """Write what was estimated into a head of the same size, in place. Errors as of :meth:`to_head`."""
-        form, temperature = self._solved()
+        form, temperature, fraction = self._solved()
         size = (self.num_classes, form.rows.shape[1], self.rank)
         if (head.num_classes, head.feat_dim, head.rank) != size:
             raise ValueError(f'head: expected classes, features and rank {size}, got {head}')
@@ -201,7 +223,7 @@ class ZZZFit:
         sigma2 = max(1 / (a * temperature), 1.01 * head.sigma2_min)
         v = (form.gain / (a - form.gain) * sigma2).clamp(min=1.01 * head.v_min)
         left = (form.centre.square().sum(1) / sigma2 + (v / sigma2).log1p().sum(1)) / 2  # what the head takes off
-        bias = form.offset / (a * sigma2) + left + self._log_prior()
+        bias = form.offset / (a * sigma2) + left + fraction * self._log_prior()
         # As long as a new head's rows, so that a learning rate means the same
         head.weight.copy_(form.centre * (ROW_STD * form.centre.shape[1] ** 0.5))
         head.bias.copy_(bias - bias.mean())
@@ -211,8 +233,8 @@ class ZZZFit:
             head.v_raw.copy_(inverse_softplus(v - head.v_min))
         return head
 
-    def _solved(self) -> Tuple[Quadratic, float]:
-        """Return the classifier in the form of the head, and its temperature."""
+    def _solved(self) -> Tuple[Quadratic, float, float]:
+        """Return the classifier in the form of the head, its temperature, and what is left of differences of logits."""
         if self._solution is not None:
             return self._solution
         if self._held_out is None:
@@ -235,7 +257,10 @@ class ZZZFit:
         if self.sigma2 is not None:
             temperature = 1 / (self.sigma2 * form.precision())
         self.temperature_ = temperature * estimator.scale
-        self._solution = form, temperature
+        fraction = 1.0
+        if self.mean_spread < 1 or self.v_ratio is not None:
+            form, fraction = form.pulled(self.mean_spread, self.v_ratio, everything.mean_embedding())
+        self._solution = form, temperature, fraction
         few = int((self.class_count_ <= self.rank).sum())
         if few:
             _logger.info(f'{few} of {self.num_classes} classes have at most {self.rank} examples: fewer directions.')
@@ -341,6 +366,7 @@ def fit_model(
     *,
     device: Union[None, str, torch.device] = None,
     amp_dtype: Optional[torch.dtype] = None,
+    distributed: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Fit the ZZZ heads of a model in closed form, in place, in one pass over a loader; return the model.
@@ -353,9 +379,12 @@ def fit_model(
         loader: Of batches (images, class indices).
         device: Where images go; by default where the model's parameters are.
         amp_dtype: Run the backbone in mixed precision of this dtype.
+        distributed: Every process of ``torch.distributed`` has a part of the images in its loader, and all get the same
+            heads, fitted to all of them.
         options: Those of :class:`ZZZFit`.
 
     Raises:
+        RuntimeError: If another process failed.
         ValueError: If the model has no ZZZ head, or a head that takes no part in eval mode or gets more than one
             embedding per image; otherwise as :func:`fit_head`. The heads are left as they were then.
 
@@ -370,25 +399,15 @@ def fit_model(
         raise ValueError('model: it has no ZZZ head; use timm_zzz.attach, or a model name that ends in .zzz_r8')
     estimators = {path: ZZZFit(head.num_classes, head.rank, **options) for path, head in heads.items()}
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    plain = unwrap_model(model)  # compiled code takes no notice of hooks
+    distributed = distributed and process()[1] > 1
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with record_inputs(heads) as inputs:
-            for images, target in loader:
-                inputs.clear()
-                with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                    plain(images.to(device))
+            steps = _steps(model, inputs, heads, loader, device, amp_dtype)
+            for x, target in gathered(steps, device) if distributed else steps:
                 for path, estimator in estimators.items():
-                    if path not in inputs:
-                        raise ValueError(f'model: its head {path} takes no part in eval mode')
-                    x = inputs[path]
-                    if x.ndim != 2 or len(x) != len(images):
-                        shape = list(x.shape)
-                        raise ValueError(
-                            f'model: its head {path} gets an input of shape {shape}, not one embedding per image'
-                        )
-                    estimator.partial_fit(x, target)
+                    estimator.partial_fit(x[path], target)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -396,4 +415,34 @@ def fit_model(
         estimator._solved()
     for path, head in heads.items():
         estimators[path].fill(head)
+    if distributed:
+        broadcast(heads.values())
+    if process()[0] == 0:
+        path, estimator = next(iter(estimators.items()))
+        _logger.info(
+            f'{path}: fitted to {estimator.n_samples_} images of {estimator.num_classes} classes, {estimator.preset}.'
+        )
     return model
+
+
+def _steps(
+    model: nn.Module,
+    inputs: Dict[str, Tensor],
+    heads: Iterable[str],
+    loader: Iterable[Any],
+    device: torch.device,
+    amp_dtype: Optional[torch.dtype],
+) -> Iterator[Step]:
+    """Yield what each head is given for a batch, by path, and the batch's classes; ``inputs`` of record_inputs."""
+    plain = unwrap_model(model)  # compiled code takes no notice of hooks
+    for images, target in loader:
+        inputs.clear()
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            plain(images.to(device))
+        for path in heads:
+            if path not in inputs:
+                raise ValueError(f'model: its head {path} takes no part in eval mode')
+            shape = list(inputs[path].shape)
+            if len(shape) != 2 or shape[0] != len(images):
+                raise ValueError(f'model: its head {path} gets an input of shape {shape}, not one embedding per image')
+        yield dict(inputs), target

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError, ConfigError, some
 from ..head import same_shape
-from ..models.attach import find_classifiers
+from ..models.attach import FIT_PREFIX, find_classifiers
 from ..models.registry import SOURCE_KEYS, TAG
 
 __all__ = ['CONFIG', 'SECTION', 'WEIGHTS', 'Changed', 'Corrupt', 'check_weights', 'read_config', 'sha256']
@@ -88,7 +88,7 @@ def _check_config(config: Dict[str, Any]) -> None:
     is_model = isinstance(name, str) and '.' not in name and timm.is_model(name)
     _refuse(f'architecture: timm knows no {_short(name)}', not is_model)
     _refuse('model_args: expected an object', not isinstance(args, dict))
-    builders = some(sorted(_BUILDER_ARGS & {*args}))
+    builders = some(sorted(key for key in args if key in _BUILDER_ARGS or key.startswith(FIT_PREFIX)))
     _refuse(f'model_args: {builders} is not allowed there', builders)
     is_zzz = 'zzz_rank' in args or TAG.fullmatch(str(cfg.get('tag')))
     _refuse('no zzz_rank: not a model with a ZZZ head', not is_zzz)

@@ -23,6 +23,7 @@ __all__ = [
     'model_args',
     'record_args',
     'recorded_args',
+    'recording_all_but',
     'save',
 ]
 
@@ -46,6 +47,21 @@ def record_args(model: nn.Module, args: Dict[str, Any]) -> None:
     """Add arguments to those that timm passes to ``create_model`` when it loads the model from its config.json."""
     target: Any = model
     target._model_args = dict(recorded_args(model) or {}, **args)
+
+
+def recording_all_but(prefix: str) -> Dict[str, Any]:
+    """Return attributes of a model's class that leave out arguments by their prefix: timm records all of them."""
+
+    def get(model: Any) -> Dict[str, Any]:
+        if '_model_args' not in model.__dict__:
+            raise AttributeError
+        args: Dict[str, Any] = model.__dict__['_model_args']
+        return args
+
+    def put(model: Any, args: Dict[str, Any]) -> None:
+        model.__dict__['_model_args'] = {key: value for key, value in args.items() if not key.startswith(prefix)}
+
+    return dict(_model_args=property(get, put), __jit_unused_properties__=['_model_args'])
 
 
 def default_cfgs(entrypoint: Callable[..., Any]) -> Dict[str, Any]:

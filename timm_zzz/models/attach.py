@@ -13,13 +13,14 @@ from torch.distributed.tensor import DTensor
 from ..head import NOT_DECAYED, FusedZZZHead, ZZZConvHead, ZZZHead, heads_of
 from . import _timm
 
-__all__ = ['attach', 'find_classifiers', 'HEAD_OPTIONS', 'OPTION_PREFIX']
+__all__ = ['attach', 'find_classifiers', 'FIT_PREFIX', 'HEAD_OPTIONS', 'OPTION_PREFIX']
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 Classifier = Union[nn.Linear, nn.Conv2d, ZZZHead]
 _CLASSIFIERS = (nn.Linear, nn.Conv2d, ZZZHead)
 
 OPTION_PREFIX = 'zzz_'  # of a head's options among a model's
+FIT_PREFIX = f'{OPTION_PREFIX}fit'  # of those that say how the heads start, which are not recorded
 
 # What a model's creator chooses of a head; the rest follows from the classifier that it replaces and from the machine
 _FOLLOWS = ('num_classes', 'feat_dim', 'impl', 'device', 'dtype')
@@ -274,7 +275,7 @@ def _mixed_class(mixin: type, base: type) -> type:
         annotations.update(inspect.get_annotations(cls))
     body: Dict[str, Any] = dict(__module__=base.__module__, __doc__=base.__doc__, __annotations__=annotations)
     if mixin is _ZZZModel:
-        body['no_weight_decay'] = _no_weight_decay_of(base)
+        body.update(_timm.recording_all_but(FIT_PREFIX), no_weight_decay=_no_weight_decay_of(base))
     return type(f'ZZZ{base.__name__}', (mixin, base), body)
 
 

@@ -25,8 +25,9 @@ from torch import nn
 
 from ..head import heads_of
 from ._timm import SAVES_ARGS, default_cfgs, entrypoints, model_args, record_args
-from .attach import HEAD_OPTIONS, OPTION_PREFIX, attach, find_classifiers
+from .attach import FIT_PREFIX, HEAD_OPTIONS, OPTION_PREFIX, attach, find_classifiers
 from .loading import on_load
+from .start import FIT_OPTIONS, fit_start
 
 __all__ = ['register', 'RANKS', 'SOURCE_KEYS', 'TAG']
 
@@ -51,6 +52,7 @@ class _Request(NamedTuple):
 
     tag: Optional[str]  # the whole tag, if it ends in .zzz_rN
     options: Dict[str, Any]
+    fit: Dict[str, Any]  # arguments of fit_start, empty without zzz_fit
 
 
 def register(names: Union[str, Iterable[str], None] = None, ranks: Sequence[int] = RANKS) -> None:
@@ -123,6 +125,8 @@ def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         else:
             model = _create(original, request, pretrained, kwargs)
         record_args(model, args)
+        if request is not None and request.fit:
+            fit_start(model, **request.fit, pretrained=pretrained, device=kwargs.get('device'))
         return model
 
     entrypoint.zzz_original = original  # type: ignore[attr-defined]
@@ -153,28 +157,45 @@ def _parse(original: Callable[..., nn.Module], kwargs: Dict[str, Any]) -> Option
     """Take this package's part out of an entrypoint's keyword arguments; None if there is none."""
     name = original.__name__
     options = {key[len(OPTION_PREFIX) :]: kwargs.pop(key) for key in list(kwargs) if key.startswith(OPTION_PREFIX)}
+    fit = {key: options.pop(key) for key in FIT_OPTIONS if key in options}
     unknown = sorted(options.keys() - set(HEAD_OPTIONS))
     if unknown:
         raise TypeError(
             f'Unknown argument {", ".join(OPTION_PREFIX + key for key in unknown)} '
-            f'(known: {", ".join(OPTION_PREFIX + key for key in HEAD_OPTIONS)})'
+            f'(known: {", ".join(OPTION_PREFIX + key for key in (*HEAD_OPTIONS, *FIT_OPTIONS))})'
         )
     cfg = kwargs.get('pretrained_cfg')
+    _check_fit(fit, cfg, kwargs)
     tag = _tag_of(cfg)
     match = TAG.fullmatch(tag or '')
     if match is None:
         # A mistyped tag is a string; a configuration with a tag of its own may be anyone's.
         if tag and (_is_meant(tag) if isinstance(cfg, str) else tag.rpartition('.')[2].startswith(OPTION_PREFIX)):
             raise _malformed(name, tag)
-        if not options:
+        if not options and not fit:
             return None
         options.setdefault('rank', DEFAULT_RANK)
-        return _Request(None, options)
+        return _Request(None, options, fit)
     if isinstance(cfg, str):
         _check_registered(original, match['base'], match['rank'], kwargs)
     options.setdefault('rank', int(match['rank']))
     kwargs['pretrained_cfg'] = _base_cfg(name, cfg, match['base'])
-    return _Request(tag, options)
+    return _Request(tag, options, fit)
+
+
+def _check_fit(fit: Dict[str, Any], cfg: Cfg, kwargs: Dict[str, Any]) -> None:
+    """Refuse options of the fit that stand alone, for what has no classifier, or from a config.json."""
+    if fit and 'fit' not in fit:
+        raise ValueError(f'{OPTION_PREFIX}{min(fit)}: it goes with {FIT_PREFIX}, the images to fit to')
+    if fit and kwargs.get('features_only', False):
+        raise ValueError(f'{FIT_PREFIX}: it needs a classifier, features_only=True leaves none')
+    saved = kwargs.get('pretrained_model_args') or {}
+    source = cfg.get('source') if isinstance(cfg, dict) else getattr(cfg, 'source', None)
+    # A downloaded file must not say what to open here; older timm does not tell its arguments from the caller's
+    if any(key.startswith(FIT_PREFIX) for key in saved) or (
+        fit and not SAVES_ARGS and source in ('hf-hub', 'local-dir')
+    ):
+        raise ValueError(f'{FIT_PREFIX}: a config.json may not ask for it; use timm_zzz.fit.fit_model')
 
 
 def _tag_of(cfg: Cfg) -> Optional[str]:

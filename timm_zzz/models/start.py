@@ -1,0 +1,144 @@
+"""Fit the heads of a model that timm has just built to images: the option ``zzz_fit`` of ``create_model``."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, Sequence, Union
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import nn
+
+from ..data import SPLIT_FOLDERS, Names, eval_loader, find_left_out, open_split
+from ..errors import one_line
+from ..fit import fit_model
+from ..fit.gather import process
+from ..head import heads_of
+from ._timm import input_config
+from .attach import FIT_PREFIX
+
+__all__ = ['FIT_OPTIONS', 'fit_start']
+
+_logger = logging.getLogger(__name__)
+
+FIT_OPTIONS = ('fit', 'fit_class_map', 'fit_preset')
+NAMES = Names(FIT_PREFIX, f'{FIT_PREFIX}_class_map')
+BATCH_SIZE = 128
+MAX_WORKERS = 4
+
+_DATASET_TYPES = ('hfds', 'hfids', 'tfds', 'torch', 'wds')  # of timm, before the slash of a name
+_KEYS = ('data_dir', 'dataset', 'split', 'class_map', 'input_key', 'target_key')
+
+ClassMap = Union[None, str, Path, Sequence[str]]
+
+
+def fit_start(
+    model: nn.Module,
+    fit: Any,
+    fit_class_map: ClassMap = None,
+    fit_preset: str = 'finetune',
+    *,
+    pretrained: bool = True,
+    device: Union[None, str, torch.device] = None,
+) -> None:
+    """Fit the ZZZ heads of a model in closed form, in place, to the images that ``zzz_fit`` names.
+
+    It runs on ``device``, by default on the GPU of this process if there is one, and the model comes back to where it
+    was. In torch.distributed each process takes its share of the images, and all get the same heads.
+
+    Args:
+        fit: A folder with a folder of images for each class; a data set of timm as ``TYPE/NAME:SPLIT``; a dict of what
+            :func:`~timm_zzz.data.open_split` takes; or a loader of (images, class indices), ready for the model.
+        fit_class_map: Class names by index, or a file of them; else timm numbers the folders.
+        fit_preset: One of :data:`timm_zzz.fit.PRESETS`.
+        pretrained: Whether the backbone has weights; a warning if not.
+
+    Raises:
+        ValueError: If the model has no classifier or no values yet, the images can't be read or don't fit the model.
+        RuntimeError: If it failed in another process.
+    """
+    first = process()[0] == 0
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError('zzz_fit: a model on the meta device has no values: leave the option out')
+    if not heads_of(model):
+        raise ValueError('zzz_fit: num_classes=0 leaves the model no classifier to fit')
+    if not pretrained and first:
+        _logger.warning('zzz_fit: the backbone has random weights (pretrained=False), and the head is fitted to them')
+    home = next(model.parameters()).device
+    if device is None and home.type == 'cpu' and torch.cuda.is_available():
+        model.to(torch.device('cuda', torch.cuda.current_device()))
+    there = next(model.parameters()).device
+    amp_dtype = torch.bfloat16 if there.type == 'cuda' and torch.cuda.is_bf16_supported() else None
+    images = fit if _is_loader(fit) else _images(model, fit, fit_class_map, there)
+    try:
+        fit_model(model, images, amp_dtype=amp_dtype, distributed=True, preset=fit_preset)
+    except ValueError as e:
+        if str(e).startswith(FIT_PREFIX):
+            raise
+        raise ValueError(f'zzz_fit: {e}') from e
+    finally:
+        model.to(home)
+
+
+def _is_loader(fit: Any) -> bool:
+    return hasattr(fit, '__iter__') and not isinstance(fit, (str, dict))
+
+
+def _images(model: Any, fit: Any, class_map: ClassMap, device: torch.device) -> Iterator[Any]:
+    """Open the images and yield this process's batches; a generator, so that errors come where all processes wait."""
+    number, count = process()
+    config = input_config(model)
+    settings = _settings(fit)
+    if class_map is not None:
+        settings['class_map'] = class_map
+    split = open_split(**settings, channels=config['input_size'][0], batch_size=BATCH_SIZE, names=NAMES)
+    where = settings['split'] or str(settings['data_dir'])
+    mapped = settings.get('class_map') is not None
+    if number == 0:
+        for message in find_left_out(split).messages(where, NAMES.class_map):
+            _logger.warning(f'zzz_fit: {message}')
+    found = len(split.class_names)
+    if found and found != model.num_classes:
+        hint = '' if mapped else f'; {NAMES.class_map} numbers them'
+        raise ValueError(
+            f'zzz_fit: {NAMES.class_map if mapped else where} has {found} classes, '
+            f'but num_classes is {model.num_classes}{hint}'
+        )
+    try:
+        workers = min(MAX_WORKERS, os.cpu_count() or 1)
+        loader = eval_loader(
+            split.dataset, config, batch_size=BATCH_SIZE, workers=workers, device=device, share=(number, count)
+        )
+        dtype = next(model.parameters()).dtype
+        with tqdm(loader, desc=FIT_PREFIX, unit='batch', file=sys.stderr, disable=number > 0) as batches:
+            for images, target in batches:
+                yield images.to(dtype), target
+    except Exception as e:  # whatever a broken file, its reader or timm's transforms raise
+        raise ValueError(f"zzz_fit: the images can't be read: {one_line(e)}") from e
+
+
+def _settings(fit: Any) -> Dict[str, Any]:
+    """Return what :func:`~timm_zzz.data.open_split` takes."""
+    if isinstance(fit, dict):
+        unknown = sorted(str(key) for key in fit.keys() - {*_KEYS})
+        if unknown:
+            raise ValueError(f'zzz_fit: unknown keys {", ".join(unknown)} (known: {", ".join(_KEYS)})')
+        return {'data_dir': None, 'split': 'train', **fit}
+    if not isinstance(fit, (str, Path)):
+        raise ValueError(f'zzz_fit: expected a folder, TYPE/NAME:SPLIT, a dict or a loader, got {fit!r:.60}')
+    folder = Path(fit)
+    if folder.is_dir():
+        splits = {*SPLIT_FOLDERS[0], *SPLIT_FOLDERS[1], 'test'}
+        nested = [path for path in sorted(folder.iterdir()) if path.name in splits and _has_folders(path)]
+        if nested:
+            raise ValueError(f'zzz_fit: {folder} has splits in it, not classes: name one, such as {nested[0]}')
+        return dict(data_dir=folder, split='')
+    name, _, split = str(fit).partition(':')
+    if split and name.partition('/')[0].lower() in _DATASET_TYPES:
+        return dict(data_dir=None, dataset=name, split=split)
+    raise ValueError(f'zzz_fit: no such folder: {folder} (a data set of timm is TYPE/NAME:SPLIT)')
+
+
+def _has_folders(path: Path) -> bool:
+    return path.is_dir() and any(child.is_dir() for child in path.iterdir())
