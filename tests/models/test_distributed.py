@@ -14,6 +14,10 @@ from torch.nn import functional as F
 
 from timm_zzz.head import FLAT_SPREAD, ROW_STD
 
+fsdp_on_cpu = pytest.mark.skipif(
+    torch.__version__.startswith(('2.6.', '2.7.')),
+    reason='torch 2.6 and 2.7 crash or train wrongly under FSDP on the CPU, a linear model too',
+)
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
 
 
@@ -111,15 +115,15 @@ def check_sharded(folder, kind, device, atol):
 
 
 @pytest.mark.integration
+@fsdp_on_cpu
 @pytest.mark.parametrize('kind', ['fsdp1', 'fsdp2'])
 def test_sharded(kind, tmp_path):
-    if torch.__version__.startswith(('2.6.', '2.7.')):
-        pytest.skip('torch 2.6 and 2.7 crash or train wrongly under FSDP on the CPU, a linear model too')
     torch.multiprocessing.spawn(ddp.spawned, (ddp.sharded, tmp_path, kind, 'cpu'), nprocs=2)
     check_sharded(tmp_path, kind, 'cpu', 1e-5)
 
 
 @pytest.mark.integration
+@fsdp_on_cpu
 def test_shards_share_the_direction_of_a_flat_start(tmp_path):
     torch.multiprocessing.spawn(ddp.spawned, (ddp.drawn, tmp_path), nprocs=2)
     saved = [torch.load(tmp_path / f'rank{rank}.pth') for rank in range(2)]
