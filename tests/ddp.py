@@ -198,6 +198,7 @@ def start(folder, images, backbone):
     rank = torch.distributed.get_rank()
     torch.set_num_threads(1)
     module.BATCH_SIZE, module.MAX_WORKERS = 7, 0
+    torch.cuda.is_available = lambda: False
     tqdm, bars = module.tqdm, []
 
     def counted(*args, **kwargs):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from scipy.optimize import minimize_scalar
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.decomposition import PCA
@@ -569,15 +570,20 @@ def test_cuda(rank):
     close(*(each.log_softmax(1) for each in logits), rtol=1e-9, atol=1e-9)
 
 
-def test_page(root):
+def test_page(root, tmp_path):
     """Its examples run."""
     page = (root / 'docs' / 'fit.md').read_text(encoding='utf-8')
     snippets = re.findall(r'```python\n(.*?)```', page, re.S)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
+    for c, colour in enumerate(('red', 'green', 'blue', 'white')):
+        (tmp_path / str(c)).mkdir()
+        for i in range(2):
+            Image.new('RGB', (32 + i, 32), colour).save(tmp_path / str(c) / f'{i}.png')
     X, y = draw(10)
     names = dict(features=X.float(), targets=y, loader=batches(), batches=[(X[:30], y[:30]), (X[30:], y[30:])])
     for snippet in snippets:
-        exec(compile(snippet.replace('pretrained=True', 'pretrained=False'), 'docs/fit.md', 'exec'), names)
+        snippet = snippet.replace('pretrained=True', 'pretrained=False').replace('DIR/train', str(tmp_path))
+        exec(compile(snippet, 'docs/fit.md', 'exec'), names)
     assert names['head'](X.float()).shape == (60, C) and names['model'](names['loader'][0][0]).shape == (8, 4)
 
 

@@ -69,10 +69,10 @@ def fit_start(
     if device is None and home.type == 'cpu' and torch.cuda.is_available():
         model.to(torch.device('cuda', torch.cuda.current_device()))
     there = next(model.parameters()).device
-    amp_dtype = torch.bfloat16 if there.type == 'cuda' and torch.cuda.is_bf16_supported() else None
+    fast = there.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
     images = fit if _is_loader(fit) else _images(model, fit, fit_class_map, there)
     try:
-        fit_model(model, images, amp_dtype=amp_dtype, distributed=True, preset=fit_preset)
+        fit_model(model, images, amp_dtype=torch.bfloat16 if fast else None, distributed=True, preset=fit_preset)
     except ValueError as e:
         if str(e).startswith(FIT_PREFIX):
             raise
