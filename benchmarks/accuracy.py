@@ -1,47 +1,97 @@
 """Accuracy, calibration and outlier detection of heads on folders of images: trains all with equal budgets.
 
-    python benchmarks/accuracy.py --data DIR [DIR ...] --backbone mobilenetv2_100 --checkpoint FILE \
-        --heads linear cosine zzz_r0 zzz_r8 --seeds 0 1 2 --results FILE.jsonl
+    python benchmarks/accuracy.py --data DIR [DIR ...] --backbone NAME FILE PIXELS [--backbone ...] \
+        --heads linear:rows=zero zzz_r8 zzz_r8:fit=finetune --results FILE.jsonl
 
-Every run is a line of the results file; runs that are in it already are not repeated. The table of all its runs is
-printed at the end (``--table`` only prints). Settings of the heads: starts.py; of the training: training.py.
+For each number of images a class: first every head at every pair of learning rates, trained on four fifths of the training
+images and judged on the last ("inner"); then each head at its own rates, those of the highest mean over the sets of that for
+each backbone, trained on all training images and judged on the validation images. Every run is a line of the results file;
+runs that are in it already are not repeated. accuracy_table.py makes tables of them. Settings of the heads: starts.py; of the
+training: training.py.
 """
 
 import argparse
+import base64
 import itertools
 import json
-import re
+import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
-from accuracy_table import tables
 from images import Images, load
 from measure import environment_line
 from outliers import Outliers
+from probe import held_out
 from safetensors.torch import save_file
 from starts import parse
 from torch import Tensor, nn
-from training import Runner, Settings, backbone, predictions, spectrum
+from torch.nn import functional as F
+from training import Backbone, Runner, Settings, own_stream
 
-from timm_zzz.metrics import reliability
+from timm_zzz.head import ZZZHead
+from timm_zzz.metrics import best_temperature, ece
+from timm_zzz.scores import class_gaussians_of
 
-JOB = ('data', 'head', 'seed', 'shots', 'hold_out_every', 'epochs', 'backbone', 'smoothing')  # what tells runs apart
+Row = Dict[str, Any]
+
+# What tells runs apart
+JOB = (
+    *('data', 'backbone', 'size', 'head', 'lr', 'head_lr', 'seed', 'shots', 'split', 'hold_out_every', 'epochs'),
+    'smoothing',
+)
+RATES = ('lr', 'head_lr')
 PIXELS = 192  # side of the squashed images in memory
 
 
-def quality(head: nn.Module, features: Tensor, target: Tensor) -> Dict[str, Any]:
-    """Evaluate a head: top-1 in percent, NLL in nats, ECE in percent, and the reliability diagram's bins."""
-    found = predictions(head, features, target)
-    bins, error = reliability(found.confidence, found.correct)
-    return dict(
-        top1=found.top1,
-        nll=found.mean_nll,
-        ece=100 * error,
-        reliability=[(b.count, b.confidence, b.accuracy) for b in bins],
-    )
+def quality(logits: Tensor, target: Tensor) -> Row:
+    """Judge logits (N, C): top-1, top-5 and ECE in percent, NLL in nats; those at one temperature end in ``_t``.
+
+    The temperature is fitted to one half of the images and judged on the other, both ways.
+    """
+    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(0)).to(target.device)
+    calibrated = torch.empty_like(logits)
+    temperatures = []
+    for fitted, judged in itertools.permutations(order.chunk(2)):
+        temperature = best_temperature(logits[fitted].double(), target[fitted])[0]
+        calibrated[judged] = logits[judged] * temperature
+        temperatures.append(temperature)
+    top = logits.topk(min(5, logits.shape[1]), 1)[1] == target[:, None]
+    found = dict(top1=_percent(top[:, 0]), top5=_percent(top.any(1)), temperature=statistics.fmean(temperatures))
+    for suffix, each in (('', logits), ('_t', calibrated)):
+        found['nll' + suffix] = F.cross_entropy(each, target).item()
+        found['ece' + suffix] = 100 * ece(each, target)
+    return found
+
+
+def _percent(right: Tensor) -> float:
+    return 100 * right.double().mean().item()
+
+
+def packed(right: Tensor) -> str:
+    """Write a mask (N,) as text; :func:`unpacked` reads it."""
+    bits = F.pad(right.cpu().long(), (0, -len(right) % 8)).view(-1, 8)
+    numbers = (bits * torch.tensor([128, 64, 32, 16, 8, 4, 2, 1])).sum(1)
+    return base64.b64encode(bytes(numbers.tolist())).decode()
+
+
+def unpacked(text: str, count: int) -> Tensor:
+    numbers = torch.tensor(list(base64.b64decode(text)))
+    return (numbers[:, None] >> torch.arange(7, -1, -1) & 1).flatten()[:count].bool()
+
+
+def spectrum(head: nn.Module) -> Row:
+    """Describe a ZZZ head: sigma2, the mean cosine of two means, and the median over classes of the sorted variances."""
+    if not isinstance(head, ZZZHead):
+        return {}
+    classes, count = class_gaussians_of(head), head.num_classes
+    cosines = classes.mu.double().sum(0).square().sum() - count
+    found: Row = dict(sigma2=classes.sigma2.item(), mean_cosine=(cosines / max(1, count * (count - 1))).item())
+    if classes.v is not None:
+        found['v'] = classes.v.sort(1, descending=True)[0].median(0)[0].tolist()
+    return found
 
 
 def held_out_classes(classes: int, every: int) -> Tuple[List[int], List[int]]:
@@ -50,153 +100,247 @@ def held_out_classes(classes: int, every: int) -> Tuple[List[int], List[int]]:
     return [c for c in range(classes) if c not in set(out)], out
 
 
-def run(
-    runner: Runner,
-    data: Dict[str, Images],
-    job: Dict[str, Any],
-    curve: int,
-    far: Dict[str, Images],
-    keep: Optional[Path] = None,
-) -> Dict[str, Any]:
+def images_of(data: Dict[str, Images], job: Row) -> Tuple[Images, Images]:
+    """Return the images that a job trains on, and those that it is judged by."""
+    known, _ = held_out_classes(len(data['train'].classes), job['hold_out_every'])
+    training, judged = data['train'].of_classes(known), data['validation'].of_classes(known)
+    if job['split'] == 'inner':
+        mask = held_out(training.target)
+        training, judged = training.select((~mask).nonzero()[:, 0]), training.select(mask.nonzero()[:, 0])
+    return (training.per_class(job['shots'], job['seed']) if job['shots'] else training), judged
+
+
+def run(runner: Runner, data: Dict[str, Images], job: Row, far: Dict[str, Images], keep: Optional[Path] = None) -> Row:
     """Train once and compute all figures; ``keep``: a file for what the scores are computed from."""
-    known, unknown = held_out_classes(len(data['train'].classes), job['hold_out_every'])
-    train_images, test_images = (data[k].of_classes(known) for k in ('train', 'validation'))
-    if job['shots']:
-        train_images = train_images.per_class(job['shots'], job['seed'])
-    points: List[Tuple[int, float]] = []
-
-    def watch(epoch: int, model: nn.Module) -> None:
-        if curve and epoch % curve == 0:
-            head = model.get_submodule(model.pretrained_cfg['classifier'])
-            points.append((epoch, predictions(head, runner.embed(model, test_images), test_images.target).top1))
-
+    training, judged = images_of(data, job)
     start = time.perf_counter()
-    model, head, seconds = runner.train(train_images, parse(job['head']), job['seed'], watch)
-    total = time.perf_counter() - start
-    features = runner.embed(model, test_images)
-    result = quality(head, features, test_images.target)
-    result.update(
-        epochs=runner.settings.epochs,
-        train_images=len(train_images),
-        seconds=total,
-        img_s=points[-1][0] * len(train_images) / seconds if points and seconds else None,
-        curve=points,
-        **spectrum(head),
-    )
+    model, head = runner.train(training, parse(job['head']), job['seed'], job['lr'], job['head_lr'])
+    features = runner.embed(model, judged)
+    with torch.no_grad():
+        logits = head.eval()(features).float()
+    seconds = time.perf_counter() - start
+    found = dict(quality(logits, judged.target), train_images=len(training), seconds=seconds, **spectrum(head))
+    if job['split'] == 'inner':
+        return found
+    found['right'] = packed(logits.argmax(1) == judged.target)
+    unknown = held_out_classes(len(data['train'].classes), job['hold_out_every'])[1]
     if unknown or far or keep:
-        train_features = runner.embed(model, train_images)
+        train_features = runner.embed(model, training)
         near = runner.embed(model, data['validation'].of_classes(unknown)) if unknown else features[:0]
         if keep:
             embedded = dict(train=train_features, validation=features, near=near)
-            targets = dict(train_target=train_images.target, validation_target=test_images.target)
-            state = {f'head.{k}': v.float() for k, v in head.state_dict().items()}
-            tensors = {**{k: v.half() for k, v in embedded.items()}, **targets, **state}
+            tensors = {k: v.half() for k, v in embedded.items()}
+            tensors.update(train_target=training.target, validation_target=judged.target)
+            tensors.update({f'head.{k}': v.float() for k, v in head.state_dict().items()})
             save_file({k: v.contiguous() for k, v in tensors.items()}, keep)
-        outliers = Outliers(head, train_features, train_images.target, features)
+        outliers = Outliers(head, train_features, training.target, features)
         if unknown:
-            result['near'] = outliers.auroc(near)
-        result['far'] = {name: outliers.auroc(runner.embed(model, images)) for name, images in far.items()}
-    return result
+            found['near'] = outliers.auroc(near)
+        found['far'] = {name: outliers.auroc(runner.embed(model, images)) for name, images in far.items()}
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        '--data', type=Path, nargs='+', default=[], metavar='DIR', help='ImageFolder: train, validation'
-    )
-    parser.add_argument('--far', type=Path, nargs='*', default=[], metavar='DIR', help='sets of other images, far OOD')
-    parser.add_argument('--heads', nargs='+', default=['linear', 'cosine', 'zzz_r0', 'zzz_r8'], metavar='HEAD')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--shots', type=int, nargs='+', default=[0], help='training images per class; 0: all')
-    parser.add_argument('--hold-out-every', type=int, default=0, metavar='K', help='K-th classes are near OOD')
-    parser.add_argument('--backbone', default='mobilenetv2_100')
-    parser.add_argument('--checkpoint', metavar='FILE', help="its weights; timm's pretrained ones if not given")
-    parser.add_argument('--epochs', type=int, default=20)
-    parser.add_argument('--min-steps', type=int, default=0, help='more epochs where a small set gives fewer steps')
-    parser.add_argument('--curve', type=int, default=0, metavar='N', help='evaluate every N epochs')
-    parser.add_argument('--results', type=Path, required=True, metavar='FILE.jsonl')
-    parser.add_argument('--cache', type=Path, help='folder for decoded images')
-    parser.add_argument('--shard', default='0/1', metavar='I/N', help='every N-th run only, from the I-th')
-    parser.add_argument('--features', type=Path, metavar='DIR', help="only write the frozen backbone's features there")
-    parser.add_argument('--keep', type=Path, metavar='DIR', help="write every trained model's features and head there")
-    parser.add_argument('--smoothing', type=float, default=Settings.smoothing, help='of labels')
-    parser.add_argument('--table', action='store_true', help='only print the table')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add = parser.add_argument
+    add('--data', type=Path, nargs='+', required=True, metavar='DIR', help='ImageFolder: train, validation')
+    add('--far', type=Path, nargs='*', default=[], metavar='DIR', help='sets of other images, far outliers')
+    add('--heads', nargs='+', default=['linear:rows=zero', 'zzz_r8'], metavar='HEAD')
+    add('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of the runs at the own rates')
+    add('--shots', type=int, nargs='+', default=[0], metavar='N', help='training images per class; 0: all')
+    add('--hold-out-every', type=int, default=0, metavar='K', help='K-th classes are near outliers')
+    add('--backbone', nargs=3, action='append', required=True, metavar=('NAME', 'FILE', 'PIXELS'), help='several times')
+    add('--lrs', type=float, nargs='+', default=[5e-5, 1.5e-4, 5e-4], help='of the backbone, to choose from')
+    add('--head-lrs', type=float, nargs='+', default=[1.0, 5.0], metavar='X', help='factors on it for the head')
+    add('--grid-seed', type=int, default=0, metavar='N', help='of the runs to choose by')
+    add('--grid-only', action='store_true', help='no runs at the own rates')
+    add('--epochs', type=int, default=20)
+    add('--min-steps', type=int, default=320, help='more epochs where few images give fewer steps')
+    add('--smoothing', type=float, default=Settings.smoothing, help='of labels')
+    add('--results', type=Path, required=True, metavar='FILE.jsonl', help='files FILE*.jsonl are read')
+    add('--cache', type=Path, help='folder for decoded images')
+    add('--keep', type=Path, metavar='DIR', help="write every trained model's features and head there")
+    add('--processes', type=int, default=0, metavar='N', help='on each GPU; 0: in this process')
+    add('--seconds', type=float, default=float('inf'), help='after which no run is begun')
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     return parser
 
 
-def jobs(options: argparse.Namespace) -> Iterator[Dict[str, Any]]:
-    """List the runs that are asked for, in the order in which they are made."""
-    shared = {k: getattr(options, k) for k in JOB[4:]}
-    for data, seed, shots, head in itertools.product(options.data, options.seeds, options.shots, options.heads):
-        yield dict(data=data.name, head=head, seed=seed, shots=shots, **shared)
+def read(path: Path) -> List[Row]:
+    """Read all rows of a results file, and of others whose names begin like its own."""
+    files = sorted(path.parent.glob(f'{path.stem}*{path.suffix}'))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def _file_name(job: Dict[str, Any]) -> str:
-    name = '-'.join(str(job[k]) for k in ('data', 'head', 'seed', 'shots'))
-    return re.sub(r'[^\w.-]', '_', name) + '.safetensors'
+def chosen_rates(rows: Iterable[Row]) -> Dict[Tuple[Any, ...], Dict[str, float]]:
+    """Choose the learning rates of each (backbone, head, shots), by the mean over the sets of the inner top-1."""
+    found: Dict[Tuple[Any, ...], Dict[Tuple[float, float], List[float]]] = {}
+    for row in rows:
+        if row['split'] == 'inner':
+            means = found.setdefault((row['backbone'], row['head'], row['shots']), {})
+            means.setdefault((row['lr'], row['head_lr']), []).append(row['top1'])
+    best = {}
+    for key, means in found.items():
+        full = max(map(len, means.values()))
+        complete = {rates: statistics.fmean(top1) for rates, top1 in means.items() if len(top1) == full}
+        best[key] = dict(zip(RATES, max(complete, key=lambda rates: complete[rates]), strict=True))
+    return best
 
 
-def read(path: Path) -> List[Dict[str, Any]]:
-    """Read all rows of a results file and of its shards."""
-    rows = []
-    for file in sorted(path.parent.glob(f'{path.stem}*{path.suffix}')):
-        rows += [{'smoothing': Settings.smoothing, **json.loads(line)} for line in file.read_text().splitlines()]
-    return rows
+def grid(options: argparse.Namespace, shots: int) -> List[Row]:
+    """List the runs by which the learning rates are chosen."""
+    rates = [dict(lr=lr, head_lr=head_lr) for lr in options.lrs for head_lr in options.head_lrs]
+    return [dict(job, **each) for job in _jobs(options, 'inner', [options.grid_seed], shots) for each in rates]
+
+
+def final(options: argparse.Namespace, shots: int, rows: Sequence[Row]) -> List[Row]:
+    """List the runs at each head's own learning rates, which ``rows`` say."""
+    chosen = chosen_rates(rows)
+    return [
+        dict(job, **chosen[job['backbone'], job['head'], shots])
+        for job in _jobs(options, 'validation', options.seeds, shots)
+    ]
+
+
+def _jobs(options: argparse.Namespace, split: str, seeds: Sequence[int], shots: int) -> Iterator[Row]:
+    shared = {k: getattr(options, k) for k in ('hold_out_every', 'epochs', 'smoothing')}
+    for seed, data, (backbone, _, size), head in itertools.product(
+        seeds, options.data, options.backbone, options.heads
+    ):
+        own = dict(data=data.name, backbone=backbone, size=int(size), head=head, seed=seed, shots=shots, split=split)
+        yield {**shared, **own}
+
+
+class Worker:
+    """Runs jobs on one device."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device):
+        self.options, self.device = options, device
+        self.far = {root.name: self._open(root, ('validation',))['validation'] for root in options.far}
+        self.data: Dict[str, Dict[str, Images]] = {}
+        self.runners: Dict[str, Runner] = {}
+
+    def _open(self, root: Path, splits: Sequence[str]) -> Dict[str, Images]:
+        return {split: load(root, split, PIXELS, self.options.cache).to(self.device) for split in splits}
+
+    def _runner(self, name: str) -> Runner:
+        if name not in self.runners:
+            file, size = next(each[1:] for each in self.options.backbone if each[0] == name)
+            settings = Settings(self.options.epochs, self.options.min_steps, smoothing=self.options.smoothing)
+            self.runners[name] = Runner(Backbone(name, file, int(size)), settings, self.device)
+        return self.runners[name]
+
+    def __call__(self, job: Row) -> Row:
+        """Run a job and return its row, one with an ``error`` if it fails."""
+        try:
+            if job['data'] not in self.data:
+                root = next(root for root in self.options.data if root.name == job['data'])
+                self.data[job['data']] = self._open(root, ('train', 'validation'))
+            runner = self._runner(job['backbone'])
+            far = {name: images for name, images in self.far.items() if name != job['data']}
+            if self.device.type == 'cuda':
+                torch.cuda.synchronize()
+            with own_stream(self.device):
+                found = run(
+                    runner, self.data[job['data']], job, far, self.options.keep and self.options.keep / _name(job)
+                )
+            return dict(job, **found, environment=environment_line(self.device))
+        except Exception as e:
+            return dict(job, error=f'{type(e).__name__}: {e}')
+
+
+def _name(job: Row) -> str:
+    name = '-'.join(str(job[k]) for k in ('data', 'backbone', 'head', 'seed', 'shots'))
+    return ''.join(c if c.isalnum() or c in '_.-' else '_' for c in name) + '.safetensors'
+
+
+def _process(index: int, options: argparse.Namespace, jobs: Any, rows: Any) -> None:
+    device = torch.device('cuda', index % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    worker = Worker(options, device)
+    while (job := jobs.get()) is not None:
+        rows.put(worker(job))
+
+
+class Runs:
+    """Runs jobs, in this process or in several on each GPU, and writes their rows to the results file."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.end = options, time.time() + options.seconds
+        self.failed: List[Row] = []
+        self.processes: List[Any] = []
+        for folder in filter(None, (options.results.parent, options.keep)):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not options.processes:
+            self.worker = Worker(options, torch.device(options.device))
+            return
+        if options.cache:  # once, not in every process
+            for root, split in itertools.product((*options.data, *options.far), ('train', 'validation')):
+                load(root, split, PIXELS, options.cache)
+        context = torch.multiprocessing.get_context('spawn')
+        self.jobs, self.rows = context.Queue(), context.Queue()
+        for i in range(options.processes * torch.cuda.device_count()):
+            process = context.Process(target=_process, args=(i, options, self.jobs, self.rows), daemon=True)
+            self.processes.append(process)
+            process.start()
+
+    def __call__(self, jobs: Iterable[Row]) -> None:
+        """Run the jobs that the results file has not, until the time is over."""
+        done = [{k: row[k] for k in JOB} for row in read(self.options.results)]
+        todo = iter([job for job in jobs if {k: job[k] for k in JOB} not in done])
+        underway = 0
+        for job in itertools.islice(todo, len(self.processes)):
+            self.jobs.put(job)
+            underway += 1
+        while underway or not self.processes:
+            job = next(todo, None) if time.time() < self.end else None
+            if self.processes:
+                row = self.rows.get()
+                underway -= 1
+                if job is not None:
+                    self.jobs.put(job)
+                    underway += 1
+            elif job is None:
+                break
+            else:
+                row = self.worker(job)
+            self._write(row)
+
+    def _write(self, row: Row) -> None:
+        label = ' '.join(f'{row[k]:g}' if isinstance(row[k], float) else str(row[k]) for k in JOB[:9])
+        if 'error' in row:
+            self.failed.append(row)
+            print(f'{label}: {row["error"]}', file=sys.stderr, flush=True)
+            return
+        with self.options.results.open('a') as f:
+            f.write(json.dumps({k: _short(v) for k, v in row.items()}) + '\n')
+        figures = ', '.join(f'{k} {row[k]:.3f}' for k in ('top1', 'nll', 'nll_t', 'seconds'))
+        print(f'{label}: {figures}', file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the processes; raises SystemExit if a run has failed."""
+        for _ in self.processes:
+            self.jobs.put(None)
+        if self.failed:
+            raise SystemExit(f'{len(self.failed)} runs failed, the first with {self.failed[0]["error"]}')
 
 
 def main(arguments: Optional[List[str]] = None) -> None:
     options = _parser().parse_args(arguments)
-    if options.table:
-        print(tables(read(options.results)))
-        return
-    device = torch.device(options.device)
-    settings = Settings(
-        options.backbone, options.checkpoint, options.epochs, smoothing=options.smoothing, min_steps=options.min_steps
-    )
-    runner = Runner(settings, device)
-    shard, shards = map(int, options.shard.split('/'))
-    file = options.results.with_stem(f'{options.results.stem}-{shard}') if shards > 1 else options.results
-    for folder in filter(None, (file.parent, options.keep)):
-        folder.mkdir(parents=True, exist_ok=True)
-    done = [{k: row[k] for k in JOB} for row in read(options.results)]
-
-    def open_set(root: Path, splits: Tuple[str, ...]) -> Dict[str, Images]:
-        return {split: load(root, split, PIXELS, options.cache).to(device) for split in splits}
-
-    far = {root.name: open_set(root, ('validation',))['validation'] for root in options.far}
-    data: Dict[str, Dict[str, Images]] = {}
-    roots = {root.name: root for root in options.data}
-    if options.features:
-        _write_features(
-            runner, {name: open_set(root, ('train', 'validation')) for name, root in roots.items()}, options
-        )
-        return
-    for number, job in enumerate(jobs(options)):
-        if number % shards != shard or job in done:
-            continue
-        if job['data'] not in data:
-            data = {job['data']: open_set(roots[job['data']], ('train', 'validation'))}
-        others = {name: images for name, images in far.items() if name != job['data']}
-        keep = options.keep and options.keep / _file_name(job)
-        result = run(runner, data[job['data']], job, options.curve, others, keep)
-        row = dict(job, **result, environment=environment_line(device))
-        with file.open('a') as f:
-            f.write(json.dumps(row) + '\n')
-        figures = ', '.join(f'{k} {row[k]:.3f}' for k in ('top1', 'nll', 'ece', 'seconds'))
-        print(f'{job["data"]} {job["head"]} seed {job["seed"]} shots {job["shots"]}: {figures}', file=sys.stderr)
-    if shards == 1:
-        print(tables(read(options.results)))
+    runs = Runs(options)
+    for shots in options.shots:
+        runs(grid(options, shots))
+        if not options.grid_only and not runs.failed and time.time() < runs.end:
+            runs(final(options, shots, read(options.results)))
+    runs.close()
 
 
-def _write_features(runner: Runner, sets: Dict[str, Dict[str, Images]], options: argparse.Namespace) -> None:
-    model = backbone(runner.settings).to(runner.device, memory_format=torch.channels_last)
-    options.features.mkdir(parents=True, exist_ok=True)
-    for name, splits in sets.items():
-        embedded = {
-            split: (runner.embed(model, images).half().cpu(), images.target.cpu()) for split, images in splits.items()
-        }
-        torch.save(embedded, options.features / f'{name}.pt')
+def _short(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    return float(f'{value:.6g}') if isinstance(value, float) else value
 
 
 if __name__ == '__main__':

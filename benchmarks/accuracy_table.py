@@ -1,10 +1,26 @@
-"""Tables of the rows that accuracy.py writes, in markdown."""
+"""Tables of the rows that accuracy.py writes, in markdown.
 
+    python benchmarks/accuracy_table.py FILE.jsonl [--base linear:rows=zero] [--pairs]
+
+For each number of images a class: every head against the base head, as means over the pairs of set and backbone that both have, at
+each one's own learning rates. The number of pairs where it is above or below is of those that a paired test says so of.
+"""
+
+import argparse
 import math
 import statistics
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
-Row = Dict[str, Any]
+import torch
+from accuracy import JOB, RATES, Row, chosen_rates, read, unpacked
+from torch import Tensor
+
+BASE = 'linear:rows=zero'
+RESAMPLES = 10000
+LEVEL = 0.05
+
+Pair = Tuple[str, str]  # set and backbone
 
 
 def mean_and_error(values: Sequence[float]) -> Tuple[float, Optional[float]]:
@@ -21,7 +37,7 @@ def show(values: Sequence[float], digits: int = 2) -> str:
     return f'{mean:.{digits}f}' + ('' if error is None else f' ± {error:.{digits}f}')
 
 
-def groups(rows: List[Row], *keys: str) -> Dict[Tuple[Any, ...], List[Row]]:
+def groups(rows: Iterable[Row], *keys: str) -> Dict[Tuple[Any, ...], List[Row]]:
     """Group the rows by the values of some keys."""
     found: Dict[Tuple[Any, ...], List[Row]] = {}
     for row in rows:
@@ -29,62 +45,201 @@ def groups(rows: List[Row], *keys: str) -> Dict[Tuple[Any, ...], List[Row]]:
     return found
 
 
-def differences(rows: List[Row], base: List[Row], value: Callable[[Row], float]) -> List[float]:
-    """Differences to the base head's runs of the same seed."""
-    of_seed = {row['seed']: value(row) for row in base}
-    return [value(row) - of_seed[row['seed']] for row in rows if row['seed'] in of_seed]
+def rights(rows: Sequence[Row]) -> Tensor:
+    """Which images are classified correctly, (seeds, N); a row's top-1 says how many of N."""
+    masks = []
+    for row in sorted(rows, key=lambda row: row['seed']):
+        every = unpacked(row['right'], 8 * len(row['right']) * 3 // 4)
+        count = round(100 * int(every.sum()) / row['top1']) if row['top1'] else len(every)
+        masks.append(every[:count])
+    return torch.stack(masks)
 
 
-def tables(rows: List[Row]) -> str:
-    """One table for each set, number of examples per class, held-out share, and label smoothing.
+def p_value(difference: Tensor) -> float:
+    """Two-sided bootstrap test of a mean of 0 for paired differences (seeds, N), over images and seeds."""
+    generator = torch.Generator().manual_seed(0)
+    seeds, count = difference.shape
+    difference = difference.double()
+    drawn = torch.randint(seeds, (RESAMPLES, seeds), generator=generator)
+    below = above = 0
+    for part in drawn.split(500):
+        weight = torch.zeros(len(part), count, dtype=torch.float64)
+        images = torch.randint(count, (len(part), count), generator=generator)
+        weight.scatter_add_(1, images, torch.ones(1, dtype=torch.float64).expand(images.shape))
+        of_seed = weight @ difference.T / count  # (resamples, seeds)
+        means = of_seed.gather(1, part).mean(1)
+        below += int((means <= 0).sum())
+        above += int((means >= 0).sum())
+    return min(1.0, 2 * (min(below, above) + 1) / (RESAMPLES + 1))
 
-    Heads are in the order of their runs.
-    """
+
+def holm(p_values: Sequence[float]) -> List[float]:
+    """Adjust p-values for their number (Holm 1979)."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for position, i in enumerate(order):
+        least = max(least, min(1.0, (len(p_values) - position) * p_values[i]))
+        adjusted[i] = least
+    return adjusted
+
+
+class Comparison:
+    """A head against the base head, at their own rates, pair by pair."""
+
+    def __init__(self, rows: List[Row], base: List[Row]):
+        of_pair, of_base = groups(rows, 'data', 'backbone'), groups(base, 'data', 'backbone')
+        self.pairs: List[Pair] = [pair for pair in of_pair if pair in of_base]  # type: ignore[misc]
+        self.matched = {pair: _same_seeds(of_pair[pair], of_base[pair]) for pair in self.pairs}
+
+    def mean_difference(self, pair: Pair, value: Callable[[Row], float]) -> float:
+        own, base = self.matched[pair]
+        return statistics.fmean(value(a) - value(b) for a, b in zip(own, base, strict=True))
+
+    def top1(self) -> Dict[Pair, float]:
+        return {pair: self.mean_difference(pair, lambda row: row['top1']) for pair in self.pairs}
+
+    def error(self) -> Optional[float]:
+        """Standard error over seeds of the mean over pairs; None for one seed."""
+        seeds = sorted({row['seed'] for own, _ in self.matched.values() for row in own})
+        means = []
+        for seed in seeds:
+            found = [
+                a['top1'] - b['top1']
+                for own, base in self.matched.values()
+                for a, b in zip(own, base, strict=True)
+                if a['seed'] == seed
+            ]
+            means.append(statistics.fmean(found))
+        return mean_and_error(means)[1]
+
+    def relative(self, key: str) -> float:
+        """Mean over pairs of the difference in the logarithm of a value, as a change in percent."""
+        return 100 * (
+            math.exp(
+                statistics.fmean(self.mean_difference(pair, lambda row: math.log(row[key])) for pair in self.pairs)
+            )
+            - 1
+        )
+
+    def significant(self) -> Tuple[List[Pair], List[Pair]]:
+        """The pairs where the head is above, and where it is below, by the paired test with Holm's correction."""
+        differences = []
+        for pair in self.pairs:
+            own, base = map(rights, self.matched[pair])
+            differences.append(own.double() - base.double())
+        adjusted = holm([p_value(d) for d in differences])
+        found: Tuple[List[Pair], List[Pair]] = ([], [])
+        for pair, difference, p in zip(self.pairs, differences, adjusted, strict=True):
+            if p < LEVEL:
+                found[bool(difference.mean() < 0)].append(pair)
+        return found
+
+
+def _same_seeds(rows: List[Row], base: List[Row]) -> Tuple[List[Row], List[Row]]:
+    ours, theirs = ({row['seed']: row for row in each} for each in (rows, base))
+    seeds = sorted(ours.keys() & theirs.keys())
+    return [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
+
+
+def grid_difference(rows: List[Row], base: List[Row]) -> Tuple[Optional[float], Optional[float]]:
+    """Mean over pairs and over the grid of rates of the inner top-1, to the base's; the NLL's at one temperature in percent."""
+    keys = ('data', 'backbone', 'seed', *RATES)
+    ours, theirs = ({tuple(row[k] for k in keys): row for row in each} for each in (rows, base))
+    both = ours.keys() & theirs.keys()
+    if not both:
+        return None, None
+    top1 = statistics.fmean(ours[key]['top1'] - theirs[key]['top1'] for key in both)
+    nll = statistics.fmean(math.log(ours[key]['nll_t'] / theirs[key]['nll_t']) for key in both)
+    return top1, 100 * (math.exp(nll) - 1)
+
+
+def tables(rows: List[Row], base: str = BASE, pairs: bool = False) -> str:
+    """One table for each number of images a class, and with ``pairs`` one of all pairs."""
     parts = []
-    keys = ('data', 'shots', 'hold_out_every', 'smoothing')
-    for (data, shots, every, smoothing), group in groups(rows, *keys).items():
-        title = f'{data}, ' + (f'{shots} per class' if shots else 'all examples')
+    for (shots, every, epochs, smoothing), group in groups(
+        rows, 'shots', 'hold_out_every', 'epochs', 'smoothing'
+    ).items():
+        title = f'{shots} images a class' if shots else 'All images'
         title += f', each {every}th class held out' if every else ''
-        title += f', label smoothing {smoothing:g}'
-        parts += [f'### {title}', '', _table(group), '']
-        if every:
-            parts += [_outlier_table(group), '']
+        parts += [f'### {title}, {epochs} epochs, label smoothing {smoothing:g}', '', _table(group, base), '']
+        if pairs:
+            parts += [_pair_table(group), '']
     return '\n'.join(parts)
 
 
-def _table(rows: List[Row]) -> str:
-    heads = groups(rows, 'head')
-    base = heads.get(('linear',), next(iter(heads.values())))
+def _final(rows: Iterable[Row]) -> Dict[Tuple[Any, ...], List[Row]]:
+    """The rows on the validation images at the chosen rates, by head."""
+    rows = list(rows)
+    chosen = chosen_rates(rows)
+    found = []
+    for row in rows:
+        rates = chosen.get((row['backbone'], row['head'], row['shots']), {})
+        if row['split'] == 'validation' and all(row[k] == rates.get(k, row[k]) for k in RATES):
+            found.append(row)
+    return groups(found, 'head')
+
+
+def _table(rows: List[Row], base: str) -> str:
+    inner = groups((row for row in rows if row['split'] == 'inner'), 'head')
+    final = _final(rows)
+    backbones = list(dict.fromkeys(row['backbone'] for row in rows))
+    names = list(dict.fromkeys(row['head'] for row in rows))
     lines = [
-        '| head | runs | top-1 | Δ top-1 | NLL | ECE % | sigma2 | seconds | img/s |',
-        '|---|---|---|---|---|---|---|---|---|',
+        '| head | pairs | top-1 | least | above, below | '
+        + ' | '.join(backbones)
+        + ' | NLL | NLL at one temperature | ECE, the same | over the grid: top-1 | NLL at one temperature |',
+        '|---|---|---|---|---|' + '---|' * (len(backbones) + 5),
     ]
-    for (head,), group in heads.items():
-        delta = differences(group, base, lambda row: row['top1'])
-        cells = [
-            head,
-            str(len(group)),
-            show([r['top1'] for r in group]),
-            '' if group is base else show(delta),
-            show([r['nll'] for r in group], 3),
-            show([r['ece'] for r in group], 1),
-            show([r['sigma2'] for r in group if 'sigma2' in r], 4),
-            f'{statistics.median(r["seconds"] for r in group):.1f}',
-            ' '.join(f'{statistics.median(v):.0f}' for v in [[r['img_s'] for r in group if r.get('img_s')]] if v),
-        ]
+    for name in names:
+        cells = [name, *[''] * (len(backbones) + 9)]
+        if (name,) in final and (base,) in final:
+            comparison = Comparison(final[name,], final[base,])
+            top1 = comparison.top1()
+            error = comparison.error()
+            cells[1:4] = str(len(top1)), f'{statistics.fmean(top1.values()):+.2f}', f'{min(top1.values()):+.2f}'
+            cells[2] += '' if error is None else f' ± {error:.2f}'
+            if name != base:
+                cells[4] = ', '.join(str(len(each)) for each in comparison.significant())
+            for i, backbone in enumerate(backbones):
+                found = [value for (_, its), value in top1.items() if its == backbone]
+                cells[5 + i] = f'{statistics.fmean(found):+.2f}' if found else ''
+            after = 5 + len(backbones)
+            cells[after : after + 2] = (f'{comparison.relative(key):+.1f} %' for key in ('nll', 'nll_t'))
+            ours = [row for own, _ in comparison.matched.values() for row in own]
+            cells[after + 2] = ', '.join(
+                f'{statistics.fmean(row[key] for row in ours):.1f}' for key in ('ece', 'ece_t')
+            )
+        grid = grid_difference(inner.get((name,), []), inner.get((base,), []))
+        cells[-2:] = ('' if value is None else f'{value:+.{2 - i}f}' + ' %' * i for i, value in enumerate(grid))
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 
-def _outlier_table(rows: List[Row]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row.get('near', {})))
-    lines = ['| head | outliers | ' + ' | '.join(names) + ' |', '|---|---|' + '---|' * len(names)]
-    for (head,), group in groups(rows, 'head').items():
-        kinds: Dict[str, List[Dict[str, float]]] = {'near': [row['near'] for row in group if row.get('near')]}
-        for row in group:
-            for name, scores in row.get('far', {}).items():
-                kinds.setdefault(f'far: {name}', []).append(scores)
-        for kind, found in kinds.items():
-            cells = [show([scores[n] for scores in found if n in scores], 1) for n in names]
-            lines.append(f'| {head} | {kind} | ' + ' | '.join(cells) + ' |')
+def _pair_table(rows: List[Row]) -> str:
+    lines = [
+        '| backbone | set | head | rates | top-1 | NLL | at one temperature | ECE % |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    final = [row for group in _final(rows).values() for row in group]
+    for (backbone, data, head), group in sorted(groups(final, 'backbone', 'data', 'head').items()):
+        rates = f'{group[0]["lr"]:g} × {group[0]["head_lr"]:g}'
+        figures = (
+            show([row[key] for row in group], digits)
+            for key, digits in (('top1', 2), ('nll', 3), ('nll_t', 3), ('ece', 1))
+        )
+        lines.append('| ' + ' | '.join((backbone, data, head, rates, *figures)) + ' |')
     return '\n'.join(lines)
+
+
+def main(arguments: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('results', type=Path, metavar='FILE.jsonl')
+    parser.add_argument('--base', default=BASE, metavar='HEAD')
+    parser.add_argument('--pairs', action='store_true', help='every pair of set and backbone, too')
+    options = parser.parse_args(arguments)
+    unique = {tuple(row[k] for k in JOB): row for row in read(options.results)}
+    print(tables(list(unique.values()), options.base, options.pairs))
+
+
+if __name__ == '__main__':
+    main()

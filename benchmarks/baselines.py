@@ -1,5 +1,6 @@
 """The heads that are compared: the package's own and independent code for the others."""
 
+import math
 import os
 from typing import Any, Callable, Dict, Optional
 
@@ -15,15 +16,42 @@ V_MIN = SIGMA2_MIN = 1e-4
 
 
 class CosineHead(nn.Module):
-    """Normalised features times normalised weight times a learned scale."""
+    """Normalised features times normalised weight times a scale, which is learned unless there is a margin.
 
-    def __init__(self, num_classes: int, feat_dim: int, device: Optional[torch.device] = None):
+    Args:
+        margin_kind: ``'arcface'`` adds the margin to the angle between an embedding and its class's row (Deng et al.
+            2019, arXiv:1801.07698), ``'cosface'`` takes it off their cosine (Wang et al. 2018, arXiv:1801.09414).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        feat_dim: int,
+        device: Optional[torch.device] = None,
+        scale: float = 16.0,
+        margin_kind: str = '',
+        margin: float = 0.0,
+    ):
         super().__init__()
         self.weight = nn.Parameter(0.02 * torch.randn(num_classes, feat_dim, device=device))
-        self.scale = nn.Parameter(torch.tensor(16.0, device=device))
+        self.scale = nn.Parameter(torch.tensor(scale, device=device), requires_grad=not margin_kind)
+        self.margin_kind, self.margin = margin_kind, margin
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+
+    def with_margin(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The logits (B, C) of training, harder by the margin for the classes (B,) of the examples."""
+        if not self.margin_kind:
+            return logits
+        own = (logits.gather(1, target[:, None]) / self.scale).clamp(-1 + 1e-6, 1 - 1e-6)
+        if self.margin_kind == 'arcface':
+            angle = own.acos() + self.margin
+            # Beyond pi the cosine would grow again: a straight line goes on from there, as in the authors' code
+            harder = torch.where(angle <= math.pi, angle.cos(), own - math.sin(self.margin) * self.margin)
+        else:
+            harder = own - self.margin
+        return logits.scatter(1, target[:, None], self.scale * harder)
 
 
 class ReferenceHead(nn.Module):

@@ -1,6 +1,6 @@
 """Frozen features and few examples per class: the closed-form fit against a tuned linear probe, without fine-tuning.
 
-    python benchmarks/few_shot.py --data DIR [DIR ...] --backbone mobilenetv2_100 --checkpoint FILE --cache FOLDER
+    python benchmarks/few_shot.py --data DIR [DIR ...] --backbone mobilenetv2_100 FILE PIXELS --cache FOLDER
 
 Features are those of timm's evaluation transform, in float32, and lie in the cache afterwards. Prints a table of top-1
 and NLL on the validation images, mean and standard error over draws of the examples.
@@ -15,23 +15,23 @@ from accuracy_table import show
 from probe import fit_probe
 from timm.data import resolve_data_config
 from torch import Tensor, nn
-from training import Settings, backbone, predictions
+from training import Backbone, create
 
 from timm_zzz.data import eval_loader, open_split
 from timm_zzz.fit import fit_head
-from timm_zzz.metrics import predict
+from timm_zzz.metrics import evaluate, predict
 
 Set = Dict[str, Tuple[Tensor, Tensor]]
 
 
-def features_of(root: Path, settings: Settings, cache: Path) -> Set:
+def features_of(root: Path, backbone: Backbone, cache: Path) -> Set:
     """Compute or read the features (N, d) and targets (N,) of the splits train and validation."""
-    file = cache / f'{root.name}.pt'
+    file = cache / f'{root.name}-{backbone.name}-{backbone.size}.pt'
     if file.exists():
         found: Set = torch.load(file)
         return found
-    model = backbone(settings)
-    config = resolve_data_config({}, model=model)
+    model = create(backbone)
+    config = resolve_data_config(dict(img_size=backbone.size or None), model=model)
     found = {}
     for split in ('train', 'validation'):
         loader = eval_loader(open_split(root, split).dataset, config, batch_size=64, workers=0)
@@ -63,23 +63,23 @@ def heads(x: Tensor, y: Tensor, num_classes: int) -> Dict[str, nn.Module]:
 def main(arguments: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=Path, nargs='+', required=True, metavar='DIR')
-    parser.add_argument('--backbone', default='mobilenetv2_100')
-    parser.add_argument('--checkpoint', metavar='FILE')
+    parser.add_argument('--backbone', nargs=3, required=True, metavar=('NAME', 'FILE', 'PIXELS'))
     parser.add_argument('--cache', type=Path, required=True)
     parser.add_argument('--shots', type=int, nargs='+', default=[1, 2, 5, 10, 0], help='examples per class; 0: all')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     options = parser.parse_args(arguments)
-    settings = Settings(options.backbone, options.checkpoint, epochs=0)
+    name, checkpoint, size = options.backbone
+    backbone = Backbone(name, checkpoint, int(size))
     print('| set | per class | head | top-1 | NLL |\n|---|---|---|---|---|')
     for root in options.data:
-        data = features_of(root, settings, options.cache)
+        data = features_of(root, backbone, options.cache)
         (x, y), (test_x, test_y) = data['train'], data['validation']
         for shots in options.shots:
             figures: Dict[str, List[Tuple[float, float]]] = {}
             for seed in options.seeds if shots else options.seeds[:1]:
                 index = draw(y, shots, seed)
                 for name, head in heads(x[index], y[index], int(y.max()) + 1).items():
-                    predicted = predictions(head, test_x, test_y)
+                    predicted = evaluate(head, [(test_x, test_y)], torch.device('cpu'))
                     figures.setdefault(name, []).append((predicted.top1, predicted.mean_nll))
             for name, values in figures.items():
                 top1s, nlls = zip(*values, strict=True)

@@ -1,63 +1,57 @@
-"""Heads by name, and how they start: ``linear``, ``cosine``, ``zzz_r8``, ``zzz_r8:fit=1,v_init=0.01``."""
+"""Heads by name, and how they start: ``linear:rows=zero``, ``arcface``, ``zzz_r8``, ``zzz_r8:fit=finetune``."""
 
 import re
 from dataclasses import dataclass, fields, replace
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 from baselines import CosineHead
-from numerics import inverse_softplus
-from outliers import class_means
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import timm_zzz
 from timm_zzz.fit import ZZZFit
 from timm_zzz.head import SIGMA2_INIT
-from timm_zzz.scores import class_gaussians_of
 
-BASES = {
-    'fit': 'of the fit only its subspaces, and its variances relative to sigma2',
-    'tangent': 'random, orthogonal to the means',
-    'pooled': 'the leading directions of the covariance within classes of the training features, for all classes',
-    'layer': 'the leading left singular vectors of the last layer before the head, for all classes',
+ROWS = {
+    'zero': 'all zero (linear), as train.py --head-init-scale 0.0 starts them',
+    'probe': 'a tuned logistic regression of the frozen features (linear)',
+    'flat': 'sharing a direction, as those of a new ZZZ head (cosine, arcface, cosface)',
 }
+KINDS = ('linear', 'cosine', 'arcface', 'cosface', 'zzz')
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """A head and how it starts and learns. The learning-rate factors multiply that of the backbone."""
+    """A head and how it starts; what is 0 or negative by default is as the package has it."""
 
     name: str
-    kind: str  # linear, cosine or zzz
+    kind: str
     rank: int = 0
-    lr: float = 1e-3  # of the backbone
-    head_lr: float = 1.0  # factor for the class means or rows, and bias
-    basis_lr: float = 1.0  # factor for A
-    scalar_lr: float = 1.0  # factor for v_raw, sigma2_raw and the cosine head's scale
-    sigma2_init: float = SIGMA2_INIT
-    v_init: float = 0.6932
-    scale_init: float = 16.0  # cosine
-    fit: int = 0  # 1: start from the closed-form fit of the training features
-    rows: str = ''  # 'fit': only the means and the bias of that fit; 'zero', 'probe' (linear): that start of the rows
-    row_scale: float = 1.0  # factor on the rows and the bias of that start
-    basis: str = ''  # one of BASES
-    tied: int = 0  # 1: one subspace, with one set of variances, for all classes; that of the first class at the start
-    fit_sigma2: float = 0.0  # if > 0, the fit is asked for this sigma2
-    fit_precision: float = -1.0  # if >= 0, the fit's max_precision
-    v_scale: float = 1.0  # factor on the variances of the start
-    objective: str = 'discriminant'
-    v_shrinkage: float = 0.0
-    mu_decoupling: float = 0.0
+    rows: str = ''  # one of ROWS
+    init: str = ''  # 'reference': that start of a ZZZ head
+    fit: str = ''  # preset of the closed-form fit of the training features
+    sigma2: float = 0.0
+    v_ratio: float = 0.0  # v / sigma2
+    row_std: float = 0.0  # of the entries of the class means
+    spread: float = -1.0  # of a flat start: the means' own part, relative to the one that they share
+    mean_spread: float = -1.0  # of a fit
+    max_precision: float = -1.0  # of a fit
+    basis: str = (
+        ''  # 'random': a fit's means and variances with other subspaces; 'shared': one subspace for all classes
+    )
+    scale: float = 16.0  # of cosines; at the start, if without a margin
+    margin: float = 0.2  # of arcface, an angle, and cosface
+    scalar_lr: float = 1.0  # factor on the head's learning rate for v_raw, sigma2_raw and a cosine head's scale
+    basis_lr: float = 1.0  # the same for A
     train: int = 1  # 0: no training after the start
 
 
 def parse(text: str) -> HeadSpec:
     """Read ``KIND[_rRANK][:OPTION=VALUE,...]``; raises ValueError with the options there are."""
     kind, _, options = text.partition(':')
-    match = re.fullmatch(r'(linear|cosine|zzz_r(\d+))', kind)
+    match = re.fullmatch(r'(linear|cosine|arcface|cosface|zzz_r(\d+))', kind)
     if match is None:
-        raise ValueError(f'head {text}: expected linear, cosine or zzz_rN, got {kind}')
+        raise ValueError(f'head {text}: expected {", ".join(KINDS[:-1])} or zzz_rN, got {kind}')
     spec = HeadSpec(name=text, kind=kind.partition('_')[0], rank=int(match[2] or 0))
     known = {f.name: type(f.default) for f in fields(HeadSpec) if f.name not in ('name', 'kind', 'rank')}
     changes: Dict[str, Any] = {}
@@ -66,107 +60,100 @@ def parse(text: str) -> HeadSpec:
         if key not in known or not equals:
             raise ValueError(f'head {text}: unknown option {option} (there are: {", ".join(known)})')
         changes[key] = known[key](value)
-    if changes.get('basis', 'fit') not in BASES:
-        raise ValueError(f'head {text}: expected a basis of {", ".join(BASES)}, got {changes["basis"]}')
+    if changes.get('rows', 'zero') not in ROWS:
+        raise ValueError(f'head {text}: expected rows of {", ".join(ROWS)}, got {changes["rows"]}')
     return replace(spec, **changes)
 
 
 def needs_features(spec: HeadSpec) -> bool:
-    return bool(spec.fit) or spec.rows in ('fit', 'probe') or spec.basis in ('fit', 'pooled')
+    return bool(spec.fit) or spec.rows == 'probe'
 
 
-def build(
-    spec: HeadSpec, features: Tensor, target: Tensor, num_classes: int, layer: Optional[Tensor] = None
-) -> nn.Module:
-    """Build a head at its start.
+def build(spec: HeadSpec, features: Tensor, target: Tensor, num_classes: int) -> nn.Module:
+    """Build a head at its start; a linear one as timm starts it is the model's own.
 
     Args:
         spec: Which, and how it starts.
         features: The backbone's, of the training images, shape (N, d); of no use if not :func:`needs_features`.
         target: Their classes, shape (N,).
         num_classes: C.
-        layer: Weights (d, ...) of the layer that the features come from, for a basis from it.
     """
     device, width = features.device, features.shape[1]
     if spec.kind == 'linear':
-        head: Any = nn.Linear(width, num_classes, device=device)
-        if spec.rows == 'zero':
-            nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
-        if spec.rows == 'probe':
-            from probe import fit_probe
+        return _linear(spec, features, target, num_classes)
+    if spec.kind == 'zzz':
+        return _zzz(spec, features, target, num_classes)
+    head = CosineHead(num_classes, width, device, spec.scale, '' if spec.kind == 'cosine' else spec.kind, spec.margin)
+    if spec.rows == 'flat':
+        flat = timm_zzz.ZZZHead(num_classes, width, rank=0, device=device)
+        head.weight.data.copy_(_spread_out(spec, flat.weight.detach()))
+    return head
 
-            fit_probe(head, features, target)
-            with torch.no_grad():
-                for p in head.parameters():
-                    p *= spec.row_scale
-        return head
-    if spec.kind == 'cosine':
-        head = CosineHead(num_classes, width, device)
-        nn.init.constant_(head.scale, spec.scale_init)
-        return head
-    options = dict(rank=spec.rank, sigma2_init=spec.sigma2_init, v_init=spec.v_init)
-    head = timm_zzz.ZZZHead(num_classes, width, device=device, **options)
-    if spec.fit or spec.rows == 'fit' or spec.basis == 'fit':
-        choices: Dict[str, Any] = dict(objective=spec.objective, sigma2=spec.fit_sigma2 or None)
-        if spec.fit_precision >= 0:
-            choices['max_precision'] = spec.fit_precision
-        estimator = ZZZFit(num_classes, spec.rank, **choices)
-        _start_from(head, estimator.fit(features, target).to_head().to(device), spec)
-    if head.A is not None:
-        _shape_basis(head, spec, features, target, layer)
+
+def _linear(spec: HeadSpec, features: Tensor, target: Tensor, num_classes: int) -> nn.Linear:
+    head = nn.Linear(features.shape[1], num_classes, device=features.device)
+    nn.init.zeros_(head.bias)
+    if spec.rows == 'zero':
+        nn.init.zeros_(head.weight)
+    if spec.rows == 'probe':
+        from probe import fit_probe
+
+        fit_probe(head, features, target)
     return head
 
 
 @torch.no_grad()
-def _shape_basis(head: Any, spec: HeadSpec, features: Tensor, target: Tensor, layer: Optional[Tensor]) -> None:
-    if spec.basis == 'tangent':
-        mu = F.normalize(head.weight, dim=1)[..., None]
-        head.A -= mu * (mu.mT @ head.A)
-    if spec.basis == 'pooled':
-        x = F.normalize(features.double(), dim=1)
-        delta = x - class_means(x, target)[target]
-        head.A.copy_(torch.linalg.eigh(delta.T @ delta)[1][:, -spec.rank :])
-    if spec.basis == 'layer':
-        assert layer is not None
-        head.A.copy_(torch.linalg.svd(layer.flatten(1), full_matrices=False)[0][:, : spec.rank])
-    if spec.v_scale != 1:
-        _set_variances(head, class_gaussians_of(head).v * spec.v_scale)
-    if spec.tied:
-        for p in (head.A, head.v_raw):
-            p.copy_(p[:1].expand_as(p).clone())
-            p.register_hook(lambda grad: grad.mean(0, keepdim=True).expand_as(grad))
+def _zzz(spec: HeadSpec, features: Tensor, target: Tensor, num_classes: int) -> nn.Module:
+    options: Dict[str, Any] = dict(init=spec.init) if spec.init else {}
+    if spec.sigma2:
+        options['sigma2_init'] = spec.sigma2
+    if spec.v_ratio:
+        options['v_init'] = spec.v_ratio * (spec.sigma2 or SIGMA2_INIT)
+    width = features.shape[1]
+    head = timm_zzz.ZZZHead(num_classes, width, rank=spec.rank, device=features.device, **options)
+    if spec.basis == 'shared' and head.A is not None:
+        head.A.copy_(head.A[:1].expand_as(head.A).clone())
+    if not spec.fit:
+        head.weight.copy_(_spread_out(spec, head.weight))
+        return head
+    choices: Dict[str, Any] = dict(preset=spec.fit)
+    given = dict(sigma2=spec.sigma2 > 0, v_ratio=spec.v_ratio > 0)
+    given.update({key: getattr(spec, key) >= 0 for key in ('mean_spread', 'max_precision')})
+    choices.update({key: getattr(spec, key) for key, is_given in given.items() if is_given})
+    basis = None if head.A is None else head.A.clone()
+    ZZZFit(num_classes, spec.rank, **choices).fit(features, target).fill(head)
+    if spec.basis and head.A is not None:
+        head.A.copy_(basis)
+    if spec.row_std:
+        head.weight.mul_(spec.row_std / head.weight.std())
+    return head
 
 
-@torch.no_grad()
-def _start_from(head: Any, fitted: Any, spec: HeadSpec) -> None:
-    if spec.fit:
-        head.load_state_dict(fitted.state_dict())
-    if spec.rows == 'fit':
-        head.weight.copy_(fitted.weight)
-        head.bias.copy_(fitted.bias)
-    if spec.basis == 'fit' and head.A is not None:
-        head.A.copy_(fitted.A)
-        theirs, own = class_gaussians_of(fitted), class_gaussians_of(head)
-        _set_variances(head, theirs.v / theirs.sigma2 * own.sigma2)
+def _spread_out(spec: HeadSpec, rows: Tensor) -> Tensor:
+    """Give the rows of a flat start another length, and another distance from their mean."""
+    if spec.spread >= 0:
+        mean = rows.mean(0)
+        own = rows - mean
+        rows = mean + own * (spec.spread * mean.norm() / own.norm(dim=1).mean())
+    return rows * (spec.row_std / rows.std()) if spec.row_std else rows
 
 
-def _set_variances(head: Any, v: Tensor) -> None:
-    head.v_raw.copy_(inverse_softplus((v - head.v_min).clamp(min=1e-6)))
+def parameter_groups(
+    model: nn.Module, head: nn.Module, spec: HeadSpec, lr: float, head_lr: float, weight_decay: float
+) -> List[Dict[str, Any]]:
+    """Group the parameters; what has fewer than two dimensions, and v_raw, is not decayed.
 
-
-def parameter_groups(model: nn.Module, head: nn.Module, spec: HeadSpec, weight_decay: float) -> List[Dict[str, Any]]:
-    """Group the parameters, with timm's ``lr_scale``; what has fewer than two dimensions, and v_raw, is not decayed."""
+    Args:
+        lr: Learning rate of the backbone.
+        head_lr: Factor on it for the head.
+    """
     of_head = {id(p): name for name, p in head.named_parameters()}
+    factors = dict.fromkeys(('v_raw', 'sigma2_raw', 'scale'), spec.scalar_lr) | {'A': spec.basis_lr}
     groups: Dict[Tuple[float, bool], Dict[str, Any]] = {}
     for p in model.parameters():
         name = of_head.get(id(p))
-        factors = dict.fromkeys(('v_raw', 'sigma2_raw', 'scale'), spec.scalar_lr)
-        scale = 1.0 if name is None else {**factors, 'A': spec.basis_lr}.get(name, spec.head_lr)
+        rate = lr if name is None else lr * head_lr * factors.get(name, 1.0)
         decayed = p.ndim > 1 and name != 'v_raw'
-        group = groups.setdefault(
-            (scale, decayed),
-            dict(params=[], lr=spec.lr * scale, lr_scale=scale, weight_decay=weight_decay if decayed else 0.0),
-        )
-        group['params'].append(p)
+        group = dict(params=[], lr=rate, weight_decay=weight_decay if decayed else 0.0)
+        groups.setdefault((rate, decayed), group)['params'].append(p)
     return list(groups.values())

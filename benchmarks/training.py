@@ -1,11 +1,12 @@
 """One run: a timm backbone with one of the heads, trained on images in memory."""
 
-import time
+import contextlib
 from dataclasses import dataclass
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Tuple
 
 import timm
 import torch
+from baselines import CosineHead
 from images import Images, batches, center_boxes, crop, jitter, random_boxes
 from starts import HeadSpec, build, needs_features, parameter_groups
 from timm.data import resolve_data_config
@@ -14,190 +15,219 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_zzz.head import ZZZHead
-from timm_zzz.metrics import Predictions, evaluate
-from timm_zzz.optim import mean_decoupling, variance_shrinkage
-from timm_zzz.scores import class_gaussians_of
-
 _EVAL_BATCH = 512
+_AHEAD = 50  # steps that are launched before the first of them has to be done
+
+Watch = Callable[[int, nn.Module], None]
+
+
+class Backbone(NamedTuple):
+    """A timm model, where its weights are, and the side of its images, pixels; 0 and '': as timm has them."""
+
+    name: str
+    checkpoint: str = ''
+    size: int = 0
 
 
 @dataclass(frozen=True)
 class Settings:
     """Hold the settings that all heads of a comparison share."""
 
-    backbone: str
-    checkpoint: Optional[str]
     epochs: int
+    min_steps: int = 0  # more epochs where a small set would give fewer steps
     batch_size: int = 64
     weight_decay: float = 0.05
     warmup_epochs: int = 2
     smoothing: float = 0.1
     scale: Tuple[float, float] = (0.35, 1.0)
     color_jitter: float = 0.2
-    min_steps: int = 0  # more epochs where a small set would give fewer steps
 
 
-def backbone(settings: Settings, num_classes: int = 0) -> nn.Module:
-    """The timm model without its classifier, with the checkpoint's weights or, without one, timm's pretrained ones."""
+def create(backbone: Backbone, num_classes: int = 0) -> Any:
+    """Create the timm model with its weights, and with a new classifier or none."""
     overlay: Any = dict(num_classes=-1)
-    if settings.checkpoint:
-        overlay['file'] = settings.checkpoint
-    return timm.create_model(
-        settings.backbone, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes
-    )
+    if backbone.checkpoint:
+        overlay['file'] = backbone.checkpoint
+    options: Any = dict(num_classes=num_classes, pretrained_cfg_overlay=overlay)
+    cfg = timm.get_pretrained_cfg(backbone.name)
+    if backbone.size and cfg is not None and cfg.fixed_input_size:
+        options['img_size'] = backbone.size
+    return timm.create_model(backbone.name, pretrained=True, **options)
 
 
 class Runner:
-    """Images of one set on a device, and what its crops need."""
+    """A backbone on a device, and how its images are cropped."""
 
-    def __init__(self, settings: Settings, device: torch.device):
-        self.settings, self.device = settings, device
-        config = resolve_data_config({}, model=backbone(settings))
-        self.size, self.crop_pct = config['input_size'][-1], config['crop_pct']
+    def __init__(self, backbone: Backbone, settings: Settings, device: torch.device):
+        self.backbone, self.settings, self.device = backbone, settings, device
+        config = resolve_data_config({}, model=create(backbone))
+        self.size, self.crop_pct = backbone.size or config['input_size'][-1], config['crop_pct']
         self.mean, self.std = (torch.tensor(config[k], device=device).view(1, 3, 1, 1) for k in ('mean', 'std'))
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         # The cache of weights would be filled while a CUDA graph is captured, and go stale
         return torch.autocast(self.device.type, torch.bfloat16, self.device.type == 'cuda', cache_enabled=False)
 
-    def embed(self, model: nn.Module, images: Images) -> Tensor:
-        """The backbone's pooled embeddings (N, d) of the middle of each image, float32."""
+    def embed(self, model: Any, images: Images) -> Tensor:
+        """Compute the pooled embeddings (N, d) of the middle of each image, float32."""
         model.eval()
         parts = []
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), self.autocast():
             for index in torch.arange(len(images), device=self.device).split(_EVAL_BATCH):
                 x = crop(images, index, center_boxes(images, index, self.crop_pct), self.size, self.mean, self.std)
                 x = x.contiguous(memory_format=torch.channels_last)
-                parts.append(model.forward_head(model.forward_features(x), pre_logits=True).float())  # type: ignore
+                parts.append(model.forward_head(model.forward_features(x), pre_logits=True).float())
         return torch.cat(parts).clone()
 
-    def start(self, train_images: Images, spec: HeadSpec, seed: int) -> Tuple[nn.Module, nn.Module]:
-        """Backbone with the head in its place, and that head."""
+    def start(self, images: Images, spec: HeadSpec, seed: int) -> Tuple[Any, Any]:
+        """Create the backbone with the head in its place; returns the model and that head."""
         random_seed(seed)
-        num_classes = len(train_images.classes)
-        model: Any = backbone(self.settings, num_classes).to(self.device, memory_format=torch.channels_last)
+        num_classes = len(images.classes)
+        model = create(self.backbone, num_classes).to(self.device, memory_format=torch.channels_last)
         path = model.pretrained_cfg['classifier']
+        if spec.kind == 'linear' and not spec.rows:
+            return model, model.get_submodule(path)
         if needs_features(spec):
-            features = self.embed(model, train_images)
+            features = self.embed(model, images)
         else:
             features = torch.zeros(1, model.head_hidden_size, device=self.device)
-        layers = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.startswith(f'{path}.')]
-        layer = next((p.detach() for p in reversed(layers) if len(p) == features.shape[1]), None)
-        head = build(spec, features, train_images.target, num_classes, layer)
+        head = build(spec, features, images.target, num_classes)
         model.set_submodule(path, head)
         return model, head
 
     def train(
-        self, train_images: Images, spec: HeadSpec, seed: int, watch: Any = None
-    ) -> Tuple[nn.Module, nn.Module, float]:
-        """Train; ``watch(epoch, model)`` is called after every epoch. Returns model, head and seconds of training."""
-        model, head = self.start(train_images, spec, seed)
+        self, images: Images, spec: HeadSpec, seed: int, lr: float, head_lr: float = 1.0, watch: Optional[Watch] = None
+    ) -> Tuple[Any, Any]:
+        """Train a head with its backbone; returns the model and that head. On a GPU, within :func:`own_stream`.
+
+        Args:
+            lr: Learning rate of the backbone.
+            head_lr: Factor on it for the head.
+            watch: Called with the number of epochs so far and the model, after each.
+        """
+        model, head = self.start(images, spec, seed)
         if not spec.train:
-            return model, head, 0.0
-        settings = self.settings
-        generator = torch.Generator(self.device).manual_seed(seed)
-        steps = -(-len(train_images) // settings.batch_size)
-        epochs = max(settings.epochs, -(-settings.min_steps // steps))
-        groups = parameter_groups(model, head, spec, settings.weight_decay)
-        optimizer = torch.optim.AdamW(groups, fused=self.device.type == 'cuda')
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            num_epochs=epochs,
-            warmup_epochs=min(settings.warmup_epochs, epochs // 2),
-            warmup_lr=0.0,
-            min_lr=0.0,
-            step_on_epochs=False,
-            updates_per_epoch=steps,
-        )
-        scheduler.step_update(0)
-        step = self._step(model, head, spec, train_images)
-        seconds = 0.0
+            return model, head
+        steps = -(-len(images) // self.settings.batch_size)
+        epochs = max(self.settings.epochs, -(-self.settings.min_steps // steps))
+        groups = parameter_groups(model, head, spec, lr, head_lr, self.settings.weight_decay)
+        rates = learning_rates([group['lr'] for group in groups], epochs, steps, self.settings)
+        loop = _Loop(self, model, head, images, groups, rates.to(self.device), seed)
         for epoch in range(epochs):
             model.train()
-            start = time.perf_counter()
-            for i, index in enumerate(batches(len(train_images), settings.batch_size, generator)):
-                boxes = random_boxes(train_images, index, settings.scale, generator)
-                x = crop(train_images, index, boxes, self.size, self.mean, self.std)
-                x = jitter(x, settings.color_jitter, generator)
-                step(x.contiguous(memory_format=torch.channels_last), train_images.target[index])
-                optimizer.step()
-                scheduler.step_update(epoch * steps + i + 1)
-            if self.device.type == 'cuda':
-                torch.cuda.synchronize()
-            seconds += time.perf_counter() - start
+            for i in range(steps):
+                loop.step()
+                if self.device.type == 'cuda' and i % _AHEAD == 0:
+                    torch.cuda.current_stream().synchronize()
             if watch is not None:
                 watch(epoch + 1, model)
-        return model, head, seconds
-
-    def _step(self, model: nn.Module, head: Any, spec: HeadSpec, images: Images) -> Any:
-        """Forward and backward on one batch; on a GPU a CUDA graph of it, or small models would be launch bound."""
-        smoothing = self.settings.smoothing
-
-        def compute(x: Tensor, target: Tensor) -> None:
-            with self._autocast():
-                logits = model(x)
-            loss = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
-            if spec.v_shrinkage:
-                loss = loss + spec.v_shrinkage * variance_shrinkage(head)
-            if spec.mu_decoupling:
-                loss = loss + spec.mu_decoupling * mean_decoupling(head)
-            loss.backward()
-
-        if self.device.type != 'cuda':
-
-            def eager(x: Tensor, target: Tensor) -> None:
-                model.zero_grad()
-                compute(x, target)
-
-            return eager
-        return _Graph(model, compute, self.settings.batch_size, self.size, self.device)
+        loop.close()
+        return model, head
 
 
-class _Graph:
-    """A CUDA graph of a step; the gradients lie where the graph put them, and every replay overwrites them."""
-
-    def __init__(self, model: nn.Module, compute: Any, batch_size: int, size: int, device: torch.device):
-        self.x = torch.zeros(batch_size, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-        self.target = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        state = {k: v.clone() for k, v in model.state_dict().items()}
-        model.train()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                model.zero_grad()
-                compute(self.x, self.target)
-        torch.cuda.current_stream().wait_stream(stream)
-        model.zero_grad(set_to_none=True)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            compute(self.x, self.target)
-        with torch.no_grad():  # the statistics of batch norms saw zeros
-            for k, v in model.state_dict().items():
-                v.copy_(state[k])
-
-    def __call__(self, x: Tensor, target: Tensor) -> None:
-        self.x.copy_(x)
-        self.target.copy_(target)
-        self.graph.replay()
-
-
-def predictions(head: nn.Module, features: Tensor, target: Tensor) -> Predictions:
-    """Predict the classes of embeddings (N, d) with a head."""
-    return evaluate(head, zip(features.split(_EVAL_BATCH), target.split(_EVAL_BATCH), strict=True), features.device)
-
-
-def spectrum(head: nn.Module) -> Dict[str, Any]:
-    """Describe a ZZZ head: sigma2, the mean cosine of two means, and quantiles over classes of the sorted variances."""
-    if not isinstance(head, ZZZHead):
-        return {}
-    classes, count = class_gaussians_of(head), head.num_classes
-    cosines = classes.mu.double().sum(0).square().sum() - count
-    result: Dict[str, Any] = dict(
-        sigma2=classes.sigma2.item(), mean_cosine=(cosines / max(1, count * (count - 1))).item()
+def learning_rates(peaks: List[float], epochs: int, steps: int, settings: Settings) -> Tensor:
+    """Compute what timm's cosine schedule gives each group of parameters, (steps in all, groups), float32."""
+    groups = [dict(params=[nn.Parameter(torch.zeros(1))], lr=peak) for peak in peaks]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        num_epochs=epochs,
+        warmup_epochs=min(settings.warmup_epochs, epochs // 2),
+        warmup_lr=0.0,
+        min_lr=0.0,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
     )
-    if classes.v is not None:
-        v = classes.v.sort(1, descending=True)[0]
-        result['v'] = v.quantile(torch.tensor([0.1, 0.5, 0.9], device=v.device), 0).T.tolist()
-    return result
+    found = []
+    for step in range(epochs * steps):
+        scheduler.step_update(step)
+        found.append([group['lr'] for group in optimizer.param_groups])
+    return torch.tensor(found)
+
+
+class _Loop:
+    """The steps of a run. Number, batch and learning rates of a step lie on the device; on a GPU it is one CUDA graph.
+
+    Small backbones would be bound by launches otherwise, and several runs on one GPU by each other's.
+    """
+
+    def __init__(self, runner: Runner, model: Any, head: Any, images: Images, groups: Any, rates: Tensor, seed: int):
+        self.runner, self.model, self.head, self.images, self.rates = runner, model, head, images, rates
+        device, batch_size = runner.device, runner.settings.batch_size
+        self.number = torch.zeros(1, dtype=torch.int64, device=device)
+        self.rate = rates[0].clone()
+        self.optimizer = torch.optim.AdamW(groups, lr=self.rate[0], fused=True, capturable=device.type == 'cuda')
+        for i, group in enumerate(self.optimizer.param_groups):
+            group['lr'] = self.rate[i]
+        self.generator = torch.Generator(device).manual_seed(seed)
+        order: List[Tensor] = []
+        while len(order) < len(rates):
+            order += batches(len(images), batch_size, self.generator)
+        self.order = torch.stack(order)
+        self.graph: Any = None
+        model.train()
+        if device.type == 'cuda':
+            self._capture()
+
+    def step(self) -> None:
+        if self.graph is None:
+            self._compute()
+        else:
+            self.graph.replay()
+
+    def close(self) -> None:
+        """Give the graph's memory back."""
+        if self.graph is not None:
+            torch.cuda.current_stream().synchronize()
+            self.graph.reset()
+            self.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+
+    def _compute(self) -> None:
+        runner, images, settings = self.runner, self.images, self.runner.settings
+        index = self.order.index_select(0, self.number)[0]
+        self.rate.copy_(self.rates.index_select(0, self.number)[0])
+        boxes = random_boxes(images, index, settings.scale, self.generator)
+        x = crop(images, index, boxes, runner.size, runner.mean, runner.std)
+        x = jitter(x, settings.color_jitter, self.generator).contiguous(memory_format=torch.channels_last)
+        target = images.target.index_select(0, index)
+        if self.graph is None:
+            self.optimizer.zero_grad()
+        with runner.autocast():
+            logits = self.model(x).float()
+        if isinstance(self.head, CosineHead):
+            logits = self.head.with_margin(logits, target)
+        F.cross_entropy(logits, target, label_smoothing=settings.smoothing).backward()
+        self.optimizer.step()
+        self.number += 1
+
+    def _capture(self) -> None:
+        state = {k: v.clone() for k, v in self.model.state_dict().items()}
+        rates, self.rates = self.rates, torch.zeros_like(self.rates)
+        generator = self.generator.get_state()
+        for _ in range(3):
+            self._compute()
+        self.optimizer.zero_grad()
+        self.rates = rates
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        self.graph = graph
+        graph.capture_begin()
+        try:
+            self._compute()
+        finally:
+            graph.capture_end()
+        # What those steps moved: statistics of batch norms, the optimiser's averages, the numbers drawn
+        with torch.no_grad():
+            for k, v in self.model.state_dict().items():
+                v.copy_(state[k])
+            for moments in self.optimizer.state.values():
+                for v in moments.values():
+                    v.zero_()
+            self.number.zero_()
+        self.generator.set_state(generator)
+
+
+def own_stream(device: torch.device) -> ContextManager[Any]:
+    """Enter a CUDA stream other than the default one, which a graph can't be captured in; nothing elsewhere."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == 'cuda' else contextlib.nullcontext()

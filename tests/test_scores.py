@@ -12,8 +12,11 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.distributions import Categorical, LowRankMultivariateNormal, MixtureSameFamily, MultivariateNormal
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 
 from timm_zzz import ZZZHead, scores
+from timm_zzz.head import ZZZConvHead
+from timm_zzz.metrics import KeptLogits, calibration_temperature, cross_calibrate
 from timm_zzz.scores import (
     METHODS,
     Background,
@@ -22,6 +25,7 @@ from timm_zzz.scores import (
     class_gaussians_of,
     ece,
     energy,
+    fold_temperature,
     fpr95,
     log_density,
     mahalanobis,
@@ -431,25 +435,117 @@ def task(head, count, noise=0.3):
     return x.to(head.weight.dtype), targets
 
 
+def best_of_scipy(logits, targets):
+    """The temperature of the objective that the docstring of calibrate states, in float64."""
+    z, y = logits.detach().double().numpy(), targets.numpy()
+
+    def terms(T):
+        log_p = T * z - np.logaddexp.reduce(T * z, axis=1, keepdims=True)
+        return -log_p[np.arange(len(y)), y].sum(), -log_p.mean(1).sum()
+
+    def objective(log_T):
+        T = math.exp(log_T)
+        loss, uniform = terms(T)
+        return loss + ((uniform - terms(1.0)[1]) / len(y) if T > 1 else 10 * (T - 1 - log_T))
+
+    found = minimize_scalar(objective, bounds=(-9.2, 9.2), options=dict(xatol=1e-10)).x
+    return math.exp(-min((found, 0.0), key=objective))
+
+
 @pytest.mark.parametrize('rank', RANKS)
 @pytest.mark.parametrize('sigma2_raw', [-4.0, -1.0, 2.0])
 def test_temperature_against_scipy(rank, sigma2_raw):
     head = new_head(rank, sigma2_raw=sigma2_raw)
     features, targets = task(head, 200)
     logits = head(features).detach()
-    spread = logits.std(1).mean().item()
-
-    def objective(log_t):  # every label counts N times, and once more as any label
-        log_p = (logits / math.exp(log_t)).log_softmax(1)
-        return -(log_p.gather(1, targets[:, None]).mean() * 200 + log_p.mean()).item() / 201
-
-    bounds = (math.log(spread) - 7, math.log(spread) + 7)
-    expected = math.exp(minimize_scalar(objective, bounds=bounds, options=dict(xatol=1e-10)).x)
+    expected = best_of_scipy(logits, targets)
     temperature = calibrate(head, features, targets)
     assert temperature == pytest.approx(expected, rel=1e-4)
     close(head(features).softmax(1), (logits / temperature).softmax(1))
     close(head.fuse()(features).softmax(1), (logits / temperature).softmax(1))
-    assert calibrate(head, features, targets) == pytest.approx(1, rel=1e-6)
+    again = calibrate(head, features, targets)
+    if temperature <= 1:
+        assert again == pytest.approx(1, rel=1e-6)
+    else:  # the penalty is counted from where the head is
+        assert 1 <= again < temperature
+
+
+@pytest.mark.parametrize('count', [1, 2, 3, 10, 1000])
+@pytest.mark.parametrize('scale', [0.1, 1.0, 10.0])
+@pytest.mark.parametrize('labels', ['drawn', 'right', 'wrong', 'one class'])
+def test_temperature_of_few_or_odd_images_against_scipy(count, scale, labels):
+    logits = 3 * torch.randn(count, 6, dtype=torch.float64)
+    targets = torch.multinomial(logits.softmax(1), 1)[:, 0]
+    others = dict(right=logits.argmax(1), wrong=logits.argmin(1))
+    others['one class'] = torch.full((count,), 2)
+    targets = others.get(labels, targets)
+    temperature = calibration_temperature(scale * logits, targets)
+    assert temperature == pytest.approx(best_of_scipy(scale * logits, targets), rel=1e-4)
+    assert calibration_temperature((scale * logits).float() + 3, targets) == pytest.approx(temperature, rel=1e-4)
+    if labels == 'drawn' and count == 1000:
+        assert temperature == pytest.approx(scale, rel=0.1)
+
+
+def test_temperature_where_nothing_can_be_learnt():
+    assert calibration_temperature(torch.randn(4, 1), torch.zeros(4, dtype=torch.long)) == 1
+    assert calibration_temperature(torch.ones(4, 3), torch.tensor([0, 1, 2, 2])) == 1
+
+
+@pytest.mark.parametrize('scale', [0.5, 1.0, 2.0])
+def test_temperature_of_one_half_does_no_harm_to_the_other(scale):
+    """Of nearly perfect sets, 99.8 % right and the rest wrong labels, on average and where a half has no error."""
+    before, after, flawless = [], [], []
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        targets = torch.randint(20, (1000,), generator=draw)
+        logits = torch.randn(1000, 20, generator=draw)
+        logits[range(1000), targets] += 12 + 2 * torch.randn(1000, generator=draw)
+        wrong = torch.rand(1000, generator=draw) < 0.002
+        targets = torch.where(wrong, torch.randint(20, (1000,), generator=draw), targets)
+        logits *= scale
+        for half, other in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+            temperature = calibration_temperature(logits[half], targets[half])
+            before.append(F.cross_entropy(logits[other], targets[other]).item())
+            after.append(F.cross_entropy(logits[other] / temperature, targets[other]).item())
+            if (logits[half].argmax(1) == targets[half]).all():
+                flawless.append(after[-1] - before[-1])
+    assert sum(after) < 1.03 * sum(before)
+    assert len(flawless) >= 5 and max(flawless) < 0.05  # nats; an unbounded temperature costs tens
+    assert scale != 0.5 or sum(after) < 0.5 * sum(before)
+
+
+@pytest.mark.parametrize('temperature', [0.2, 1.0, 3.7])
+@pytest.mark.parametrize('log_density', [False, True])
+@pytest.mark.parametrize('rank', RANKS)
+def test_folded_temperature_is_exact(rank, log_density, temperature):
+    head, f = new_head(rank), embeddings(50)
+    head.log_density = log_density
+
+    def relative(logits):
+        return logits - logits[:, :1] if log_density else logits  # a density has terms that all classes share
+
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        scaled = new_head(rank, dtype=dtype)
+        scaled.load_state_dict(head.state_dict())
+        scaled.log_density = log_density
+        before = relative(scaled(f.to(torch.promote_types(dtype, torch.float32))).detach())
+        taken = fold_temperature(scaled, temperature)
+        assert taken == pytest.approx(temperature, rel=max(tolerance, 1e-6))
+        for form in (scaled, scaled.fuse()):
+            after = relative(form(f.to(before.dtype)).detach())
+            close(after, before / taken, rtol=tolerance, atol=tolerance * (before / taken).abs().max().item())
+
+
+def test_folded_temperature_of_a_head_in_place_of_a_convolution():
+    head = ZZZConvHead(5, D, 4, dtype=torch.float64).eval()
+    nn.init.normal_(head.v_raw)
+    f = embeddings(30)
+    maps = f[:, :, None, None].expand(-1, -1, 2, 3)
+    before = head(maps).detach()
+    close(head(maps).detach()[:, :, 0, 0], head._logits(f).detach())
+    temperature = calibrate(head, f, torch.arange(30) % 5)
+    assert temperature != 1
+    close(head(maps), before / temperature)
 
 
 def test_calibrated_head_has_a_smaller_calibration_error(caplog):
@@ -467,6 +563,21 @@ def test_calibrated_head_has_a_smaller_calibration_error(caplog):
         *('v_raw', 'sigma2_raw', 'bias')
     }
     assert not caplog.records
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_calibrated_head_in_onnx(tmp_path):
+    """The same modules and tensors as before, with the temperature in them."""
+    runtime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    head, file = new_head(4, 5, 32, torch.float32, sigma2_raw=-4.0), str(tmp_path / 'head.onnx')
+    features, targets = task(head, 100, noise=0.6)
+    before, keys = head(features).detach(), head.state_dict().keys()
+    temperature = calibrate(head, features, targets)
+    assert abs(temperature - 1) > 0.1 and head.state_dict().keys() == keys
+    torch.onnx.export(head.fuse(), (features,), file, input_names=['input'], dynamo=False)
+    (logits,) = runtime.InferenceSession(file, providers=['CPUExecutionProvider']).run([], {'input': features.numpy()})
+    close(torch.from_numpy(logits), before / temperature, rtol=1e-4, atol=1e-4)
 
 
 def test_temperature_of_images_that_are_all_right():
@@ -487,10 +598,57 @@ def test_temperature_below_the_bounds_of_variances(caplog):
     nn.init.zeros_(head.bias)
     nn.init.constant_(head.v_raw, -12.0)
     features, targets = task(head, 200, noise=0.01)
-    assert calibrate(head, features, targets) < 1
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 1 and re.search('v: the temperature .* leads below v_min = 0.0001, its bound', messages[0])
+    logits = head(features).detach()
+    temperature = calibrate(head, features, targets)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(r'The temperature (.*) leads below v_min = 0.0001: \1 is taken', message)
+    assert temperature < 1
+    expected = logits / temperature
+    close(head(features), expected, rtol=0, atol=1e-3 * expected.abs().max().item())  # v is far below sigma2
+    caplog.clear()
+
+    head = new_head(4, sigma2_raw=-6.0)
+    nn.init.constant_(head.v_raw, -20.0)
+    taken = fold_temperature(head, 0.001)
+    (message,) = [record.getMessage() for record in caplog.records]
+    bounds = 'sigma2_min = 0.0001 and v_min = 0.0001'
+    assert message == f'The temperature 0.001 leads below {bounds}: {taken:.4g} is taken'
+    assert taken == pytest.approx(1e-4 / (math.log1p(math.exp(-6)) + 1e-4), rel=2e-3)
     assert head(features).isfinite().all()
+
+
+def test_logits_that_are_kept(monkeypatch):
+    """Every logit of few images, of many those of every k-th image; the same whatever the batches."""
+    logits, targets = 3 * torch.randn(101, 5), torch.randint(5, (101,))
+    for limit, step in ((10**9, 1), (300, 2), (60, 16)):
+        monkeypatch.setattr('timm_zzz.metrics.KEPT', limit)
+        for batch in (1, 7, 64, 101):
+            kept, start = KeptLogits(), 0
+            for part in logits.split(batch):
+                kept.add(start, part)
+                start += len(part)
+            assert kept.step == step and torch.equal(kept.logits, logits[::step])
+    monkeypatch.setattr(scores, 'KEPT', 250)
+    head, f = new_head(2), embeddings(101)
+    expected = calibration_temperature(head(f[::3]).detach(), targets[::3])
+    assert calibrate(head, f, targets) == pytest.approx(expected, rel=1e-6)
+
+
+def test_halves_under_the_temperature_of_the_other(monkeypatch):
+    logits, targets = 3 * torch.randn(101, 5), torch.randint(5, (101,))
+    divided = logits.clone()
+    for half, other in ((0, 1), (1, 0)):
+        divided[half::2] /= calibration_temperature(logits[other::2], targets[other::2])
+    for values in (2**22, 30):
+        monkeypatch.setattr('timm_zzz.metrics._VALUES', values)
+        found = cross_calibrate(logits, targets)
+        assert found.temperature == pytest.approx(calibration_temperature(logits, targets))
+        assert found.ece == pytest.approx((ece(logits, targets), ece(divided, targets)))
+        for result, expected in zip(found[1:3], (logits, divided), strict=True):
+            assert result.mean_nll == pytest.approx(F.cross_entropy(expected, targets).item())
+            assert torch.equal(result.target, targets) and torch.equal(result.prediction, logits.argmax(1))
+    for count in (1, 2):
+        assert cross_calibrate(logits[:count], targets[:count]).after.mean_nll < 20
 
 
 def test_mistakes_in_calibrate():
@@ -503,8 +661,40 @@ def test_mistakes_in_calibrate():
         ((head, features, targets + 1), 'targets: expected class indices >= 0 and < 5, got 5'),
         ((head, features[:0], targets[:0]), 'features: expected at least one row'),
         ((head, features / 0, targets), 'logits: NaN or infinite in row 0'),
+        ((head.fuse(), features, targets), 'head: expected a ZZZHead, got FusedZZZHead'),
+        ((head, features, targets - 1), 'targets: expected class indices >= 0 and < 5, got -1'),
+        ((head, features, targets.double()), 'targets: expected 10 class indices, got torch.float64'),
     ):
         state = {name: p.clone() for name, p in head.named_parameters()}
         with pytest.raises(ValueError, match=match):
             calibrate(*args)
         assert all(torch.equal(p, state[name]) for name, p in head.named_parameters())
+    for wrong in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f'temperature: expected a finite number > 0, got {wrong}'):
+            fold_temperature(head, wrong)
+    with pytest.raises(ValueError, match='head: expected a ZZZHead, got Linear'):
+        fold_temperature(nn.Linear(D, 5), 1.0)
+    with pytest.raises(ValueError, match='logits: expected at least one row'):
+        calibration_temperature(features[:0], targets[:0])
+
+
+def test_heads_that_are_pruned_or_parametrized():
+    """What a mask or a parametrization derives can't be written to; the means and bases are only read."""
+    features, targets = task(new_head(2), 10)
+    for name in ('bias', 'v_raw', 'sigma2_raw'):
+        pruned, parametrized = new_head(2), new_head(2)
+        prune.random_unstructured(pruned, name, amount=1)
+        parametrize.register_parametrization(parametrized, name, nn.Identity())
+        for head in (pruned, parametrized):
+            state = {key: p.clone() for key, p in head.state_dict().items()}
+            with pytest.raises(ValueError, match=f'head: its {name} is pruned or parametrized; make that permanent'):
+                calibrate(head, features, targets)
+            assert all(torch.equal(p, state[key]) for key, p in head.state_dict().items())
+        prune.remove(pruned, name)
+        calibrate(pruned, features, targets)
+    head = new_head(2)
+    for name in ('weight', 'A'):
+        prune.random_unstructured(head, name, amount=0.5)
+    before = head(features).detach()
+    temperature = calibrate(head, features, targets)
+    close(head(features), before / temperature)

@@ -10,6 +10,8 @@ from . import __version__
 
 # What each command does, and an example
 COMMANDS: Dict[str, str] = {
+    'calibrate': """divide the logits of what train.py wrote by the temperature of held-out images
+  python -m timm_zzz calibrate output/train/mine/model_best.pth.tar --data-dir DIR""",
     'check-hparams': """say what is wrong with recipes for timm's train.py, before it trains
   python -m timm_zzz check-hparams mine.yaml""",
     'demo': """train a ZZZ head and a linear head on images drawn on the spot, and compare them

@@ -33,8 +33,7 @@ _logger = logging.getLogger(__name__)
 
 INIT_STD = 0.02  # of the entries of A, and of the class means in the reference's start
 # The flat start
-ROW_STD = 0.02  # of the entries of the direction that all class means share
-FLAT_SPREAD = 0.1  # length of what sets a class mean apart from it, relative to it
+ROW_STD = 0.005  # of the entries of the class means: short rows turn fast also where the learning rate is small
 SIGMA2_INIT = 1 / 16
 V_RATIO = 0.1  # of v to sigma2
 
@@ -258,9 +257,10 @@ class ZZZHead(nn.Module):
         v_init: Initial variance along the basis, > v_min; by default a tenth of the initial sigma2, or 2 v_min if that
             is larger.
         sigma2_init: Initial isotropic variance, > sigma2_min; by default 1/16, or 2 sigma2_min if that is larger.
-        init: The start. ``'flat'``: the class means share one random direction and differ by little, so that the logits
-            are nearly equal and the first gradients to the backbone nearly zero. ``'reference'``: the class means are
-            drawn apart, and both variances are softplus(0) plus their minimum, 0.69, unless given.
+        init: The start. ``'flat'``: all classes are the same Gaussian, with one random mean and subspace, so that the
+            logits are equal, no random gradient reaches the backbone, and what parts the classes comes from the images.
+            ``'reference'``: means and A are drawn class by class, and both variances are softplus(0) plus their
+            minimum, 0.69, unless given.
         log_density: Give log N(x; mu_c, Sigma_c) + d/2 log(2 pi) + bias_c as logits instead.
         impl: What computes it, as in :func:`timm_zzz.functional.zzz_logits`: ``'torch'``, ``'triton'`` or ``'auto'``.
         device: Device of the parameters.
@@ -351,24 +351,18 @@ class ZZZHead(nn.Module):
     def reset_parameters(self) -> None:
         """Draw weight and A anew as ``init`` says, and set the variances to their initial values and the bias to 0."""
         with torch.no_grad():
-            if self._init == 'flat':
-                self._draw_flat()
-            else:
-                self.weight.normal_(std=INIT_STD)
+            self.weight.normal_(std=INIT_STD)
             if self.A is not None and self.v_raw is not None:
                 self.A.normal_(std=INIT_STD)
                 self.v_raw.fill_(self._v_raw_init)
             self.sigma2_raw.fill_(self._sigma2_raw_init)
             self.bias.zero_()
-
-    def _draw_flat(self) -> None:
-        """Draw class means that share a direction, a sum over the rows and so the same in all shards."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        rows = torch.empty_like(self.weight, dtype=wide).normal_()
-        # The sum of C normal variables over sqrt(C) is normal again. In place, which keeps a DTensor's placement.
-        shared = rows.sum(0) / self.num_classes**0.5
-        rows.sub_(shared / self.num_classes**0.5).mul_(FLAT_SPREAD).add_(shared).mul_(ROW_STD)
-        self.weight.copy_(rows)
+            if self._init == 'flat':
+                for p, std in ((self.weight, ROW_STD), (self.A, INIT_STD)):
+                    if p is not None:
+                        # A sum of C normal variables over sqrt(C) is normal again, and the same in all shards
+                        shared = p.sum(0) * (std / INIT_STD / self.num_classes**0.5)
+                        p.zero_().add_(shared)
 
     @property
     def mu(self) -> Tensor:

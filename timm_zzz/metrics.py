@@ -2,15 +2,32 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ['Bin', 'Predictions', 'auroc', 'best_temperature', 'ece', 'evaluate', 'fpr95', 'predict', 'reliability']
+__all__ = [
+    'Bin',
+    'Calibration',
+    'KeptLogits',
+    'Predictions',
+    'auroc',
+    'best_temperature',
+    'calibration_temperature',
+    'cross_calibrate',
+    'ece',
+    'evaluate',
+    'fpr95',
+    'predict',
+    'reliability',
+]
 
 BINS = 15
+PULL = 10.0  # against softening a head for the sake of one wrong image
+KEPT = 2**27  # logits that a temperature is fitted to
+_VALUES = 2**22  # of an intermediate result that are held at a time
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -89,12 +106,12 @@ def evaluate(
     loader: Iterable[Any],
     device: torch.device,
     amp_dtype: Optional[torch.dtype] = None,
-    observe: Optional[Callable[[Tensor, int], None]] = None,
+    observe: Optional[Callable[[Tensor, Tensor, int], None]] = None,
 ) -> Predictions:
     """Predict the classes of a loader's images; five numbers an image are kept, not its logits.
 
     Args:
-        observe: Called after each batch with its images and the number of images before it.
+        observe: Called after each batch with its images, its logits and the number of images before it.
 
     Raises:
         ValueError: For labels that are no class indices of the model, output that is no logits, or no images.
@@ -104,7 +121,7 @@ def evaluate(
     for images, logits, target in predict(model, loader, device, amp_dtype):
         columns.append(_per_image(logits, target, count))
         if observe is not None:
-            observe(images, count)
+            observe(images, logits, count)
         count += len(target)
     if not count:
         raise ValueError('--data-dir: no images')
@@ -275,25 +292,130 @@ def ece(logits: Tensor, targets: Tensor, bins: int = BINS) -> float:
     return reliability(confidence, prediction == targets.to(prediction.device), bins)[1]
 
 
-def best_temperature(logits: Tensor, y: Tensor, log_prior: Union[Tensor, float] = 0.0) -> Tuple[float, float]:
+# Temperature
+
+
+def best_temperature(
+    logits: Tensor, y: Tensor, log_prior: Union[Tensor, float] = 0.0, pull: float = 0.0
+) -> Tuple[float, float]:
     """Find T of the least mean negative log-likelihood of labels y under T * logits + log_prior, and that value, nats.
 
-    Labels are smoothed by 1 / (N + 1), as if one example more had any label with the same probability: T stays finite
-    where all are classified correctly. The function is convex in T: Newton's method, kept in a bracket. Logits have
-    the shape (N, C), class indices y (N,), log_prior (C,).
+    Something has to keep T finite where all examples are classified correctly. Without ``pull`` labels are smoothed by
+    1 / (N + 1), as if one example more had any label with the same probability. With it, ``pull * (T - 1 - log T)`` is
+    added to the sum over examples, a Gamma prior with its mode at 1, and T stays close to 1 where there are few.
+
+    The function is convex in T: Newton's method, kept in a bracket. Logits have the shape (N, C), class indices y (N,),
+    log_prior (C,).
     """
-    spread = max(float(logits.std(1, correction=0).mean()), 1e-12)
-    logits = (logits - logits.mean(1, keepdim=True)) / spread
-    right = float(logits.gather(1, y[:, None]).mean()) * len(y) / (len(y) + 1)  # smoothed; the mean over classes is 0
-    low, high, T = 1e-4, 1e4, 1.0
+    rows, pull = max(1, _VALUES // logits.shape[1]), pull / len(y)
+
+    def centred() -> Iterator[Tuple[Tensor, Tensor]]:
+        for part, target in zip(logits.split(rows), y.split(rows), strict=True):
+            part = part.double()
+            yield part - part.mean(1, keepdim=True), target
+
+    def moments(T: float) -> Tuple[float, float]:
+        """Compute the mean over examples of the logit's expectation, and of its variance."""
+        mean, variance = 0.0, 0.0
+        for z, _ in centred():
+            p = (T * z + log_prior).softmax(1)
+            expected = (p * z).sum(1)
+            mean += float(expected.sum()) / len(y)
+            variance += float(((p * z.square()).sum(1) - expected.square()).sum()) / len(y)
+        return mean, variance
+
+    right = sum(float(z.gather(1, target[:, None]).sum()) for z, target in centred()) / len(y)
+    scale = 1.0
+    if not pull:
+        right *= len(y) / (len(y) + 1)  # smoothed; the mean over classes is 0
+        spread = float(logits.std(1, correction=0).mean())
+        scale = 1 / spread if spread > 1e-12 else 1.0
+    low, high, T = 1e-4 * scale, 1e4 * scale, scale
     for _ in range(40):
-        p = (T * logits + log_prior).softmax(1)
-        mean = (p * logits).sum(1)
-        slope = float(mean.mean()) - right
-        curvature = float(((p * logits.square()).sum(1) - mean.square()).mean())
+        mean, variance = moments(T)
+        slope = mean - right + pull * (1 - 1 / T)
+        if slope == 0:  # also where all logits are equal
+            break
         low, high = (low, T) if slope > 0 else (T, high)
-        new = T - slope / max(curvature, 1e-300)
+        new = T - slope / max(variance + pull / T**2, 1e-300)
         T, old = new if low < new < high else math.sqrt(low * high), T
         if abs(T - old) <= 1e-8 * T:
             break
-    return T / spread, F.cross_entropy(T * logits + log_prior, y).item()
+    return T, sum(F.cross_entropy(T * z + log_prior, t, reduction='sum').item() for z, t in centred()) / len(y)
+
+
+def calibration_temperature(logits: Tensor, targets: Tensor) -> float:
+    """Find the temperature that logits (N, C) of held-out images are best divided by.
+
+    With T = 1 / temperature it minimises the negative log-likelihood, summed over images, plus what keeps few images,
+    and images that are all classified correctly, from saying too much. Above T = 1 that is the increase since T = 1 of
+    the loss of one further image, an average one with any label. Below it is :data:`PULL` * (T - 1 - log T). The sum is
+    convex in T, and T = 1 where nothing speaks clearly against it.
+
+    Raises:
+        ValueError: For no images, NaN or infinite logits, or targets that are no class indices.
+    """
+    check_matrix('logits', logits)
+    check_targets(targets, len(logits), logits.shape[1])
+    if not len(logits):
+        raise ValueError('logits: expected at least one row')
+    finite = logits.isfinite().all(1)
+    if not finite.all():
+        raise ValueError(f'logits: NaN or infinite in row {int((~finite).nonzero()[0])}')
+    targets = targets.to(logits.device).long()
+    sharper = best_temperature(logits, targets)[0]
+    return 1 / (sharper if sharper > 1 else min(1.0, best_temperature(logits, targets, pull=PULL)[0]))
+
+
+class KeptLogits:
+    """The logits of every ``step``-th image of a pass, on the CPU: more than enough for one temperature.
+
+    The step starts at 1 and doubles where there would be more than :data:`KEPT` values.
+    """
+
+    def __init__(self) -> None:
+        self.step = 1
+        self._parts: List[Tensor] = []
+
+    def add(self, start: int, logits: Tensor) -> None:
+        """Take in logits (B, C); the first row is that of the ``start``-th image of all."""
+        self._parts.append(logits[-start % self.step :: self.step].float().cpu())
+        while sum(part.numel() for part in self._parts) > KEPT:
+            self.step *= 2
+            self._parts = [self.logits[::2].clone()]
+
+    @property
+    def logits(self) -> Tensor:
+        return torch.cat(self._parts)
+
+
+class Calibration(NamedTuple):
+    """What one temperature does for a model's predictions, measured on images that it was not fitted to."""
+
+    temperature: float  # of all images
+    before: Predictions
+    after: Predictions  # each half of the images under the temperature of the other
+    ece: Tuple[float, float]  # before and after, 0 to 1
+
+
+def cross_calibrate(logits: Tensor, targets: Tensor) -> Calibration:
+    """Fit a temperature to logits (N, C), and measure it on halves, of every other image: each under the other's.
+
+    Errors as of :func:`calibration_temperature`. A single image has no other half; the temperature is 1 for it then.
+    """
+    temperature = calibration_temperature(logits, targets)
+    of_halves = [
+        calibration_temperature(logits[half::2], targets[half::2]) if len(logits) > 1 else 1.0 for half in (1, 0)
+    ]
+    rows = 2 * max(1, _VALUES // (2 * logits.shape[1]))
+
+    def under(temperatures: Sequence[float]) -> Predictions:
+        columns = []
+        for part, target in zip(logits.split(rows), targets.split(rows), strict=True):
+            divisor = part.new_tensor(temperatures).repeat(len(part) // 2 + 1)[: len(part), None]
+            columns.append(_per_image(part / divisor, target, 0))
+        return Predictions(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+    before, after = under((1.0, 1.0)), under(of_halves)
+    errors = [reliability(each.confidence, each.correct)[1] for each in (before, after)]
+    return Calibration(temperature, before, after, (errors[0], errors[1]))

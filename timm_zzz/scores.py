@@ -18,9 +18,10 @@ from .functional import gaussian_logits, normalize
 from .functional import log_density as gaussian_log_density
 from .head import ZZZHead
 from .metrics import (
+    KEPT,
     Bin,
     auroc,
-    best_temperature,
+    calibration_temperature,
     check_matrix,
     check_targets,
     ece,
@@ -40,6 +41,7 @@ __all__ = [
     'class_gaussians_of',
     'ece',
     'energy',
+    'fold_temperature',
     'fpr95',
     'log_density',
     'mahalanobis',
@@ -357,10 +359,11 @@ def _linear_logits(head: nn.Linear, features: Tensor) -> Tensor:
 def calibrate(head: ZZZHead, features: Tensor, targets: Tensor) -> float:
     """Divide a head's logits by the temperature that suits held-out images best (Guo et al. 2017, arXiv:1706.04599).
 
-    The temperature goes into the head's own parameters: sigma2 and the variances are multiplied by it, and the biases
-    make up for what that changes (docs/theory.md, claim 11). The ranking of the classes stays, and nothing has to be
-    kept beside the head, on the Hub or in ONNX. It is the one of the least negative log-likelihood where every label is
-    smoothed by 1 / (N + 1), so that it stays finite for images that are all classified correctly.
+    It goes into the head's own parameters, by :func:`fold_temperature`. It is the one of the least negative
+    log-likelihood L, with a penalty where there is little to learn: few images, or such that are all classified
+    correctly. With T = 1 / temperature, where L is summed over N images and U is the sum for labels that are smeared
+    evenly over the classes, L(T) + (U(T) - U(1)) / N is minimised above T = 1, L(T) + 10 (T - 1 - log T) below. Of more
+    than 2^27 logits those of every k-th image are taken.
 
     Args:
         head: A ZZZ head; it is changed in place.
@@ -371,7 +374,8 @@ def calibrate(head: ZZZHead, features: Tensor, targets: Tensor) -> float:
         The temperature, > 0: above 1 the head was overconfident.
 
     Raises:
-        ValueError: If ``head`` is no ZZZ head, or for no images, NaN or infinite logits, or tensors of other shapes.
+        ValueError: If ``head`` is no ZZZ head, for no images, NaN or infinite logits, or tensors of other shapes; and
+            as :func:`fold_temperature`.
 
     Example:
         >>> head, features = ZZZHead(num_classes=2, feat_dim=16, rank=4), torch.randn(100, 16)
@@ -380,29 +384,72 @@ def calibrate(head: ZZZHead, features: Tensor, targets: Tensor) -> float:
         True
     """
     classes = class_gaussians_of(head, torch.float64)
-    _, x = _prepare(classes, features)
-    check_targets(targets, len(x), head.num_classes)
-    if not len(x):
+    check_matrix('features', features, head.feat_dim)
+    check_targets(targets, len(features), head.num_classes)
+    if not len(features):
         raise ValueError('features: expected at least one row')
-    logits = _logits(classes, x)
-    if not logits.isfinite().all():
-        raise ValueError(f'logits: NaN or infinite in row {int((~logits.isfinite()).any(1).nonzero()[0])}')
-    temperature = 1 / best_temperature(logits, targets.to(x.device).long())[0]
-    bias = classes.bias / temperature
-    variances: List[Tuple[str, Tensor, Tensor, float]] = [
-        ('sigma2', head.sigma2_raw, classes.sigma2.reshape(1), head.sigma2_min)
-    ]
-    if classes.v is not None and head.v_raw is not None:
-        bias += 0.5 * (1 - 1 / temperature) * (classes.v / classes.sigma2).log1p().sum(1)
-        variances.append(('v', head.v_raw, classes.v, head.v_min))
-    head.bias.copy_(bias)
-    for name, raw, value, minimum in variances:
-        above = temperature * value - minimum
-        least = 1e-3 * minimum
-        if (above < least).any():
-            _logger.warning(f'{name}: the temperature {temperature:.4g} leads below {name}_min = {minimum}, its bound')
-        raw.copy_(inverse_softplus(above.clamp(min=least)).reshape(raw.shape))
-    return temperature
+    step = math.ceil(len(features) * head.num_classes / KEPT)
+    _, x = _prepare(classes, features[::step])
+    return fold_temperature(head, calibration_temperature(_logits(classes, x), targets[::step]))
+
+
+@torch.no_grad()
+def fold_temperature(head: ZZZHead, temperature: float) -> float:
+    """Divide a head's logits by a temperature, up to what all classes share, in its own parameters and in place.
+
+    sigma2 and the variances are multiplied by it, and the biases make up for what that changes (docs/theory.md, claim
+    11). The ranking of the classes stays, and nothing has to be kept beside the head, on the Hub or in ONNX.
+
+    Returns:
+        The temperature that was taken: another one where sigma2 would fall below sigma2_min. There, and where variances
+        would fall below v_min, it is logged.
+
+    Raises:
+        ValueError: If ``head`` is no ZZZ head, if its sigma2_raw, v_raw or bias is pruned or parametrized, or for a
+            temperature that is not finite and > 0.
+
+    Example:
+        >>> head, features = ZZZHead(num_classes=3, feat_dim=16, rank=4, dtype=torch.float64), torch.randn(5, 16)
+        >>> before, _ = head(features.double()), fold_temperature(head, 2.0)
+        >>> torch.allclose(head(features.double()), before / 2)
+        True
+    """
+    if not isinstance(head, ZZZHead):
+        raise ValueError(f'head: expected a ZZZHead, got {type(head).__name__}')
+    if not 0 < temperature < math.inf:
+        raise ValueError(f'temperature: expected a finite number > 0, got {temperature}')
+    own = dict(head.named_parameters(recurse=False))
+    for name in ('sigma2_raw', 'bias', *(['v_raw'] if head.rank else [])):
+        if name not in own:
+            raise ValueError(f'head: its {name} is pruned or parametrized; make that permanent first')
+    met: List[str] = []
+
+    def value(name: str) -> Tensor:
+        return F.softplus(own[f'{name}_raw'].double()) + getattr(head, f'{name}_min')
+
+    def multiply(name: str, factor: Union[Tensor, float]) -> Tuple[Tensor, Tensor]:
+        """Multiply variances by a factor as far as their minimum lets them; return them before and after."""
+        before, minimum = value(name), getattr(head, f'{name}_min')
+        above = factor * before - minimum
+        if (above < 0).any():
+            met.append(f'{name}_min = {minimum}')
+        own[f'{name}_raw'].copy_(inverse_softplus(above.clamp(min=1e-3 * minimum)))
+        return before, value(name)
+
+    # What was written, rounded to the head's dtype, is what the other parameters follow
+    before, after = multiply('sigma2', temperature)
+    taken = after / before
+    bias = own['bias'].double()
+    if not head.rank:
+        own['bias'].copy_(bias / taken)
+    else:
+        v_before, v_after = multiply('v', taken)
+        bias = (bias - 0.5 * (v_before / before).log1p().sum(1)) / taken
+        own['bias'].copy_(bias + 0.5 * (v_after / after).log1p().sum(1))
+    if met:
+        bounds = ' and '.join(met)
+        _logger.warning(f'The temperature {temperature:.4g} leads below {bounds}: {taken.item():.4g} is taken')
+    return taken.item()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,10 +1,8 @@
-"""Whole runs of accuracy.py and few_shot.py on tiny sets, their tables and their plots."""
+"""Whole runs of accuracy.py and few_shot.py on tiny sets, and their tables."""
 
 import json
 import math
-import shutil
 import statistics
-from dataclasses import dataclass
 
 import accuracy
 import accuracy_table
@@ -14,21 +12,16 @@ import probe
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from starts import parse
 from torch.nn import functional as F
-from training import Runner, Settings
+from training import Backbone, Runner, Settings, learning_rates, own_stream
 
 from timm_zzz import ZZZHead
-from timm_zzz.head import SIGMA2_INIT
 
 metrics = pytest.importorskip('sklearn.metrics')
 
-
-@dataclass(frozen=True)
-class SmallSteps(Settings):
-    batch_size: int = 8
+HEADS = ('linear', 'linear:rows=zero', 'zzz_r2')
 
 
 @pytest.fixture(scope='module')
@@ -36,84 +29,140 @@ def run(folder, backbone):
     """Run the command with more arguments and return the rows of its results file."""
 
     def run(results, *arguments):
-        fixed = ('--data', folder, '--backbone', backbone[0], '--checkpoint', backbone[1], '--results', results)
-        fixed += ('--seeds', 0, '--hold-out-every', 4, '--epochs', 2, '--device', 'cpu')
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(accuracy, 'Settings', SmallSteps)
-            accuracy.main([str(a) for a in (*fixed, *arguments)])
+        fixed = ('--data', folder, '--backbone', *backbone, 0, '--results', results, '--epochs', 2, '--device', 'cpu')
+        accuracy.main([str(a) for a in (*fixed, *arguments)])
         return [json.loads(line) for line in results.read_text().splitlines()]
 
     return run
 
 
 @pytest.fixture(scope='module')
-def kept(run, folder, tmp_path_factory):
-    """A folder with runs.jsonl and what --keep writes, and its rows: two heads with all images, then with two each."""
-    path = tmp_path_factory.mktemp('runs')
-    options = ('--heads', 'linear', 'zzz_r2', '--shots', 0, 2, '--curve', 1, '--far', folder, '--keep', path / 'kept')
-    return path, run(path / 'runs.jsonl', *options)
+def results(run, tmp_path_factory):
+    """A results file and its rows: three heads at two rates on the inner split, then at their own, and few images."""
+    path = tmp_path_factory.mktemp('runs') / 'runs.jsonl'
+    run(path, '--heads', *HEADS, '--inner', '--lrs', 1e-4, 1e-3, '--head-lrs', 5, '--threads', 2)
+    run(path, '--heads', *HEADS, '--seeds', 0, 1)
+    return path, run(path, '--heads', 'zzz_r2', '--shots', 2, '--lrs', 1e-3, '--head-lrs', 1, '--seeds', 0)
 
 
-def test_whole_runs(run, kept, tmp_path, capsys):
-    path, rows = kept
-    assert [(row['head'], row['shots']) for row in rows] == [(h, k) for k in (0, 2) for h in ('linear', 'zzz_r2')]
+def test_grid_then_own_rates(run, results, tmp_path):
+    path, rows = results
+    inner = [row for row in rows if row['split'] == 'inner']
+    assert sorted((row['head'], row['lr'], row['head_lr']) for row in inner) == [
+        (head, lr, 5.0) for head in HEADS for lr in (1e-4, 1e-3)
+    ]
+    assert all(row['train_images'] == 20 for row in inner)  # of 6 images of each of 4 classes, a fifth is left out
+    best = {}
+    for row in sorted(inner, key=lambda row: -row['top1']):
+        best.setdefault(row['head'], row['top1'])
     for row in rows:
-        assert row['train_images'] == (6 if row['shots'] else 18) and [epoch for epoch, _ in row['curve']] == [1, 2]
-        assert 0 <= row['top1'] <= 100 and math.isfinite(row['nll']) and row['far'] == {}
-        assert row['curve'][-1][1] == row['top1']
-    assert set(rows[1]['near']) > set(rows[0]['near']) > {'energy', 'shared_relative_mahalanobis'}
-    assert len(rows[1]['v']) == 2 and rows[1]['sigma2'] == pytest.approx(SIGMA2_INIT, rel=0.1)
-
-    shutil.copy(path / 'runs.jsonl', tmp_path)  # what is there is not run again
-    again = run(tmp_path / 'runs.jsonl', '--heads', 'linear', 'cosine')
-    assert again[:-1] == rows and again[-1]['head'] == 'cosine'
-    table = capsys.readouterr().out
-    assert '| linear | near |' in table and '| zzz_r2 | 1 |' in table and '| cosine | 1 |' in table
-
-
-def test_same_seed_same_figures_and_label_smoothing_tells_runs_apart(run, kept, tmp_path):
-    path, rows = kept
-    (row,) = run(tmp_path / 'again.jsonl', '--heads', 'zzz_r2', '--shots', 2)
-    assert row['nll'] == pytest.approx(rows[3]['nll'], rel=1e-4)
-    shutil.copy(path / 'runs.jsonl', tmp_path)
-    found = run(tmp_path / 'runs.jsonl', '--heads', 'linear', '--smoothing', 0.3)
-    assert [row['smoothing'] for row in found] == [0.1] * 4 + [0.3]
-    assert found[4]['nll'] != rows[0]['nll']
-    assert accuracy_table.tables(found).count('| linear | 1 |') == 3
+        if row['split'] == 'validation' and not row['shots']:
+            (grid,) = (each for each in inner if each['head'] == row['head'] and each['lr'] == row['lr'])
+            assert grid['top1'] == best[row['head']] and row['train_images'] == 24
+    assert rows[-1]['train_images'] == 8
+    for row in rows:
+        assert 0 <= row['top1'] <= row['top5'] == 100 and math.isfinite(row['nll']) and row['temperature'] > 0
+    before = path.read_text()
+    run(path, '--heads', *HEADS, '--seeds', 0, 1)  # what is there is not run again
+    assert path.read_text() == before
+    with pytest.raises(SystemExit, match='no learning rates for cosine on test_vit'):
+        run(path, '--heads', 'cosine')
+    (again,) = run(
+        tmp_path / 'again.jsonl', '--heads', 'zzz_r2', '--shots', 2, '--lrs', 1e-3, '--head-lrs', 1, '--seeds', 0
+    )
+    assert again['nll'] == pytest.approx(rows[-1]['nll'], rel=1e-4)
 
 
-def test_kept_features_give_the_figures(kept):
+def test_a_failed_run_is_named(run, tmp_path, capsys):
+    with pytest.raises(SystemExit, match='1 runs failed, the first with ValueError: head zzz'):
+        run(tmp_path / 'runs.jsonl', '--heads', 'zzz', 'linear', '--inner', '--lrs', 1e-3, '--head-lrs', 1)
+    assert json.loads((tmp_path / 'runs.jsonl').read_text())['head'] == 'linear'
+
+
+def test_quality_is_cross_fitted():
+    """Of logits ten times too large: as good at one temperature as the right ones, and top-1 untouched."""
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(4000, 5)
+    target = torch.distributions.Categorical(logits=logits).sample()
+    right, wrong = accuracy.quality(logits, target), accuracy.quality(10 * logits, target)
+    assert right['nll'] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-5)
+    assert right['top1'] == wrong['top1'] == pytest.approx(100 * metrics.accuracy_score(target, logits.argmax(1)))
+    assert wrong['nll_t'] == pytest.approx(right['nll'], rel=0.01) and wrong['nll'] > 2 * right['nll']
+    assert right['temperature'] == pytest.approx(1, abs=0.05) and wrong['temperature'] == pytest.approx(0.1, abs=0.01)
+    assert right['ece'] < 3 < 10 < wrong['ece'] and wrong['ece_t'] < 3
+    assert right['top5'] == 100
+
+
+def test_masks_as_text():
+    for count in (1, 7, 8, 21):
+        mask = torch.rand(count) > 0.4
+        assert torch.equal(accuracy.unpacked(accuracy.packed(mask), count), mask)
+
+
+def test_kept_features_give_the_figures(run, folder, tmp_path):
     """Compute a run's accuracy and energy again from what --keep writes, by hand."""
-    path, rows = kept
-    found = load_file(path / 'kept' / 'gradients-zzz_r2-0-0.safetensors')
+    options = ('--heads', 'zzz_r2', '--lrs', 1e-3, '--head-lrs', 1, '--seeds', 0, '--hold-out-every', 4)
+    (row,) = run(tmp_path / 'runs.jsonl', *options, '--keep', tmp_path, '--far', folder)
+    found = load_file(tmp_path / 'gradients-test_vit-zzz_r2-0-0.safetensors')
     head = ZZZHead(3, found['validation'].shape[1], rank=2).eval()
     head.load_state_dict({k[5:]: v for k, v in found.items() if k.startswith('head.')})
     with torch.no_grad():
         known, near = (head(found[k].float()) for k in ('validation', 'near'))
-    assert 100 * (known.argmax(1) == found['validation_target']).double().mean() == pytest.approx(rows[1]['top1'])
+    assert 100 * (known.argmax(1) == found['validation_target']).double().mean() == pytest.approx(row['top1'])
     energies = [-logits.logsumexp(1) for logits in (known, near)]
-    labels = [0] * len(known) + [1] * len(near)
-    expected = 100 * metrics.roc_auc_score(labels, torch.cat(energies))
-    assert rows[1]['near']['energy'] == pytest.approx(expected, abs=4)
-    assert len(found['train']) == len(found['train_target']) == rows[1]['train_images']
+    expected = 100 * metrics.roc_auc_score([0] * len(known) + [1] * len(near), torch.cat(energies))
+    assert row['near']['energy'] == pytest.approx(expected, abs=4) and row['far'] == {}
+    assert len(found['train']) == len(found['train_target']) == row['train_images'] == 18
+    assert len(row['v']) == 2
 
 
-def test_the_runner_finds_the_last_layer(folder, backbone):
-    runner = Runner(Settings(*backbone, epochs=1), torch.device('cpu'))
-    model, head = runner.start(images.load(folder, 'train', 64), parse('zzz_r2:basis=layer'), seed=0)
-    flat, basis = model.blocks[-1].mlp.fc2.weight.detach(), head.A[0].detach()
-    kept = (basis.T @ flat).square().sum().item()
-    assert kept == pytest.approx(torch.linalg.svdvals(flat)[:2].square().sum().item(), rel=1e-4)
+def test_learning_rates_are_timms():
+    """Warm-up from 0 to the peak over two epochs, then the half cosine of timm's scheduler, in proportion."""
+    rates = learning_rates([0.1, 0.5], epochs=6, steps=10, settings=Settings(6))
+    assert rates.shape == (60, 2) and rates[0].tolist() == [0, 0]
+    torch.testing.assert_close(rates[:, 1], 5 * rates[:, 0])
+    assert rates[10, 0].item() == pytest.approx(0.05, rel=0.01) and rates[:, 0].argmax() in (19, 20)
+    for step in (30, 45, 59):
+        assert rates[step, 0].item() == pytest.approx(0.05 * (1 + math.cos(math.pi * step / 60)), rel=1e-3)
 
 
-def test_table_has_means_and_standard_errors():
-    shared = dict(data='birds', shots=0, hold_out_every=0, smoothing=0.1, nll=1.0, ece=2.0, seconds=3.0)
-    top1 = {'linear': [80.0, 82.0, 81.0], 'zzz_r8': [82.0, 82.5, 83.0]}
-    rows = [dict(shared, head=head, seed=i, top1=v) for head, values in top1.items() for i, v in enumerate(values)]
-    difference = [b - a for a, b in zip(*top1.values(), strict=True)]
-    mean, error = statistics.fmean(difference), statistics.stdev(difference) / math.sqrt(3)
-    expected = f'| zzz_r8 | 3 | 82.50 ± {0.5 / math.sqrt(3):.2f} | {mean:.2f} ± {error:.2f} |'
-    assert expected in accuracy_table.tables(rows)
+def row(head, seed, top1, split='validation', data='birds', backbone='net', lr=1e-3, right=None, **more):
+    count = 200
+    right = torch.arange(count) < top1 * count / 100 if right is None else right
+    shared = dict(size=0, shots=0, hold_out_every=0, epochs=20, smoothing=0.1, ece=4.0, ece_t=2.0, head_lr=1.0)
+    return dict(
+        shared,
+        **dict(data=data, backbone=backbone, head=head, seed=seed, split=split, lr=lr, top1=top1),
+        **dict(dict(nll=1.0, nll_t=0.5, right=accuracy.packed(right)), **more),
+    )
+
+
+def test_table():
+    """Means over pairs at each head's own rates, changes of the NLL as ratios, and what the test says."""
+    base = 'linear:rows=zero'
+    rows = [row(base, seed, 50.0, data=data) for data in ('birds', 'cars') for seed in (0, 1)]
+    rows += [row('zzz_r8', seed, 80.0 + seed, nll=0.5, nll_t=0.4) for seed in (0, 1)]
+    rows += [row('zzz_r8', seed, 50.5, data='cars', nll=2.0, nll_t=0.4) for seed in (0, 1)]
+    rows += [row('zzz_r8', 0, 99.0, lr=1e-4)]  # not its own rate
+    for head, values in ((base, (60, 40)), ('zzz_r8', (61, 55))):
+        rows += [row(head, 0, top1, 'inner', lr=lr) for lr, top1 in zip((1e-3, 1e-4), values, strict=True)]
+    line = next(line for line in accuracy_table.tables(rows).splitlines() if line.startswith('| zzz_r8'))
+    cells = [cell.strip() for cell in line.split('|')[1:-1]]
+    mean, error = statistics.fmean([15.25, 15.75]), statistics.stdev([15.25, 15.75]) / math.sqrt(2)
+    assert cells[:5] == ['zzz_r8', '2', f'{mean:+.2f} ± {error:.2f}', '+0.50', '1, 0']
+    assert cells[5:] == ['+15.50', '+0.0 %', '-20.0 %', '4.0, 2.0', '+8.00', '+0.0 %']
+    assert '| net | cars | zzz_r8 | 0.001 × 1 | 50.50 ± 0.00 |' in accuracy_table.tables(rows, pairs=True)
+
+
+def test_bootstrap_and_holm():
+    """Near McNemar's test for one seed; Holm's numbers by hand."""
+    stats = pytest.importorskip('scipy.stats')
+    difference = torch.zeros(1, 400)
+    difference[0, :30], difference[0, 30:45] = 1, -1
+    assert accuracy_table.p_value(difference) == pytest.approx(stats.binomtest(30, 45).pvalue, abs=0.012)
+    assert accuracy_table.p_value(-difference) == pytest.approx(accuracy_table.p_value(difference), abs=0.005)
+    assert accuracy_table.p_value(torch.zeros(3, 50)) == 1
+    assert accuracy_table.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
 def test_few_shot_draws_and_table(folder, backbone, tmp_path, capsys, monkeypatch):
@@ -122,7 +171,7 @@ def test_few_shot_draws_and_table(folder, backbone, tmp_path, capsys, monkeypatc
     assert target[index].tolist() == [0, 0, 1, 1] and len(set(index.tolist())) == 4
     assert sorted(few_shot.draw(target, 0, seed=0).tolist()) == list(range(7))
     monkeypatch.setattr(probe, 'PENALTIES', (1e-3, 1e-1))
-    arguments = ('--data', folder, '--backbone', backbone[0], '--checkpoint', backbone[1], '--cache', tmp_path)
+    arguments = ('--data', folder, '--backbone', *backbone, 0, '--cache', tmp_path)
     for _ in range(2):  # the second time from the cache
         few_shot.main([str(a) for a in (*arguments, '--shots', 3, 0, '--seeds', 0, 1)])
     first, second = capsys.readouterr().out.split('| set |')[1:]
@@ -133,34 +182,18 @@ def test_few_shot_draws_and_table(folder, backbone, tmp_path, capsys, monkeypatc
     assert ' ± ' in lines[0] and ' ± ' not in lines[3]
 
 
-def test_plots(kept, tmp_path):
-    pytest.importorskip('matplotlib')
-    import plot_accuracy
-
-    plot_accuracy.main([str(kept[0] / 'runs.jsonl'), str(tmp_path / 'plot.png')])
-    with Image.open(tmp_path / 'plot.png') as image:
-        assert image.width > 3.5 * image.height  # four panels of one set
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
-def test_a_graph_trains_as_eager_steps_do(folder, tmp_path):
+def test_a_graph_trains_as_eager_steps_do(folder, tmp_path, monkeypatch):
     name, file, device = 'test_efficientnet', tmp_path / 'backbone.safetensors', torch.device('cuda')
     save_file({k: v.contiguous() for k, v in timm.create_model(name).state_dict().items()}, file)
-    runner = Runner(Settings(name, str(file), epochs=1), device)
+    runner = Runner(Backbone(name, str(file)), Settings(epochs=4), device)
     data = images.load(folder, 'train', 64).to(device)
-    spec = parse('zzz_r2')
-    x = torch.randn(64, 3, runner.size, runner.size, device=device).contiguous(memory_format=torch.channels_last)
-    y = torch.arange(64, device=device) % 4
-    grads = []
-    for graphed in (False, True):
-        model, head = runner.start(data, spec, seed=0)
-        model.train()
-        if graphed:
-            runner._step(model, head, spec, data)(x, y)
-        else:
-            with torch.autocast('cuda', torch.bfloat16):
-                loss = F.cross_entropy(model(x).float(), y, label_smoothing=0.1)
-            loss.backward()
-        grads.append({k: p.grad.clone() for k, p in model.named_parameters()})
-    for k, eager in grads[0].items():
-        torch.testing.assert_close(grads[1][k], eager, atol=0.02 * eager.abs().max().item() + 1e-6, rtol=0.05)
+    weights = []
+    for graphed in (True, False):
+        if not graphed:
+            monkeypatch.setattr('training._Loop._capture', lambda loop: None)
+        with own_stream(device):
+            model, _ = runner.train(data, parse('zzz_r2'), 0, 1e-3, 5.0)
+        weights.append(dict(model.named_parameters()))
+    for k, eager in weights[1].items():
+        torch.testing.assert_close(weights[0][k], eager, atol=1e-4, rtol=1e-2)

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from timm_zzz.cli import check_hparams, demo, fit, hparams, push, report
+from timm_zzz.cli import calibrate, check_hparams, demo, fit, hparams, push, report
 
 MODEL = 'test_resnet.zzz_r4'
 # What YAML may hold in place of what belongs there
@@ -81,6 +81,10 @@ class Caller:
         fixed = ['--data-dir', data or self.good / 'data', '--output', self.folder / 'out.html', '--device', 'cpu']
         return self.call(report, checkpoint or self.run, *fixed, '-j', 0, *arguments)
 
+    def calibrate(self, *arguments, checkpoint=None, data=None):
+        fixed = ['--data-dir', data or self.good / 'data', '--output', self.folder / 'out.pth.tar', '--device', 'cpu']
+        return self.call(calibrate, checkpoint or self.run, *fixed, '-j', 0, *arguments)
+
     def call(self, module, *arguments):
         """Return the error, '' if there was none."""
         for path in self.folder.glob('out*'):
@@ -140,7 +144,7 @@ def unreadable(monkeypatch, path):
         monkeypatch.setattr(pathlib._NormalAccessor, 'open', staticmethod(refuse))
 
 
-@pytest.mark.parametrize('command', ['push', 'report'])
+@pytest.mark.parametrize('command', ['push', 'report', 'calibrate'])
 def test_checkpoints(caller, command, monkeypatch):
     rng, call = random.Random(0), getattr(caller, command)
     assert 'error' not in call()
@@ -165,7 +169,7 @@ def test_checkpoints(caller, command, monkeypatch):
     for bad in ([1], 'model', 3, {1: 2}, {'model': 7}, torch.zeros(2), argparse.Namespace(model=['x'])):
         caller.save(saved, args=bad)
         caller.fails(call())
-    for bad in ({'epoch': 'x'}, {'epoch': [1]}, {'metric': {}}, {'args': vars(saved['args'])}):
+    for bad in ({'epoch': 'x'}, {'epoch': [1]}, {'metric': {}}, {'calibration': [1]}, {'args': vars(saved['args'])}):
         caller.restore()
         caller.save(saved, **bad)
         assert 'error' not in call()
@@ -283,7 +287,7 @@ def test_weights_to_start_from(caller, monkeypatch):
         caller.fails(caller.call(fit, *options, '--device', 'cpu'))
 
 
-@pytest.mark.parametrize('command', ['fit', 'report'])
+@pytest.mark.parametrize('command', ['fit', 'report', 'calibrate'])
 def test_images(caller, command, tmp_path):
     call, bad = getattr(caller, command), tmp_path / 'bad'
     for split in ('train', 'validation'):
@@ -319,18 +323,26 @@ def test_options_of_fit(caller, options, monkeypatch):
     caller.fails(caller.fit(*options))
 
 
-@pytest.mark.parametrize('command', ['push', 'report'])
+@pytest.mark.parametrize('command', ['push', 'report', 'calibrate'])
 @pytest.mark.parametrize(
     'options', [('--model', 'x'), ('--model', ''), ('--output', '/dev/null/x'), ('--use-ema',), ('--recipe', '.')]
 )
 def test_options(caller, command, options):
-    if options[0] == '--recipe' and command == 'report':
+    if options[0] == '--recipe' and command != 'push':
         options = ('--split', 'none')
     if options == ('--model', ''):  # as if it were not given
         caller.saved()
         caller.save({k: v for k, v in caller.saved().items() if k != 'args'})
         (caller.run / 'args.yaml').unlink()
     caller.fails(getattr(caller, command)(*options))
+
+
+def test_options_of_push_with_calibrate(caller):
+    data = ('--calibrate', '--data-dir', caller.good / 'data', '-j', 0, '--device', 'cpu')
+    assert 'timm_zzz: error' not in caller.push(*data)
+    caller.fails(caller.push('--calibrate'), '--calibrate: it needs held-out images, give --data-dir')
+    caller.fails(caller.push(*data, '--split', 'none'), 'has no folder none')
+    caller.fails(caller.push(*data, '--device', 'nowhere'), '--device: nowhere is not available')
 
 
 @pytest.mark.parametrize('arguments', ['--workers 0', '--epochs x', '--images -1', '--rank 5', 'x'])

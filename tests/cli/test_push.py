@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 
 import pytest
@@ -91,6 +92,28 @@ def test_averaged_weights(hub, tmp_path, beetles, capsys):
     assert torch.equal(from_pretrained('owner/raw').get_classifier().A, trained.get_classifier().A)
     assert 'Not measured' in hub.files('owner/raw')['README.md'].decode()
     assert 'accuracy of the averaged weights, not of those pushed' in capsys.readouterr().err
+
+
+def test_calibrated(hub, tmp_path, beetles, capsys):
+    """The temperature is in the weights, and the card says so; what train.py measured stays."""
+    trained, _ = write_run(tmp_path / 'run', beetles)
+    images = ['--data-dir', str(beetles), '--calibrate', '-j', '0', '--device', 'cpu', '--batch-size', '20']
+    main([str(tmp_path / 'run'), REPO, *images])
+    card, model = hub.files(REPO)['README.md'].decode(), from_pretrained(REPO).eval()
+    line = (
+        r'Calibrated: the logits were divided by (\S+), the temperature of 48 images of `validation`. That takes the '
+    )
+    line += r'expected calibration error from \S+ % to \S+ % and the negative log-likelihood from (\S+) to (\S+), '
+    temperature, before, after = map(float, re.search(line, card).groups())
+    assert 'value: 91.0' in card and after < before
+    x = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        close = torch.testing.assert_close
+        close(model(x), trained.eval()(x) / temperature, rtol=2e-3, atol=2e-3)
+        close(timm.utils.reparameterize_model(model)(x), model(x), rtol=1e-4, atol=1e-4)
+    assert re.search(line, capsys.readouterr().err)
+    main([str(tmp_path / 'run'), 'owner/as-it-is', '--data-dir', str(beetles)])
+    assert 'Calibrated' not in hub.files('owner/as-it-is')['README.md'].decode()
 
 
 def test_class_map(hub, tmp_path, beetles, capsys):

@@ -23,6 +23,7 @@ from torch.distributions import MultivariateNormal
 from timm_zzz.cli.report import Lowest, main, order_of, write_report
 from timm_zzz.cli.run import Run
 from timm_zzz.head import ZZZHead, heads_of
+from timm_zzz.metrics import calibration_temperature, ece
 
 SIZE = 32
 # In timm's order of folders
@@ -432,6 +433,27 @@ def test_several_classifiers(tmp_path):
         expected = expected + MultivariateNormal(mu, cov).log_prob(x[:, i, None]).amax(1) / 2
     shown = [float(text) for text in re.findall(r'log-density (-?[\d.]+)', page.text)]
     np.testing.assert_allclose(shown, expected.sort()[0][:24], atol=0.02)
+
+
+def test_one_temperature(tmp_path):
+    """NLL and ECE before and after, each half of the images under the temperature of the other; the model stays."""
+    model, images, labels = Bare(5, 8, 2), torch.randn(101, 3, 4, 4), torch.randint(5, (101,))
+    torch.nn.init.constant_(model.head.sigma2_raw, -3.0)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    page = page_of(tmp_path, model, images, labels)
+    logits = model(images).detach()
+    divided = logits.clone()
+    for half, other in ((0, 1), (1, 0)):
+        divided[half::2] /= calibration_temperature(logits[other::2], labels[other::2])
+    rows = {row[0]: row[1:] for row in page.table('One temperature')}
+    for when, expected in (('before', logits), ('after', divided)):
+        assert close(rows[when][0], log_loss(labels, expected.double().softmax(1), labels=range(5)), 4)
+        assert close(rows[when][1], 100 * ece(expected, labels), 2)
+    assert f'That of these images is {calibration_temperature(logits, labels):.3g}.' in page.text
+    assert float(rows['after'][0]) < float(rows['before'][0])
+    assert (page.tiles()['NLL'], page.tiles()['ECE']) == (rows['before'][0], rows['before'][1] + ' %')
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert 'One temperature' in page_of(tmp_path, model, images[:1], labels[:1]).text
 
 
 def test_what_write_report_refuses(tmp_path):

@@ -24,7 +24,7 @@ from timm_zzz.fit import ZZZFit, fit_head, fit_model
 from timm_zzz.fit.estimators import Discriminant, Quadratic, on_sphere
 from timm_zzz.fit.moments import HeldOut, Moments
 from timm_zzz.fit.zzzfit import SHRINKAGES
-from timm_zzz.head import ROW_STD
+from timm_zzz.head import INIT_STD
 from timm_zzz.metrics import best_temperature
 from timm_zzz.scores import class_gaussians_of
 
@@ -96,7 +96,7 @@ def test_rank_0_is_lda(shrinkage):
     expected = torch.as_tensor(oracle.decision_function(Z.numpy()))
     close(relative(head(3 * Z)), relative(expected), rtol=1e-9, atol=1e-8)
     norms = head.weight.norm(dim=1)
-    assert norms.allclose(norms.new_full((C,), ROW_STD * head.feat_dim**0.5), rtol=1e-12)
+    assert norms.allclose(norms.new_full((C,), INIT_STD * head.feat_dim**0.5), rtol=1e-12)
     if shrinkage == 1:  # the nearest mean
         assert torch.equal(double(X, y, 0, shrinkage=1.0)(Z).argmax(1), torch.cdist(Z, scatters(X, y)[0]).argmin(1))
 
@@ -591,7 +591,7 @@ def test_page(root, tmp_path):
 
 
 def test_a_given_sigma2_is_another_temperature():
-    """The same decisions, log-odds by one common factor, and rows as long as a new head's."""
+    """The same decisions, log-odds by one common factor, and rows as long as those of the reference's start."""
     y = torch.arange(120) % 4
     X = torch.randn(120, 16) + 4 * torch.eye(4, 16)[y]
     fitted, start = (fit_head(X, y, rank=2, sigma2=sigma2).double() for sigma2 in (None, 1 / 16))
@@ -601,8 +601,7 @@ def test_a_given_sigma2_is_another_temperature():
     factor = (odds[0] * odds[1]).sum() / odds[0].square().sum()
     assert not 0.9 < factor < 1.1
     close(odds[1], factor * odds[0], rtol=1e-4, atol=1e-4)
-    heads = [ZZZHead(4, 16, rank=0) for _ in range(1000)]  # the rows of one differ little in length
-    new = torch.cat([head.weight for head in heads]).norm(dim=1).square().mean().sqrt()
+    new = ZZZHead(4000, 16, rank=0, init='reference').weight.norm(dim=1).square().mean().sqrt()
     assert float(start.weight.detach().norm(dim=1).mean()) == pytest.approx(float(new.detach()), rel=0.05)
 
 

@@ -12,7 +12,7 @@ import torch
 from test_optim import penalty_by_hand
 from torch.nn import functional as F
 
-from timm_zzz.head import FLAT_SPREAD, ROW_STD
+from timm_zzz.head import ROW_STD
 
 fsdp_on_cpu = pytest.mark.skipif(
     torch.__version__.startswith(('2.6.', '2.7.')),
@@ -129,10 +129,9 @@ def test_shards_share_the_direction_of_a_flat_start(tmp_path):
     saved = [torch.load(tmp_path / f'rank{rank}.pth') for rank in range(2)]
     torch.testing.assert_close(saved[1], saved[0], rtol=0, atol=0)
     for head in saved[0]:
-        rows = F.normalize(head['weight'].float(), dim=1)
-        assert ((rows @ rows.T - 1 / (1 + FLAT_SPREAD**2)).abs() < 1.5 * FLAT_SPREAD**2).all()
-        assert head['weight'].float().std(1).mean().item() == pytest.approx(ROW_STD, rel=0.2)
-        assert (head['weight'][0] == head['weight']).all(1).sum() == 1  # no row twice
+        for p in head.values():
+            assert torch.equal(p, p[:1].expand_as(p))
+        assert ROW_STD / 2 < head['weight'][0].float().std() < 2 * ROW_STD
 
 
 @pytest.mark.gpu

@@ -14,8 +14,9 @@ from huggingface_hub import ModelCard
 
 from ..hub import push_to_hub, save_pretrained
 from ..hub.cards import license_of, model_card, top1
+from .calibrate import calibrate_run
 from .common import exit_on_error, one_line
-from .run import CARD_OPTIONS, Run, class_names, load_run
+from .run import CARD_OPTIONS, Run, add_images_arguments, class_names, load_run
 
 __all__ = ['main', 'public_args', 'push_run', 'run_card']
 
@@ -67,6 +68,8 @@ def run_card(run: Run, repo_id: str, *, dataset: Optional[str], license: Optiona
         training += '\nAll arguments are in `args.yaml`, which `train.py --config` reads.'
     if recipe:
         training += '\nThe recipe is `recipe.yaml`.'
+    if run.calibration:
+        training += f'\n\n{run.calibration}'
     base_model = _base_model(run)
     weights: Dict[str, Any] = dict(base_model=base_model, license=license or (None if base_model else 'unknown'))
     weights.update(data_config=run.data_config, training=training)
@@ -136,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add('repo_id', help='user/name; made if it does not exist')
     add('--use-ema', action='store_true', help='push the averaged weights')
     add('--class-map', type=Path, metavar='FILE.txt', help='class names, one per line')
-    add('--data-dir', type=Path, metavar='DIR', help='the ImageFolder, for the class names')
+    add('--data-dir', type=Path, metavar='DIR', help='the ImageFolder, for the class names and --calibrate')
     add('--recipe', type=Path, metavar='FILE.yaml', help='the recipe that train.py was given')
     add('--dataset-name', metavar='NAME', help='for the card; by default the name of the data folder')
     add('--license', metavar='ID', help="licence of the weights, e.g. apache-2.0; the backbone's if known")
@@ -146,6 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     add('--create-pr', action='store_true', help='open a pull request')
     add('--message', dest='commit_message', metavar='TEXT', default='Add model', help='commit message')
     add('--output', type=Path, metavar='DIR', help='write everything to a folder instead of pushing it')
+    help = 'divide the logits by the temperature of the held-out images in --data-dir, as the command calibrate does'
+    add('--calibrate', action='store_true', help=help)
+    add_images_arguments(parser.add_argument_group('with --calibrate'))
     return parser
 
 
@@ -156,10 +162,15 @@ def main(arguments: Optional[List[str]] = None) -> None:
     with exit_on_error(parser):
         if recipe and not recipe.is_file():
             raise ValueError(f'--recipe: no such file: {recipe}')
+        if options.calibrate and not options.data_dir:
+            raise ValueError('--calibrate: it needs held-out images, give --data-dir')
         run = load_run(options.checkpoint, use_ema=options.use_ema, model_name=options.model)
         names = class_names(run, options.class_map, options.data_dir)
         if names is None:
             print('No class names: neither --class-map nor --data-dir was given.', file=sys.stderr)
+        if options.calibrate:
+            calibrate_run(run, options)
+            print(run.calibration, file=sys.stderr)
         about: Dict[str, Any] = dict(dataset=options.dataset_name, license=options.license, recipe=bool(recipe))
         card = run_card(run, options.repo_id, **about)
         for note in run.notes:

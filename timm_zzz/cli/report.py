@@ -1,6 +1,7 @@
 """``python -m timm_zzz report``: one HTML page about a model that timm's train.py trained.
 
-The page is report.html.jinja, its figures are drawn by matplotlib. Six numbers an image are kept, not its logits.
+The page is report.html.jinja, its figures are drawn by matplotlib. Of each image six numbers are kept, and its logits
+as far as :class:`~timm_zzz.metrics.KeptLogits` does.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import platform
 import sys
 import warnings
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
@@ -23,24 +23,12 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from .. import __version__
-from ..data import SPLIT_FOLDERS, Split, open_split
 from ..head import ZZZHead, heads_of, record_inputs
-from ..metrics import Predictions, evaluate, reliability
+from ..metrics import KeptLogits, Predictions, cross_calibrate, evaluate, reliability
 from ..scores import ClassGaussians, class_gaussians_of, log_density
-from .common import (
-    add_ignore_unknown,
-    add_loader_arguments,
-    amp_dtype_of,
-    check_count,
-    check_size,
-    data_config_of,
-    device_of,
-    exit_on_error,
-    loader_of,
-    open_known,
-)
+from .common import amp_dtype_of, data_config_of, device_of, exit_on_error
 from .figures import STYLE, draw_bars, draw_histogram, draw_map, draw_reliability, draw_spectra, shorten
-from .run import Run, load_run, mapped_names
+from .run import Run, add_run_arguments, load_run, open_images
 
 __all__ = ['main', 'write_report']
 
@@ -71,23 +59,25 @@ class Lowest:
 
 def observe(
     model: nn.Module, loader: Iterable[Any], device: torch.device, amp_dtype: Optional[torch.dtype]
-) -> Tuple[Predictions, Optional[Tensor], Lowest, Dict[str, ZZZHead]]:
+) -> Tuple[Predictions, KeptLogits, Optional[Tensor], Lowest, Dict[str, ZZZHead]]:
     """Evaluate a model, and how well each image fits the classes of its heads.
 
     Returns:
-        The predictions; for each image the largest log-density of a class, averaged over the heads, in nats, or None
-        if a head is not given one embedding per image; the images for which it is lowest; the heads that take part.
+        The predictions; the logits that are kept; for each image the largest log-density of a class, averaged over the
+        heads, in nats, or None if a head is not given one embedding per image; the images for which it is lowest; the
+        heads that take part.
 
     Raises:
         ValueError: As :func:`timm_zzz.metrics.evaluate`, and if no ZZZ head takes part.
     """
     heads = heads_of(model)
     classes = {path: class_gaussians_of(head) for path, head in heads.items()}
-    lowest = Lowest(OUTLIERS)
+    lowest, kept = Lowest(OUTLIERS), KeptLogits()
     densities: List[Tensor] = []
     called: Set[str] = set()
 
-    def add(images: Tensor, start: int) -> None:
+    def add(images: Tensor, logits: Tensor, start: int) -> None:
+        kept.add(start, logits)
         called.update(inputs)
         if inputs and all(x.shape == (len(images), heads[path].feat_dim) for path, x in inputs.items()):
             scores = [log_density(classes[path], x).amax(1) for path, x in inputs.items()]
@@ -101,7 +91,7 @@ def observe(
         raise ValueError('no ZZZ head takes part when the model is evaluated')
     density = torch.cat([torch.empty(0), *densities])
     heads = {path: head for path, head in heads.items() if path in called}
-    return predictions, density if len(density) == len(predictions.target) else None, lowest, heads
+    return predictions, kept, density if len(density) == len(predictions.target) else None, lowest, heads
 
 
 # What the page says
@@ -247,7 +237,7 @@ def write_report(
     from jinja2 import Environment, StrictUndefined
     from matplotlib import style
 
-    predictions, density, lowest, heads = observe(run.model.to(device), loader, device, amp_dtype)
+    predictions, kept, density, lowest, heads = observe(run.model.to(device), loader, device, amp_dtype)
     head = next(iter(heads.values()))
     classes = ClassGaussians(*(t if t is None else t.cpu() for t in class_gaussians_of(head)))  # type: ignore[arg-type]
     names = names or [f'class {c}' for c in range(head.num_classes)]
@@ -270,6 +260,7 @@ def write_report(
             spectra=spectra_of(classes, predictions) if head.rank else None,
             bins=bins,
             ece=ece,
+            calibration=cross_calibrate(kept.logits, predictions.target[:: kept.step]),
             diagram=draw_reliability([each for each in bins if each.count]),
             median_density=None if density is None else density.double().median(),
             outliers=outliers_of(lowest, predictions, config, dataset),
@@ -279,30 +270,6 @@ def write_report(
 
 
 # The command
-
-
-def open_data(options: argparse.Namespace, run: Run, channels: int) -> Split:
-    """Open the images, their labels numbered as in training.
-
-    Raises:
-        ValueError: If they can't be opened or can't be numbered so.
-    """
-    dataset = options.dataset if options.dataset is not None else run.args.get('dataset') or ''
-    settings: Dict[str, Any] = dict(dataset=dataset, channels=channels, batch_size=options.batch_size)
-    count, train = run.model.num_classes, run.args.get('train_split') or 'train'
-    names, known = mapped_names(run, options.class_map), '--class-map'
-    if names:
-        check_count(known, len(names), count)
-    elif not dataset and any((options.data_dir / name).is_dir() for name in (train, *SPLIT_FOLDERS[0])):
-        # timm numbers the classes that it finds: not all need be among these images, nor these among them
-        with suppress(ValueError):  # a folder without images
-            trained = open_split(options.data_dir, train).class_names
-            names, known = (trained, train) if len(trained) == count else (None, '')
-    class_map = options.class_map or names
-    data = open_known(options, options.split, class_map, known, **settings)
-    if data.class_names or not dataset:
-        check_count(f'--data-dir: {options.split}', len(data.class_names), count)
-    return Split(data.dataset, data.class_names or names or [])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -315,17 +282,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add('checkpoint', type=Path, help="e.g. output/train/NAME/model_best.pth.tar, or the run's folder")
-    add('--data-dir', type=Path, required=True, metavar='DIR', help='the ImageFolder')
-    add('--dataset', metavar='NAME', help="timm's TYPE/NAME of the data, if not that of the run")
-    add('--split', default='validation', metavar='NAME', help='which images')
-    add('--class-map', type=Path, metavar='FILE.txt', help='class names by index, one per line')
-    add_ignore_unknown(parser)
+    add_run_arguments(parser)
     add('--output', type=Path, default=Path('report.html'), metavar='FILE', help='the page')
     add('--force', action='store_true', help='replace the page if it exists')
-    add('--use-ema', action='store_true', help='take the averaged weights')
-    add('--model', metavar='NAME', help="timm's name of the model, if the checkpoint has none")
-    add_loader_arguments(parser, batch_size=256, amp_dtype='float16')
     return parser
 
 
@@ -344,10 +303,7 @@ def _report(options: argparse.Namespace) -> None:
         raise ValueError(f'--output: {output} exists already; give another one or --force')
     device, amp_dtype = device_of(options), amp_dtype_of(options)
     run = load_run(options.checkpoint, use_ema=options.use_ema, model_name=options.model)
-    config = data_config_of(run.data_config, run.model)
-    data = open_data(options, run, config['input_size'][0])
-    loader = loader_of(options, data.dataset, config, device)
-    check_size(run.model, config)
+    data, loader, config = open_images(options, run, device)
     dataset = options.dataset or run.args.get('dataset') or options.data_dir.resolve().name
     title = f'{options.model or run.args["model"]} on {dataset}'
     size, precision = ' × '.join(map(str, config['input_size'])), options.amp_dtype if options.amp else ''

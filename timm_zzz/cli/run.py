@@ -1,25 +1,48 @@
-"""What a finished run of timm's train.py left: checkpoint, arguments, metrics, and the names of its classes."""
+"""What a finished run of timm's train.py left: checkpoint, arguments, metrics, its classes and their images."""
 
+import argparse
 import csv
 import math
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 import yaml
 from timm.models import clean_state_dict
 from torch import nn
 
-from ..data import find_left_out, open_split, read_class_map
+from ..data import SPLIT_FOLDERS, Split, find_left_out, open_split, read_class_map
 from ..head import same_shape
 from ..models.attach import FIT_PREFIX
 from ..models.checkpoint import build_model, load_weights
-from .common import check_count, one_line, tensors_of, warn_left_out
+from .common import (
+    Images,
+    add_ignore_unknown,
+    add_loader_arguments,
+    check_count,
+    check_size,
+    data_config_of,
+    loader_of,
+    one_line,
+    open_known,
+    tensors_of,
+    warn_left_out,
+)
 from .recipe import NEWEST, Option
 
-__all__ = ['CARD_OPTIONS', 'Run', 'class_names', 'load_run', 'mapped_names']
+__all__ = [
+    'CARD_OPTIONS',
+    'Run',
+    'add_images_arguments',
+    'add_run_arguments',
+    'class_names',
+    'load_run',
+    'open_images',
+    'read_checkpoint',
+]
 
 # Options of train.py that say how test images are prepared
 _DATA_OPTIONS = ('input_size', 'img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
@@ -49,6 +72,7 @@ class Run:
     summary: Optional[Path]  # summary.csv
     top1: Optional[float] = None  # on the validation images, in percent
     notes: List[str] = field(default_factory=list)  # why there is no top1
+    calibration: str = ''  # what was folded into the heads, a line each time
 
 
 def load_run(path: Path, *, use_ema: bool = False, model_name: Optional[str] = None) -> Run:
@@ -66,13 +90,7 @@ def load_run(path: Path, *, use_ema: bool = False, model_name: Optional[str] = N
     if not checkpoint.is_file():
         raise ValueError(f'no such checkpoint: {checkpoint}')
     args_file, summary = checkpoint.with_name('args.yaml'), checkpoint.with_name('summary.csv')
-    try:
-        with torch.serialization.safe_globals([Namespace]):
-            saved = torch.load(checkpoint, map_location='cpu', weights_only=True, mmap=True)
-    except Exception as e:  # whatever a broken archive or pickle raises
-        raise ValueError(f"{checkpoint} can't be read as a checkpoint of train.py: {one_line(e)}") from e
-    if not isinstance(saved, dict) or not isinstance(saved.get('state_dict'), dict):
-        raise ValueError(f'{checkpoint} is not a checkpoint of train.py: it has no state_dict')
+    saved = read_checkpoint(checkpoint)
     args, source = saved.get('args'), checkpoint
     args = vars(args) if isinstance(args, Namespace) else {} if args is None else args
     if isinstance(args, dict) and not args and args_file.is_file():
@@ -98,9 +116,26 @@ def load_run(path: Path, *, use_ema: bool = False, model_name: Optional[str] = N
         data_config={key: args[key] for key in _DATA_OPTIONS if args.get(key) not in (None, '')},
         epoch=saved['epoch'] if type(saved.get('epoch')) is int else None,
         summary=summary if summary.is_file() else None,
+        calibration=str(saved.get('calibration') or ''),
     )
     _read_metric(run, saved.get('metric'))
     return run
+
+
+def read_checkpoint(path: Path) -> Dict[str, Any]:
+    """Read the file of a checkpoint of train.py, on the CPU.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except Exception as e:  # whatever a broken archive or pickle raises
+        raise ValueError(f"{path} can't be read as a checkpoint of train.py: {one_line(e)}") from e
+    if not isinstance(saved, dict) or not isinstance(saved.get('state_dict'), dict):
+        raise ValueError(f'{path} is not a checkpoint of train.py: it has no state_dict')
+    return saved
 
 
 def _is(option: Option, value: Any) -> bool:
@@ -212,3 +247,55 @@ def class_names(run: Run, class_map: Optional[Path], data_dir: Optional[Path]) -
     if names is not None:
         check_count(where, len(names), run.model.num_classes)
     return names
+
+
+# Images to evaluate a run on
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the run and the images that a command evaluates it on."""
+    add = parser.add_argument
+    add('checkpoint', type=Path, help="e.g. output/train/NAME/model_best.pth.tar, or the run's folder")
+    add('--data-dir', type=Path, required=True, metavar='DIR', help='the ImageFolder')
+    add('--class-map', type=Path, metavar='FILE.txt', help='class names by index, one per line')
+    add('--use-ema', action='store_true', help='take the averaged weights')
+    add('--model', metavar='NAME', help="timm's name of the model, if the checkpoint has none")
+    add_images_arguments(parser)
+
+
+def add_images_arguments(parser: Any) -> None:
+    """Add which images a run is evaluated on, and how."""
+    add = parser.add_argument
+    add('--dataset', metavar='NAME', help="timm's TYPE/NAME of the data, if not that of the run")
+    add('--split', '--val-split', default='validation', metavar='NAME', help='which images')
+    add_ignore_unknown(parser)
+    add_loader_arguments(parser, batch_size=256, amp_dtype='float16')
+
+
+def open_images(options: argparse.Namespace, run: Run, device: torch.device) -> Tuple[Split, Images, Dict[str, Any]]:
+    """Open the images that the options ask for, their labels numbered as in training.
+
+    Returns:
+        The split, a loader of it, and how it prepares images.
+
+    Raises:
+        ValueError: If they can't be opened, can't be numbered so, or the model does not take them.
+    """
+    config = data_config_of(run.data_config, run.model)
+    dataset = options.dataset if options.dataset is not None else run.args.get('dataset') or ''
+    settings: Dict[str, Any] = dict(dataset=dataset, channels=config['input_size'][0], batch_size=options.batch_size)
+    count, train = run.model.num_classes, run.args.get('train_split') or 'train'
+    names, known = mapped_names(run, options.class_map), '--class-map'
+    if names:
+        check_count(known, len(names), count)
+    elif not dataset and any((options.data_dir / name).is_dir() for name in (train, *SPLIT_FOLDERS[0])):
+        # timm numbers the classes that it finds: not all need be among these images, nor these among them
+        with suppress(ValueError):  # a folder without images
+            trained = open_split(options.data_dir, train).class_names
+            names, known = (trained, train) if len(trained) == count else (None, '')
+    data = open_known(options, options.split, options.class_map or names, known, **settings)
+    if data.class_names or not dataset:
+        check_count(f'--data-dir: {options.split}', len(data.class_names), count)
+    loader = loader_of(options, data.dataset, config, device)
+    check_size(run.model, config)
+    return Split(data.dataset, data.class_names or names or []), loader, config

@@ -11,7 +11,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..head import ROW_STD, SIGMA2_INIT, ZZZHead, heads_of, record_inputs
+from ..head import INIT_STD, SIGMA2_INIT, ZZZHead, heads_of, record_inputs
 from ..metrics import best_temperature
 from ..ops.reference import inverse_softplus
 from .estimators import Density, Discriminant, Estimator, Quadratic
@@ -224,8 +224,8 @@ class ZZZFit:
         v = (form.gain / (a - form.gain) * sigma2).clamp(min=1.01 * head.v_min)
         left = (form.centre.square().sum(1) / sigma2 + (v / sigma2).log1p().sum(1)) / 2  # what the head takes off
         bias = form.offset / (a * sigma2) + left + fraction * self._log_prior()
-        # As long as a new head's rows, so that a learning rate means the same
-        head.weight.copy_(form.centre * (ROW_STD * form.centre.shape[1] ** 0.5))
+        # As long as rows drawn at random: short ones would leave their place in a few steps
+        head.weight.copy_(form.centre * (INIT_STD * form.centre.shape[1] ** 0.5))
         head.bias.copy_(bias - bias.mean())
         head.sigma2_raw.copy_(inverse_softplus(torch.tensor(sigma2 - head.sigma2_min, dtype=torch.float64)))
         if head.A is not None and head.v_raw is not None:

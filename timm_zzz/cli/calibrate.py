@@ -1,0 +1,116 @@
+"""``python -m timm_zzz calibrate``: a temperature from held-out images, folded into what timm's train.py wrote."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Dict, List, Optional
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from ..head import heads_of, record_inputs
+from ..metrics import Calibration, KeptLogits, cross_calibrate, evaluate
+from ..scores import fold_temperature
+from .common import amp_dtype_of, device_of, exit_on_error
+from .run import Run, add_run_arguments, load_run, open_images, read_checkpoint
+
+__all__ = ['calibrate_run', 'main', 'write_checkpoint']
+
+
+def calibrate_run(run: Run, options: argparse.Namespace) -> Calibration:
+    """Evaluate the model of a run on held-out images, and fold their temperature into every head that takes part.
+
+    timm's models with several heads answer with the mean of their logits: divided by one temperature each, so is it.
+    ``run.calibration`` says afterwards what was done.
+
+    Args:
+        options: Those of :func:`~timm_zzz.cli.run.add_images_arguments`, data_dir and class_map.
+
+    Raises:
+        ValueError: If the images can't be opened, as :func:`timm_zzz.metrics.evaluate`, or if no ZZZ head takes part.
+    """
+    device, heads, kept = device_of(options), heads_of(run.model), KeptLogits()
+    _, loader, _ = open_images(options, run, device)
+    model = run.model.to(device)
+    with record_inputs(heads) as inputs, tqdm(loader, desc='images', unit='batch', file=sys.stderr) as batches:
+        predictions = evaluate(
+            model, batches, device, amp_dtype_of(options), lambda _, logits, start: kept.add(start, logits)
+        )
+    if not inputs:
+        raise ValueError('no ZZZ head takes part when the model is evaluated')
+    calibration = cross_calibrate(kept.logits, predictions.target[:: kept.step])
+    temperature = [fold_temperature(heads[path], calibration.temperature) for path in inputs][0]
+    model.cpu()
+    (before, after), (nll, new_nll) = calibration.ece, (each.mean_nll for each in calibration[1:3])
+    line = (
+        f'Calibrated: the logits were divided by {temperature:.4g}, the temperature of '
+        f'{len(calibration.before.target)} images of `{options.split}`. That takes the expected calibration error from '
+        f'{100 * before:.2f} % to {100 * after:.2f} % and the negative log-likelihood from {nll:.4f} to {new_nll:.4f}, '
+        'measured on each half of the images with the temperature of the other half.'
+    )
+    run.calibration = '\n'.join(filter(None, [run.calibration, line]))
+    return calibration
+
+
+def write_checkpoint(run: Run, path: Path) -> None:
+    """Write the model of a run as a checkpoint of train.py, without what only ``--resume`` needs."""
+    saved = read_checkpoint(run.checkpoint)
+    state = {key: value.detach().cpu().contiguous() for key, value in run.model.state_dict().items()}
+    new: Dict[str, Any] = {key: saved[key] for key in ('epoch', 'arch', 'version', 'metric') if key in saved}
+    new.update(state_dict=state, args=argparse.Namespace(**run.args), calibration=run.calibration)
+    if run.averaged:  # so that readers that ask for the averaged weights get them, and summary.csv is about these
+        new['state_dict_ema'] = state
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix='.zzz-calibrate-') as temporary:
+        draft = Path(temporary) / path.name
+        torch.save(new, draft)
+        os.replace(draft, path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_zzz calibrate',
+        description='Divide the logits of a model that train.py trained by the temperature that suits held-out images '
+        'best, within the parameters of its ZZZ head, and write a checkpoint that validate.py --checkpoint, train.py '
+        '--initial-checkpoint, report and push read like the one of the run. What is printed as "after" is measured on '
+        'each half of the images with the temperature of the other half.',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_run_arguments(parser)
+    add = parser.add_argument
+    help = 'the new checkpoint; calibrated.pth.tar beside the old one, where push finds summary.csv, if not given'
+    add('-o', '--output', type=Path, metavar='FILE', help=help)
+    add('--force', action='store_true', help='replace the file if it exists')
+    return parser
+
+
+def main(arguments: Optional[List[str]] = None) -> None:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    with exit_on_error(parser):
+        _calibrate(options)
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    checkpoint: Path = options.checkpoint
+    output: Path = options.output or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / 'calibrated.pth.tar'
+    if not output.name.endswith('.pth.tar'):
+        raise ValueError(f'--output: expected a name that ends in .pth.tar, got {output}')
+    if output.is_dir() or output.exists() and not options.force:
+        raise ValueError(f'--output: {output} exists already; give another one or --force')
+    run = load_run(checkpoint, use_ema=options.use_ema, model_name=options.model)
+    if options.model:
+        run.args = {**run.args, 'model': options.model}
+    calibration = calibrate_run(run, options)
+    pairs = (('before:', calibration.before), ('after: ', calibration.after))
+    for (when, result), ece in zip(pairs, calibration.ece, strict=True):
+        figures = f'negative log-likelihood {result.mean_nll:.4f}, expected calibration error {100 * ece:.2f} %'
+        print(f'{when} top-1 {result.top1:.2f} %, {figures}')
+    print(
+        f'temperature {calibration.temperature:.4g}, of {len(calibration.before.target)} images of {options.split}; '
+        '"after" is of each half of them with the temperature of the other half'
+    )
+    write_checkpoint(run, output)
+    print(output)
