@@ -13,7 +13,7 @@ ARGUMENTS = ['--epochs', '1', '--images', '2', '--repeats', '2', '--device', 'cp
 
 @pytest.fixture
 def few_images(monkeypatch):
-    for name, value in (('COARSE_IMAGES', 6), ('COARSE_EPOCHS', 1), ('TEST_IMAGES', 2)):
+    for name, value in (('COARSE_IMAGES', 4), ('COARSE_EPOCHS', 1), ('TEST_IMAGES', 2)):
         monkeypatch.setattr(demo, name, value)
 
 
