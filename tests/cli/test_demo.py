@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 
 from timm_zzz.cli import demo
 
-ARGUMENTS = ['--epochs', '1', '--images', '2', '--repeats', '2', '--device', 'cpu', '--workers']
+ARGUMENTS = ['--epochs', '1', '--images', '2', '--repeats', '1', '--device', 'cpu', '--workers']
 
 
 @pytest.fixture
@@ -51,10 +51,10 @@ def test_demo(few_images, tmp_path, capsys):
     demo.main([*ARGUMENTS, '0', '--output', str(output)])
     assert torch.get_num_threads() == threads
     out = capsys.readouterr().out
-    head, *rows = [line.split('  ') for line in out.splitlines()[2:6]]
+    head, *rows = [line.split('  ') for line in out.splitlines()[2:7]]
     assert [part.strip() for part in head if part] == ['top-1 %', 'NLL', 'AUROC %', 'seconds', 'score of the AUROC']
     rows = [[part.strip() for part in row if part] for row in rows]
-    assert [row[0] for row in rows] == ['linear, fine-tuned', 'ZZZ, fitted', 'ZZZ, fitted and fine-tuned']
+    assert [row[0] for row in rows] == [*demo.METHODS]
     assert all(0 <= float(row[1]) <= 100 and float(row[2]) > 0 and 0 <= float(row[3]) <= 100 for row in rows)
     assert f"timm.create_model('local-dir:{output}/model', pretrained=True): same logits" in out
     assert {path.name for path in output.iterdir()} == {'model', 'confusions.png', 'validation'}
