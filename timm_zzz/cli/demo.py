@@ -1,6 +1,6 @@
-"""``python -m timm_zzz demo``: train a ZZZ head and a linear head on images of beetles drawn on the spot.
+"""``python -m timm_zzz demo``: fine-tune to new classes with few images, by a linear head and by a ZZZ head.
 
-Everything but the drawing is timm's: models, loaders, optimiser and schedule.
+The images are of beetles, drawn on the spot. All but the drawing is timm's: models, loaders, optimiser and schedule.
 """
 
 import argparse
@@ -11,35 +11,78 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import timm
 import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image, ImageDraw
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data import ImageDataset, create_loader
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
-from torch import nn
+from torch import Tensor, nn
 
 from ..data import eval_loader
 from ..errors import CheckpointError
 from ..hub import save_pretrained
 from ..metrics import Predictions, evaluate, predict
 from ..models.registry import RANKS
-from .common import device_of, exit_on_error, positive_int
+from ..scores import outlier_scores
+from .common import count, device_of, exit_on_error, positive_int
 
-__all__ = ['draw_dataset', 'main', 'run_demo', 'train', 'validation_loader']
+__all__ = ['draw_classes', 'main', 'run_demo', 'train']
 
 ARCHITECTURE = 'test_resnet'
 IMAGE_SIZE = 64
-PREPROCESSING = {'input_size': (3, IMAGE_SIZE, IMAGE_SIZE), 'crop_pct': 1.0, 'interpolation': 'bilinear'}
-# What tells the classes apart: pairs of spots in front and behind, a band across the wings, the antennae
+PREPROCESSING: Dict[str, Any] = dict(
+    input_size=(3, IMAGE_SIZE, IMAGE_SIZE),
+    crop_pct=1.0,
+    crop_mode='center',
+    interpolation='bilinear',
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
+# What tells species apart: pairs of spots in front and behind, a band across the wings, the antennae
 SPOTS = {'2spots': (-0.45, 0.5), '3spots': (-0.6, -0.3, 0.45), '4spots': (-0.6, -0.3, 0.35, 0.65)}
-CLASSES = list(itertools.product(SPOTS, ('plain', 'banded'), ('straight', 'curled')))
+WINGS, ANTENNAE = ('plain', 'banded'), ('straight', 'curled')
+Classes = Dict[str, List[Tuple[str, str, str]]]  # the kinds of beetles in each class
+FINE: Classes = {'_'.join(kind): [kind] for kind in itertools.product(SPOTS, WINGS, ANTENNAE)}
+# Each holds two of them: those of three spots may have any wings, the others any antennae
+COARSE: Classes = {}
+for _spots, _wings, _antennae in itertools.product(SPOTS, WINGS, ANTENNAE):
+    _name = f'{_spots}_{_antennae if _spots == "3spots" else _wings}'
+    COARSE.setdefault(_name, []).append((_spots, _wings, _antennae))
+UNKNOWN: Classes = {'striped': [(spots, 'striped', antennae) for spots, antennae in itertools.product(SPOTS, ANTENNAE)]}
+COARSE_IMAGES, COARSE_EPOCHS = 160, 24  # of the backbone's own training, images per class
+TEST_IMAGES = 40  # per class
+BATCH_SIZE = 64
 BLACK = (20, 20, 20)
-VALIDATION_IMAGES = 40  # per class
+
+
+class Rates(NamedTuple):
+    """Learning rates."""
+
+    backbone: float
+    head: float
+
+
+class Method(NamedTuple):
+    """A way from the coarse classes to the finer ones."""
+
+    preset: Optional[str]  # of the fit of a ZZZ head; None for a linear head
+    rates: Optional[Rates]  # to fine-tune with
+    score: str  # that tells unknown classes
+
+
+COARSE_RATES, ZZZ_RATES = Rates(4e-3, 4e-3), Rates(1e-4, 5e-4)
+# docs/results.md says which rates and scores were tried
+METHODS = {
+    'linear, best rates': Method(None, Rates(3e-5, 3.2e-2), 'max_softmax'),
+    "linear, ZZZ's rates": Method(None, ZZZ_RATES, 'max_softmax'),
+    'ZZZ, fitted only': Method('frozen', None, 'relative_mahalanobis'),
+    'ZZZ, fitted and fine-tuned': Method('finetune', ZZZ_RATES, 'relative_mahalanobis'),
+}
 
 
 def _color(rng: random.Random, saturation: Tuple[float, float], value: Tuple[float, float]) -> Tuple[int, ...]:
@@ -82,6 +125,9 @@ def draw_beetle(rng: random.Random, spots: str, wings: str, antennae: str, size:
     if wings == 'banded':
         half = width * 0.92
         draw.rectangle((center - half, center - length * 0.1, center + half, center + length * 0.12), fill=mark)
+    elif wings == 'striped':
+        for x in (center - width * 0.3, center + width * 0.3):
+            draw.line((x, center - length * 0.8, x, center + length * 0.8), fill=mark, width=3 * line)
     r = length * 0.11
     for s, k in itertools.product((-1, 1), SPOTS[spots]):
         x, y = center + s * width * rng.uniform(0.38, 0.5), center + k * length
@@ -96,57 +142,85 @@ def draw_beetle(rng: random.Random, spots: str, wings: str, antennae: str, size:
     return Image.blend(image, noise, rng.uniform(0.0, 0.15))
 
 
-def draw_dataset(folder: Path, per_class: Dict[str, int], seed: int) -> None:
-    """Write an ImageFolder tree, folder/SPLIT/CLASS/N.png, with ``per_class[SPLIT]`` images a class."""
-    for split, count in per_class.items():
-        rng = random.Random(f'{seed} {split}')
-        for kind in CLASSES:
-            target = folder / split / '_'.join(kind)
-            target.mkdir(parents=True)
-            for i in range(count):
-                draw_beetle(rng, *kind).save(target / f'{i:04d}.png')
+def draw_classes(folder: Path, classes: Classes, images: int, seed: str) -> None:
+    """Write an ImageFolder, folder/CLASS/N.png, with ``images`` images a class, of its kinds in turn."""
+    rng = random.Random(seed)
+    for name, kinds in classes.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(images):
+            draw_beetle(rng, *kinds[i % len(kinds)]).save(folder / name / f'{i:04d}.png')
 
 
-def class_names() -> List[str]:
-    """List the names of the classes in an ImageFolder's order."""
-    return sorted(map('_'.join, CLASSES))
+def images_of(folder: Path, device: torch.device, workers: int) -> Any:
+    """Create the loader of a folder's images, prepared for evaluation."""
+    return eval_loader(ImageDataset(str(folder)), PREPROCESSING, batch_size=128, workers=workers, device=device)
 
 
-def validation_loader(model: nn.Module, folder: Path, device: torch.device, workers: int) -> Any:
-    """Create the loader of the drawn validation images."""
-    dataset = create_dataset('', root=str(folder), split='validation')
-    config = resolve_data_config(PREPROCESSING, model=model)
-    return eval_loader(dataset, config, batch_size=128, workers=workers, device=device)
+def create_model(rank: Optional[int], weights: Path, **start: Any) -> Any:
+    """Create a model for the finer classes on the backbone of a checkpoint, with a ZZZ head unless ``rank`` is None.
+
+    A linear head starts at zero (``train.py --head-init-scale 0.0``), a ZZZ head as the arguments ``start`` say.
+    """
+    checkpoint = dict(PREPROCESSING, file=str(weights), num_classes=len(COARSE))
+    options: Dict[str, Any] = dict(pretrained=True, pretrained_cfg_overlay=checkpoint, num_classes=len(FINE))
+    if rank is not None:
+        return timm.create_model(f'{ARCHITECTURE}.zzz_r{rank}', **options, **start)
+    model: Any = timm.create_model(ARCHITECTURE, **options)
+    nn.init.zeros_(model.get_classifier().weight)
+    return model
 
 
-def train(name: str, folder: Path, epochs: int, seed: int, device: torch.device, workers: int) -> nn.Module:
-    """Train a model from scratch on the drawn images."""
-    random_seed(seed)
-    model = timm.create_model(name, num_classes=len(CLASSES)).to(device)
-    dataset = create_dataset('', root=str(folder), split='train')
-    config = resolve_data_config(PREPROCESSING, model=model)
-    options: Dict[str, Any] = {key: config[key] for key in ('input_size', 'interpolation', 'mean', 'std')}
-    options.update(scale=(0.8, 1.0), ratio=(0.9, 1.1), color_jitter=0.2)
-    loader: Any = create_loader(dataset, batch_size=64, is_training=True, num_workers=workers, device=device, **options)
+def train(model: nn.Module, folder: Path, epochs: int, rates: Rates, device: torch.device, workers: int) -> None:
+    """Train a model on a folder of images."""
+    dataset = ImageDataset(str(folder))
+    options: Dict[str, Any] = {key: PREPROCESSING[key] for key in ('input_size', 'interpolation', 'mean', 'std')}
+    options.update(scale=(0.8, 1.0), ratio=(0.9, 1.1), color_jitter=0.2, persistent_workers=workers > 0)
+    batch_size = min(BATCH_SIZE, max(1, len(dataset) // 2))
+    loader: Any = create_loader(
+        dataset, batch_size=batch_size, is_training=True, num_workers=workers, device=device, **options
+    )
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    optimizer = create_optimizer_v2(model, opt='adamw', lr=4e-3, weight_decay=0.05)
+    scale = rates.backbone / rates.head
+    scales: Dict[str, Any] = dict(layer_decay=scale, layer_decay_min_scale=scale)  # of all below the head
+    optimizer = create_optimizer_v2(model, opt='adamw', lr=rates.head, weight_decay=0.05, **scales)
     steps: Dict[str, Any] = dict(step_on_epochs=False, updates_per_epoch=len(loader))
-    scheduler, _ = create_scheduler_v2(optimizer, num_epochs=epochs, warmup_epochs=2, warmup_lr=0.0, **steps)
+    scheduler, _ = create_scheduler_v2(optimizer, num_epochs=epochs, warmup_epochs=epochs // 10, warmup_lr=0.0, **steps)
     scheduler.step_update(0)
     model.train()
     batches = itertools.chain.from_iterable(itertools.repeat(loader, epochs))
-    progress = tqdm(batches, desc=f'{name:>22}', total=epochs * len(loader), unit='step', file=sys.stderr)
+    progress = tqdm(batches, desc=f'{folder.name:>10}', total=epochs * len(loader), unit='step', file=sys.stderr)
     for step, (x, y) in enumerate(progress, 1):
         optimizer.zero_grad()
         criterion(model(x.to(device)), y.to(device)).backward()
         optimizer.step()
         scheduler.step_update(step)
-    return model
+
+
+class Result(NamedTuple):
+    """What a model makes of the validation images and of those of an unknown class."""
+
+    predictions: Predictions
+    auroc: float  # percent
+    seconds: float
+
+
+@torch.inference_mode()
+def features_of(model: Any, loader: Any, device: torch.device) -> Tuple[Tensor, Tensor]:
+    """Compute what a model's head is given for a loader's images, shape (N, d), and return it with their classes."""
+    model.eval()
+    batches = [(model.forward_head(model.forward_features(x.to(device)), pre_logits=True), y) for x, y in loader]
+    features, target = (torch.cat(column) for column in zip(*batches, strict=True))
+    return features, target
+
+
+def auroc(inliers: Tensor, outliers: Tensor) -> float:
+    """Compute in percent how often an outlier's score is larger than an inlier's, ties counted half."""
+    return 50 + 50 * (outliers[:, None] - inliers).sign().double().mean().item()
 
 
 def draw_confusions(results: Dict[str, Predictions], folder: Path, size: int = 24) -> Image.Image:
     """Draw the confusion matrix of each result, with an image of each class beside its row and column."""
-    n = len(CLASSES)
+    n = len(FINE)
     picture = Image.new('RGB', ((n + 2) * size * len(results), (n + 3) * size), 'white')
     draw = ImageDraw.Draw(picture)
     for k, (name, result) in enumerate(results.items()):
@@ -155,27 +229,27 @@ def draw_confusions(results: Dict[str, Predictions], folder: Path, size: int = 2
         draw.text((left, 4 + size // 2), 'rows: true class, columns: predicted', fill='gray')
         counts = torch.bincount(result.target * n + result.prediction, minlength=n * n).reshape(n, n)
         for i, row in enumerate(counts.tolist()):
-            with Image.open(folder / class_names()[i] / '0000.png') as image:
+            with Image.open(folder / sorted(FINE)[i] / '0000.png') as image:
                 icon = image.resize((size, size))
             picture.paste(icon, (left - size, top + i * size))
             picture.paste(icon, (left + i * size, top - size))
-            for j, count in enumerate(row):
-                x, y, shade = left + j * size, top + i * size, 255 - 255 * count // max(1, sum(row))
+            for j, number in enumerate(row):
+                x, y, shade = left + j * size, top + i * size, 255 - 255 * number // max(1, sum(row))
                 fill = (shade, shade, 255) if i == j else (255, shade, shade)
                 draw.rectangle((x, y, x + size - 2, y + size - 2), fill=fill)
-                draw.text((x + 5, y + 5), str(count or ''), fill='black' if shade > 127 else 'white')
+                draw.text((x + 5, y + 5), str(number or ''), fill='black' if shade > 127 else 'white')
     return picture
 
 
 def run_demo(
-    output: Path, epochs: int, images: int, rank: int, seed: int, workers: int, device: torch.device
-) -> Dict[str, Tuple[Predictions, float]]:
-    """Train both models and write the ZZZ model, a picture of the confusions and the validation images to a folder.
+    output: Path, epochs: int, images: int, repeats: int, rank: int, seed: int, workers: int, device: torch.device
+) -> Dict[str, List[Result]]:
+    """Train a backbone, take it on by each of the methods, and write the last model and validation images to a folder.
 
-    The folder appears when everything is in it.
+    The folder, which has a picture of the confusions too, appears when everything is in it.
 
     Returns:
-        Predictions on the validation images and seconds of training, by name of the model.
+        By name of the method, a result of each repeat, which has training images of its own.
 
     Raises:
         ValueError: If the folder exists.
@@ -186,22 +260,41 @@ def run_demo(
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix='.zzz-demo-', dir=output.parent) as temporary:
         data, draft = Path(temporary) / 'data', Path(temporary) / 'results'
-        print(f'drawing {len(CLASSES)} classes of beetles, {images} training images each', file=sys.stderr)
-        draw_dataset(data, {'train': images, 'validation': VALIDATION_IMAGES}, seed)
-        results: Dict[str, Tuple[Predictions, float]] = {}
-        for name in (ARCHITECTURE, f'{ARCHITECTURE}.zzz_r{rank}'):
-            start = time.perf_counter()
-            model = train(name, data, epochs, seed, device, workers)
-            seconds = time.perf_counter() - start
-            loader = validation_loader(model, data, device, workers)
-            results[name] = evaluate(model, loader, device), seconds
-        folder = save_pretrained(model, draft / 'model', label_names=class_names(), data_config=PREPROCESSING)
-        reloaded = timm.create_model(f'local-dir:{folder}', pretrained=True).to(device)
-        logits = [torch.cat([out for _, out, _ in predict(m, loader, device)]) for m in (model, reloaded)]
+        print(f'drawing beetles: {len(COARSE)} coarse and {len(FINE)} finer classes', file=sys.stderr)
+        draw_classes(data / 'coarse', COARSE, COARSE_IMAGES, f'{seed} coarse')
+        draw_classes(data / 'validation', FINE, TEST_IMAGES, f'{seed} validation')
+        draw_classes(data / 'unknown', UNKNOWN, 6 * TEST_IMAGES, f'{seed} unknown')
+        random_seed(seed)
+        backbone: nn.Module = timm.create_model(ARCHITECTURE, num_classes=len(COARSE)).to(device)
+        train(backbone, data / 'coarse', COARSE_EPOCHS, COARSE_RATES, device, workers)
+        torch.save(backbone.state_dict(), data / 'backbone.pth')
+
+        results: Dict[str, List[Result]] = {name: [] for name in METHODS}
+        validation, unknown = (images_of(data / name, device, workers) for name in ('validation', 'unknown'))
+        for repeat in range(repeats):
+            folder = data / f'fine{repeat}'
+            draw_classes(folder, FINE, images, f'{seed} {folder.name}')
+            for name, (preset, rates, score) in METHODS.items():
+                random_seed(seed + repeat)
+                began = time.perf_counter()
+                fit: Dict[str, Any] = dict(zzz_fit=images_of(folder, device, workers), zzz_fit_preset=preset)
+                model = create_model(rank if preset else None, data / 'backbone.pth', **fit).to(device)
+                if rates is not None:
+                    train(model, folder, epochs, rates, device, workers)
+                seconds = time.perf_counter() - began
+                head = model.get_classifier()
+                features, target = features_of(model, validation, device)
+                others, _ = features_of(model, unknown, device)
+                scores = [outlier_scores(head, x, [score])[score] for x in (features, others)]
+                results[name].append(Result(evaluate(head, [(features, target)], device), auroc(*scores), seconds))
+
+        saved = save_pretrained(model, draft / 'model', label_names=sorted(FINE), data_config=PREPROCESSING)
+        reloaded = timm.create_model(f'local-dir:{saved}', pretrained=True).to(device)
+        logits = [torch.cat([out for _, out, _ in predict(m, validation, device)]) for m in (model, reloaded)]
         if not torch.equal(*logits):
             raise CheckpointError('the model reloaded from the checkpoint gives other logits')
         (data / 'validation').rename(draft / 'validation')
-        predictions = {name: result for name, (result, _) in results.items()}
+        predictions = {name: result[-1].predictions for name, result in results.items()}
         draw_confusions(predictions, draft / 'validation').save(draft / 'confusions.png')
         draft.rename(output)
     return results
@@ -210,24 +303,34 @@ def run_demo(
 def main(arguments: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m timm_zzz demo',
-        description=f'Draws {len(CLASSES)} classes of beetles that differ in details, trains {ARCHITECTURE} with a '
-        'linear head and with a ZZZ head on them, and saves the latter. Needs no data set and no network.',
+        description=f'Draws beetles, trains {ARCHITECTURE} on {len(COARSE)} coarse classes of them, and takes it on to '
+        f'{len(FINE)} finer ones with few images each: with a linear head that starts at zero, and with a ZZZ head '
+        'that starts from the images. Saves the latter. Needs no data set and no network.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add('--output', type=Path, default=Path('zzz-demo'), help='folder for the results; must not exist')
-    add('--epochs', type=positive_int, default=24, help='training epochs')
-    add('--images', type=positive_int, default=120, help='training images per class')
+    add('--epochs', type=positive_int, default=30, help='epochs of fine-tuning')
+    add('--images', type=positive_int, default=5, help='training images of each finer class')
+    add('--repeats', type=positive_int, default=2, help='how often to fine-tune, each time to other images')
     add('--rank', type=int, choices=RANKS, default=8, help='rank of the ZZZ head')
     add('--seed', type=int, default=0, help='random seed')
-    add('--workers', type=positive_int, default=2, help='processes that load images')
+    add('--workers', type=count, default=2, help='processes that load images')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='device to train on')
     options = parser.parse_args(arguments)
-    with exit_on_error(parser, 'interrupted, nothing was saved'):
-        results = run_demo(**{**vars(options), 'device': device_of(options)})
-    print(f'\n{"model":24}{"top-1 %":>9}{"NLL":>9}{"seconds":>9}')
-    for name, (result, seconds) in results.items():
-        print(f'{name:24}{result.top1:9.1f}{result.mean_nll:9.3f}{seconds:9.1f}')
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as fast for tiny images, and threads that wait for each other spin beside busy processes
+    try:
+        with exit_on_error(parser, 'interrupted, nothing was saved'):
+            results = run_demo(**{**vars(options), 'device': device_of(options)})
+    finally:
+        torch.set_num_threads(threads)
+    print(f'\n{options.images} images a class, means of {options.repeats} runs; AUROC: a class that no model has seen')
+    print(f'{"":28}{"top-1 %":>9}{"NLL":>9}{"AUROC %":>9}{"seconds":>9}  score of the AUROC')
+    for name, runs in results.items():
+        rows = [(run.predictions.top1, run.predictions.mean_nll, run.auroc, run.seconds) for run in runs]
+        top1, nll, area, seconds = (sum(column) / len(column) for column in zip(*rows, strict=True))
+        print(f'{name:28}{top1:9.1f}{nll:9.3f}{area:9.1f}{seconds:9.1f}  {METHODS[name].score}')
     print(f"\nreloaded with timm.create_model('local-dir:{options.output}/model', pretrained=True): same logits")
     for what, path in (('checkpoint', 'model'), ('confusions', 'confusions.png'), ('images', 'validation')):
         print(f'{what:12}{options.output}/{path}')
