@@ -409,7 +409,8 @@ def fold_temperature(head: ZZZHead, temperature: float) -> float:
             temperature that is not finite and > 0.
 
     Example:
-        >>> head, features = ZZZHead(num_classes=3, feat_dim=16, rank=4, dtype=torch.float64), torch.randn(5, 16)
+        >>> head = ZZZHead(num_classes=3, feat_dim=16, rank=4, init='reference', dtype=torch.float64)
+        >>> features = torch.randn(5, 16)
         >>> before, _ = head(features.double()), fold_temperature(head, 2.0)
         >>> torch.allclose(head(features.double()), before / 2)
         True
