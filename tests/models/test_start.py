@@ -301,6 +301,15 @@ def test_on_a_gpu_and_back(create, colours, monkeypatch):
     assert seen['device'].type == 'cuda'
 
 
+def test_training_draws_what_it_would_without(create, colours):
+    drawn = []
+    for source in (None, str(colours)):
+        torch.manual_seed(0)
+        create(zzz_fit=source)
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
 def test_a_linear_model_is_left_alone():
     model = timm.create_model('test_resnet', zzz_fit=None)
     assert isinstance(model.fc, torch.nn.Linear)
@@ -316,7 +325,8 @@ def broken(tmp_path):
 
 def test_errors_name_the_option(create, colours, broken, tmp_path):
     (tmp_path / 'empty').mkdir()
-    shutil.copytree(colours, tmp_path / 'data' / 'train')
+    for split in ('eval', 'test', 'train'):
+        shutil.copytree(colours, tmp_path / 'data' / split)
     shutil.copytree(colours, tmp_path / 'named' / 'train')  # a class of that name is no split
     shutil.move(tmp_path / 'named' / 'train' / CLASSES[0], tmp_path / 'classes' / 'train')
     (tmp_path / 'two.txt').write_text('\n'.join(CLASSES[:2]))

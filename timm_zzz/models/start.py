@@ -72,7 +72,8 @@ def fit_start(
     fast = there.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
     images = fit if _is_loader(fit) else _images(model, fit, fit_class_map, there)
     try:
-        fit_model(model, images, amp_dtype=torch.bfloat16 if fast else None, distributed=True, preset=fit_preset)
+        with torch.random.fork_rng(devices=[]):  # a loader draws its seed: training is to draw what it would otherwise
+            fit_model(model, images, amp_dtype=torch.bfloat16 if fast else None, distributed=True, preset=fit_preset)
     except ValueError as e:
         if str(e).startswith(FIT_PREFIX):
             raise
@@ -129,8 +130,8 @@ def _settings(fit: Any) -> Dict[str, Any]:
         raise ValueError(f'zzz_fit: expected a folder, TYPE/NAME:SPLIT, a dict or a loader, got {fit!r:.60}')
     folder = Path(fit)
     if folder.is_dir():
-        splits = {*SPLIT_FOLDERS[0], *SPLIT_FOLDERS[1], 'test'}
-        nested = [path for path in sorted(folder.iterdir()) if path.name in splits and _has_folders(path)]
+        splits = (folder / name for name in (*SPLIT_FOLDERS[0], *SPLIT_FOLDERS[1], 'test'))  # those of training first
+        nested = [path for path in splits if _has_folders(path)]
         if nested:
             raise ValueError(f'zzz_fit: {folder} has splits in it, not classes: name one, such as {nested[0]}')
         return dict(data_dir=folder, split='')
