@@ -123,10 +123,11 @@ def root():
 @pytest.fixture(scope='session')
 def beetles(tmp_path_factory):
     """An ImageFolder tree of a dozen tiny images per class for training, four for validation; 12 classes."""
-    from timm_zzz.cli.demo import draw_dataset
+    from timm_zzz.cli.demo import FINE, draw_classes
 
     folder = tmp_path_factory.mktemp('beetles')
-    draw_dataset(folder, {'train': 12, 'validation': 4}, seed=0)
+    for split, images in (('train', 12), ('validation', 4)):
+        draw_classes(folder / split, FINE, images, seed=f'0 {split}')
     return folder
 
 

@@ -15,14 +15,15 @@ from timm_zzz.data import shipped_files
 
 
 def test_library_parts(beetles, tmp_path):
-    from timm_zzz.cli.demo import train, validation_loader
+    from timm_zzz.cli.demo import COARSE_RATES, images_of, train
     from timm_zzz.metrics import evaluate, predict
 
     device = torch.device('cpu')
-    model = train('test_resnet.zzz_r8', beetles, 1, 0, device, 1)
+    model = timm.create_model('test_resnet.zzz_r8', num_classes=12)
+    train(model, beetles / 'train', 1, COARSE_RATES, device, 1)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
     again = timm.create_model('test_resnet.zzz_r8', num_classes=12, checkpoint_path=str(tmp_path / 'last.pth.tar'))
-    loader = validation_loader(model, beetles, device, 1)
+    loader = images_of(beetles / 'validation', device, 1)
     assert torch.equal(*(torch.cat([logits for _, logits, _ in predict(m, loader, device)]) for m in (model, again)))
     result = evaluate(model, loader, device)
     assert 0 <= result.top1 <= 100 and result.nll.min() > 0

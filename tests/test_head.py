@@ -108,6 +108,20 @@ def test_flat_start_pushes_the_backbone_where_the_images_point(rank):
     assert right > 0.9 and cosine.mean() > 0.3
 
 
+@pytest.mark.parametrize('lr', [0.01, 0.1])
+def test_sgd_trains_a_flat_start_with_warm_up(lr):
+    torch.manual_seed(0)
+    centres, y = torch.randn(20, 128), torch.arange(400) % 20
+    x, head = centres[y] + 2 * torch.randn(400, 128), ZZZHead(20, 128, 4)
+    optimizer = torch.optim.SGD(head.parameters(), lr, momentum=0.9, nesterov=True)
+    for step in range(100):
+        optimizer.param_groups[0]['lr'] = lr * min(1, (step + 1) / 40)
+        optimizer.zero_grad()
+        F.cross_entropy(head(x), y).backward()
+        optimizer.step()
+    assert (head(centres).argmax(1) == torch.arange(20)).all() and variances(head)[1] < 1
+
+
 def test_start_of_the_reference():
     """Means, then A, from 0.02 N(0, 1); variances of softplus(0); a Gaussian of torch with that covariance."""
     torch.manual_seed(1)

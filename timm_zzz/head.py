@@ -257,14 +257,14 @@ class ZZZHead(nn.Module):
         v_init: Initial variance along the basis, > v_min; by default a tenth of the initial sigma2, or 2 v_min if that
             is larger.
         sigma2_init: Initial isotropic variance, > sigma2_min; by default 1/16, or 2 sigma2_min if that is larger.
-        init: The start. ``'flat'``: all classes are the same Gaussian, with one random mean and subspace, so that the
-            logits are equal, no random gradient reaches the backbone, and what parts the classes comes from the images.
-            ``'reference'``: means and A are drawn class by class, and both variances are softplus(0) plus their
-            minimum, 0.69, unless given.
         log_density: Give log N(x; mu_c, Sigma_c) + d/2 log(2 pi) + bias_c as logits instead.
         impl: What computes it, as in :func:`timm_zzz.functional.zzz_logits`: ``'torch'``, ``'triton'`` or ``'auto'``.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+        init: The start. ``'flat'``: all classes are the same Gaussian, with one random mean and subspace, so that the
+            logits are equal, no random gradient reaches the backbone, and what parts the classes comes from the images.
+            ``'reference'``: means and A are drawn class by class, and both variances are softplus(0) plus their
+            minimum, 0.69, unless given.
 
     Attributes:
         weight: Class means before normalisation, shape (C, d); also readable as ``mu``.
@@ -296,11 +296,11 @@ class ZZZHead(nn.Module):
         sigma2_min: float = 1e-4,
         v_init: Optional[float] = None,
         sigma2_init: Optional[float] = None,
-        init: str = 'flat',
         log_density: bool = False,
         impl: str = 'auto',
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
+        init: str = 'flat',
     ):
         super().__init__()
         for name, value in (('num_classes', num_classes), ('feat_dim', feat_dim), ('rank', rank)):

@@ -112,6 +112,9 @@ def test_calibrated(hub, tmp_path, beetles, capsys):
         close(model(x), trained.eval()(x) / temperature, rtol=2e-3, atol=2e-3)
         close(timm.utils.reparameterize_model(model)(x), model(x), rtol=1e-4, atol=1e-4)
     assert re.search(line, capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / 'run'), 'owner/as-it-is', '--dataset', 'beetles'])
+    assert 'a card has --dataset-name' in capsys.readouterr().err
     main([str(tmp_path / 'run'), 'owner/as-it-is', '--data-dir', str(beetles)])
     assert 'Calibrated' not in hub.files('owner/as-it-is')['README.md'].decode()
 

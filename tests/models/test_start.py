@@ -335,7 +335,8 @@ def test_errors_name_the_option(create, colours, broken, tmp_path):
     for kwargs, message in (
         (
             dict(num_classes=5),
-            f'zzz_fit: {colours} has 3 classes, but num_classes is 5; zzz_fit_class_map numbers them',
+            f'zzz_fit: {colours} has 3 classes, but num_classes is 5; give num_classes=3, '
+            'or zzz_fit_class_map to number them',
         ),
         (
             dict(zzz_fit=dict(data_dir=str(colours.parent)), num_classes=5),

@@ -164,6 +164,8 @@ def main(arguments: Optional[List[str]] = None) -> None:
             raise ValueError(f'--recipe: no such file: {recipe}')
         if options.calibrate and not options.data_dir:
             raise ValueError('--calibrate: it needs held-out images, give --data-dir')
+        if not options.calibrate and (options.dataset is not None or options.split != parser.get_default('split')):
+            raise ValueError('--dataset, --split: they name the images of --calibrate; a card has --dataset-name')
         run = load_run(options.checkpoint, use_ema=options.use_ema, model_name=options.model)
         names = class_names(run, options.class_map, options.data_dir)
         if names is None:

@@ -101,7 +101,7 @@ def _images(model: Any, fit: Any, class_map: ClassMap, device: torch.device) -> 
             _logger.warning(f'zzz_fit: {message}')
     found = len(split.class_names)
     if found and found != model.num_classes:
-        hint = '' if mapped else f'; {NAMES.class_map} numbers them'
+        hint = '' if mapped else f'; give num_classes={found}, or {NAMES.class_map} to number them'
         raise ValueError(
             f'zzz_fit: {NAMES.class_map if mapped else where} has {found} classes, '
             f'but num_classes is {model.num_classes}{hint}'
@@ -128,8 +128,8 @@ def _settings(fit: Any) -> Dict[str, Any]:
         return {'data_dir': None, 'split': 'train', **fit}
     if not isinstance(fit, (str, Path)):
         raise ValueError(f'zzz_fit: expected a folder, TYPE/NAME:SPLIT, a dict or a loader, got {fit!r:.60}')
-    folder = Path(fit)
-    if folder.is_dir():
+    folder = Path(fit).expanduser()
+    if str(fit) and folder.is_dir():
         splits = (folder / name for name in (*SPLIT_FOLDERS[0], *SPLIT_FOLDERS[1], 'test'))  # those of training first
         nested = [path for path in splits if _has_folders(path)]
         if nested:
