@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
@@ -453,6 +453,8 @@ def _check_fit(recipe: Recipe, model: Optional[nn.Module]) -> None:
         return
     if not (s.pretrained or s.pretrained_path):
         recipe.error(key, 'without pretrained: true the heads are fitted to what a random backbone says')
+    if s.head_init_bias is not None:
+        recipe.error('head_init_bias', 'it replaces the biases of the fit')
     for name in ('initial_checkpoint', 'resume'):
         if getattr(s, name):
             recipe.note(key, f'the head of {name} takes the place of what is fitted: leave it out')
@@ -503,29 +505,33 @@ def _check_fitted_size(recipe: Recipe, model: nn.Module) -> None:
         fitted, trained = input_config(model), resolve_data_config(dict(vars(s)), model=model)
     except Exception:  # what is wrong with the settings is found elsewhere
         return
-    changes = {k: trained[k] for k in fitted if list(_numbers(fitted[k])) != list(_numbers(trained[k]))}
+    changes = {k: list(v) if isinstance(v, tuple) else v for k, v in trained.items() if v != fitted[k]}
+    for k in ('mean', 'std'):  # of grey images one has a number and the other three
+        if len(fitted[k]) != len(trained[k]):
+            changes.pop(k, None)
+    (height, width), own = trained['input_size'][1:], fitted['input_size'][1:]
+    if own == (height, width):
+        changes.pop('input_size', None)
     if not changes:
         return
-    add = f'pretrained_cfg_overlay: {_flow(changes)}'
-    size = changes.get('input_size')
-    if size:
-        img_size = size[1] if size[1] == size[2] else [*size[1:]]
-        larger = argparse.Namespace(**{**vars(s), 'model_kwargs': {**s.model_kwargs, 'img_size': img_size}})
-        try:
-            if tuple(input_config(_create(recipe, name, larger))['input_size']) == tuple(size):
+    overlay = {**(s.model_kwargs.get('pretrained_cfg_overlay') or {}), **changes}
+    if s.pretrained_path:
+        overlay.update(file=s.pretrained_path, num_classes=-1)
+    add = f'pretrained_cfg_overlay: {_flow(overlay)}'
+    if 'input_size' in changes:
+        img_size = height if height == width else [height, width]
+        with suppress(Exception):  # a model without this argument
+            other = argparse.Namespace(**{**vars(s), 'model_kwargs': {**s.model_kwargs, 'img_size': img_size}})
+            if input_config(_create(recipe, name, other))['input_size'][1:] == (height, width):
                 add = f'img_size: {img_size}'
-        except Exception:  # a model without this argument
-            pass
-        was = ' x '.join(map(str, fitted['input_size'][1:]))
-        message = f'the fit runs at {was}, training at {size[1]} x {size[2]}; add model_kwargs: {{{add}}}'
-        recipe.error(key, message)
+    add = f'add model_kwargs: {{{add}}}' + (
+        ' in place of pretrained_path' if 'overlay' in add and s.pretrained_path else ''
+    )
+    if 'input_size' in changes:
+        recipe.error(key, f'the fit runs at {own[0]} x {own[1]}, training at {height} x {width}; {add}')
     else:
-        listed = ', '.join(f'{k} {fitted[k]}' for k in changes)
-        recipe.note(key, f'the fit prepares images with {listed}, unlike training; add model_kwargs: {{{add}}}')
-
-
-def _numbers(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, (list, tuple)) else [value]
+        differing = ', '.join(f'{k} {fitted[k]}' for k in changes)
+        recipe.note(key, f'the fit prepares images with {differing}, unlike training; {add}')
 
 
 def _flow(value: Any) -> str:
