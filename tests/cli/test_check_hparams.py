@@ -707,7 +707,7 @@ def test_options_behind_a_recipe_beat_it(images, capsys):
     assert 'the fit runs at 224 x 224, training at 96 x 96; add model_kwargs: {img_size: 96}' in '\n'.join(out)
     good = ['--model-kwargs', 'img_size=96', 'zzz_fit=data/train', '--data-dir', 'data', '--workers', '2']
     assert main(['--config', 'a.yaml', *good]) == 0
-    assert capsys.readouterr().out.splitlines()[-2:] == ['a.yaml: OK', '0 errors, 1 note in 1 file']
+    assert capsys.readouterr().out == 'a.yaml: OK\n'
     assert main(['a.yaml', *good, '--data-dir', 'other']) == 1
     assert 'model_kwargs.zzz_fit: its classes are not those of training: c' in capsys.readouterr().out
     with pytest.raises(SystemExit) as e:

@@ -202,7 +202,7 @@ def _check_data(recipe: Recipe) -> None:
         recipe.error(
             'dataset', f'{s.dataset} does not start with {start}/: timm ignores it and reads a folder of images'
         )
-    if s.data_dir:
+    if s.data_dir and recipe.line('data_dir'):  # in the file
         recipe.note('data_dir', 'on the command line only --data-dir beats it, not a folder without an option')
     if s.dataset and not folder and 'num_classes' not in recipe.lines:
         recipe.note('dataset', "num_classes is missing: it has to come with the command line, or the model's own stays")
