@@ -3,6 +3,7 @@
 import argparse
 import random
 import re
+import runpy
 import string
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from timm.data import create_dataset
 
 from timm_zzz.cli import check_hparams
 from timm_zzz.cli.check_hparams import check, main
-from timm_zzz.cli.recipe import NEWEST, Option, Recipe, ask_script
+from timm_zzz.cli.recipe import NEWEST, Option, Recipe, TrainParser, ask_script
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / 'hparams').glob('*.yaml'))
 GOOD = """\
@@ -561,3 +562,163 @@ def test_values_are_those_of_argparse(tmp_path):
             assert value is None or all(type(item) in TYPES[option.type] for item in items), (name, text, value)
             passed.append(option.type)
     assert set(passed) == {'flag', 'int', 'float', 'str', 'mapping'} and len(passed) > 100
+
+
+# The fit when the model is made
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """Two folders of three classes each, the second with others, and class maps, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for split, classes in (('data/train', 'abc'), ('data/validation', 'abc'), ('other/train', 'abd'), ('two', 'ab')):
+        for name in classes:
+            Path(split, name).mkdir(parents=True)
+            Path(split, name, '0.png').touch()
+    for name, lines in (('map', 'bac'), ('same', 'bac'), ('sorted', 'abc'), ('four', 'abcd')):
+        Path(f'{name}.txt').write_text('\n'.join(lines) + '\n')
+    return tmp_path
+
+
+FIT = """\
+device_modules: [timm_zzz]
+model: vit_tiny_patch16_224.zzz_r8
+pretrained: true
+num_classes: 3
+train_split: train
+val_split: validation
+model_kwargs: {zzz_fit: data/train}
+"""
+FITS = [
+    # the options alone
+    ('model_kwargs: {zzz_fit: data/train, zzz_fit_preset: frozen}', None, None, ''),
+    ('model_kwargs: {zzz_fit: data/train, zzz_fit_preset: fine}', 7, 'error', "'fine' is none of 'frozen', 'finetune'"),
+    ('model_kwargs: {zzz_fit_preset: frozen}', 7, 'error', 'zzz_fit_preset: it goes with zzz_fit'),
+    ('model_kwargs: {zzz_fit: none/train}', 7, 'error', 'model_kwargs.zzz_fit: no such folder: none/train'),
+    ('model_kwargs: {zzz_fit: data}', 7, 'error', 'has splits in it, not classes'),
+    ('model_kwargs: {zzz_fit: 3}', 7, 'error', 'expected a folder, TYPE/NAME:SPLIT, a dict or a loader, got 3'),
+    ('model_kwargs: {zzz_fit: {folder: x}}', 7, 'error', 'unknown keys folder'),
+    ('model_kwargs: {zzz_fit: {data_dir: none}}', 7, 'error', 'no such folder: none'),
+    ('model_kwargs: {zzz_fit: {data_dir: data}}', None, None, ''),
+    ('model_kwargs: {zzz_fits: data/train}', 7, 'error', 'no option of a ZZZ head; did you mean zzz_fit?'),
+    ('pretrained: false', 7, 'error', 'without pretrained: true the heads are fitted to what a random backbone says'),
+    ('initial_checkpoint: map.txt', 7, 'note', 'the head of initial_checkpoint takes the place'),
+    ('resume: map.txt', 7, 'note', 'the head of resume takes the place'),
+    ('head_init_scale: 0.0', 8, 'error', "multiplies a ZZZ head's class means"),
+    ('head_init_bias: 0.0', 8, 'error', 'it replaces the biases of the fit'),
+    # a model without the ending gets a head of rank 8, which DEFAULT_RANK is
+    ('model: vit_tiny_patch16_224\nopt: zzzadamw', None, None, ''),
+    # classes and their numbers
+    ('num_classes: 4', 7, 'error', '3 classes, num_classes says 4'),
+    ('class_map: map.txt', 7, 'error', 'number the classes differently; model_kwargs needs zzz_fit_class_map: map.txt'),
+    (
+        'model_kwargs: {zzz_fit: data/train, zzz_fit_class_map: map.txt}',
+        7,
+        'error',
+        'zzz_fit_class_map: training and the fit number the classes differently; class_map: map.txt is needed',
+    ),
+    ('class_map: map.txt\nmodel_kwargs: {zzz_fit: data/train, zzz_fit_class_map: same.txt}', None, None, ''),
+    ('class_map: map.txt\nmodel_kwargs: {zzz_fit: data/train, zzz_fit_class_map: [b, a, c]}', None, None, ''),
+    ('class_map: map.txt\nmodel_kwargs: {zzz_fit: {data_dir: data, class_map: same.txt}}', None, None, ''),
+    (
+        'class_map: map.txt\nmodel_kwargs: {zzz_fit: data/train, zzz_fit_class_map: sorted.txt}',
+        7,
+        'error',
+        'zzz_fit_class_map: its classes are not those of training, in another order',
+    ),
+    ('class_map: map.txt\nmodel_kwargs: {zzz_fit: data/train, zzz_fit_class_map: four.txt}', 7, 'error', 'training: d'),
+    ('class_map: map.txt\nmodel_kwargs: {zzz_fit: data/train, zzz_fit_class_map: no.txt}', 7, 'error', 'no.txt'),
+    # data sets by name, which are not downloaded
+    ('dataset: hfds/a/b\nmodel_kwargs: {zzz_fit: hfds/a/b:train}', None, None, ''),
+    ('dataset: hfds/a/b\nmodel_kwargs: {zzz_fit: hfds/a/b:validation}', 7, 'note', 'fitted to validation, trained on'),
+    (
+        'dataset: hfds/a/b\nmodel_kwargs: {zzz_fit: hfds/a/c:train}',
+        7,
+        'error',
+        'the classes of hfds/a/c may',
+    ),
+    ('dataset: hfds/a/b', 7, 'error', "the classes of a folder may have other numbers than those of 'hfds/a/b'"),
+    # sizes and preprocessing
+    (
+        'img_size: 96\nmodel: vit_tiny_patch16_224.zzz_r8\nmodel_kwargs: {zzz_fit: data/train, dynamic_img_size: true}',
+        7,
+        'error',
+        'at 224 x 224, training at 96 x 96; add model_kwargs: {pretrained_cfg_overlay: {input_size: [3, 96, 96]}}',
+    ),
+    ('img_size: 96\nmodel_kwargs: {zzz_fit: data/train, img_size: 96}', None, None, ''),
+    (
+        'model: test_resnet.zzz_r4\nimg_size: 96',
+        7,
+        'error',
+        'training at 96 x 96; add model_kwargs: {pretrained_cfg_overlay: {input_size: [3, 96, 96]}}',
+    ),
+    (
+        'model: test_resnet.zzz_r4\nimg_size: 96\n'
+        'model_kwargs: {zzz_fit: data/train, pretrained_cfg_overlay: {input_size: [3, 96, 96]}}',
+        None,
+        None,
+        '',
+    ),
+    ('input_size: [1, 224, 224]', None, None, ''),
+    ('in_chans: 1', None, None, ''),
+    (
+        'model: test_resnet.zzz_r4\nimg_size: 96\npretrained_path: map.txt',
+        7,
+        'error',
+        '{input_size: [3, 96, 96], file: map.txt, num_classes: -1}} in place of pretrained_path',
+    ),
+    (
+        'mean: [0.1, 0.2, 0.3]',
+        7,
+        'note',
+        'images with mean (0.5, 0.5, 0.5), unlike training; '
+        'add model_kwargs: {pretrained_cfg_overlay: {mean: [0.1, 0.2, 0.3]}}',
+    ),
+    ('crop_pct: 1.0\ninterpolation: bilinear', 7, 'note', 'interpolation bicubic, crop_pct 0.9, unlike training'),
+    (
+        'pretrained_path: map.txt\nmodel_kwargs: {zzz_fit: data/train, pretrained_cfg_overlay: {crop_pct: 0.9}}',
+        7,
+        'error',
+        'pretrained_cfg_overlay has an option of its own, and train.py passes both',
+    ),
+]
+
+
+@pytest.mark.parametrize('change, line, level, text', FITS, ids=[f'{i}-{f[0]!r:.50}' for i, f in enumerate(FITS)])
+def test_the_fit(images, change, line, level, text):
+    found = findings(images, changed(FIT, change))
+    assert [(f.line, f.level) for f in found] == ([(line, level)] if level else []), found
+    assert all(text in f.message for f in found)
+    if level == 'error' and 'add model_kwargs' in text and 'in place' not in text:  # what it says helps
+        entry = re.search(r'add model_kwargs: \{(.*)\}$', found[0].message)[1]
+        recipe = changed(FIT, change)
+        assert findings(images, recipe.replace('zzz_fit: data/train', f'zzz_fit: data/train, {entry}')) == []
+
+
+def test_options_behind_a_recipe_beat_it(images, capsys):
+    """Findings about them have no line; those of the file keep theirs."""
+    Path('a.yaml').write_text(changed(FIT, 'img_size: 96\nmodel_kwargs: {img_size: 96}\nworkers: 0'))
+    assert main(['a.yaml']) == 0
+    capsys.readouterr()
+    assert main(['a.yaml', '--data-dir', 'data', '--model-kwargs', 'zzz_fit=data/train', '--lr', '0', '-b', '32']) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert 'a.yaml: error: lr: above 0 is needed, not 0.0' in out
+    assert any(line.startswith('a.yaml:9: note: workers') for line in out), out
+    assert 'the fit runs at 224 x 224, training at 96 x 96; add model_kwargs: {img_size: 96}' in '\n'.join(out)
+    good = ['--model-kwargs', 'img_size=96', 'zzz_fit=data/train', '--data-dir', 'data', '--workers', '2']
+    assert main(['--config', 'a.yaml', *good]) == 0
+    assert capsys.readouterr().out == 'a.yaml: OK\n'
+    assert main(['a.yaml', *good, '--data-dir', 'other']) == 1
+    assert 'model_kwargs.zzz_fit: its classes are not those of training: c' in capsys.readouterr().out
+    with pytest.raises(SystemExit) as e:
+        main(['a.yaml', '--zzz-fit', 'x'])
+    assert e.value.code == 2 and 'unrecognized arguments: --zzz-fit' in capsys.readouterr().err
+
+
+def test_options_of_a_command_line_are_read_as_train_py_reads_them(timm_scripts):
+    """Compare with the parser of timm's script; options that are not given are not in ours."""
+    given = '--img-size 96 -b 7 -j 2 -vb 3 --amp --mean 0.1 0.2 --input-size 3 4 5 --dr 0.5 --torchcompile --aa x'
+    given += ' --model-kwargs a=1 b=x --opt-kwargs c=1e-3 --scale 0.1 1 --lr 1e-3 --no-aug --val-split test'
+    ours = vars(TrainParser(NEWEST.options, add_help=False).parse_args(given.split()))
+    theirs = vars(runpy.run_path(str(timm_scripts / 'train.py'))['parser'].parse_args(given.split()))
+    assert ours == {key: theirs[key] for key in ours} and len(ours) == 16

@@ -23,6 +23,8 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ParseKwargs
 
 from timm_zzz import ZZZHead
+from timm_zzz.cli.check_hparams import check
+from timm_zzz.models._timm import input_config
 
 FOLDER = Path(__file__).resolve().parents[2] / 'hparams'
 ALL = sorted(path.stem for path in FOLDER.glob('*.yaml'))
@@ -174,6 +176,7 @@ def validate_parser():
 def test_comment_gives_the_commands(name):
     recipe, entries = load(name), comment(name)
     assert {'Data', 'Settings', 'Expected', 'Cost'} < entries.keys()
+    assert ('Fit' in entries) == name.endswith(ZZZ)
     assert entries['Train'] == f'python train.py --config hparams/{name}.yaml --data-dir DIR --experiment {name}'
     plugin = '-m timm_zzz ' if name.endswith(ZZZ) else ''
     command, _, options = entries['Validate'].partition('.py ')
@@ -186,6 +189,35 @@ def test_comment_gives_the_commands(name):
     assert args.checkpoint == f'output/train/{name}/last.pth.tar'
     # validate.py prefers a model's size for tests, train.py has the one for training
     assert data_config(dict(vars(args)), use_test_size=True) == data_config(recipe)
+
+
+@pytest.mark.parametrize('name', [name for name in ALL if name.endswith(ZZZ)])
+def test_comment_gives_the_command_that_starts_from_the_data(name, tmp_path, monkeypatch):
+    """It fits to the images of training as training prepares them, and keeps what the recipe asks of the model."""
+    recipe, entries = load(name), comment(name)
+    command, _, pairs = entries['Fit'].partition(' --model-kwargs ')
+    assert command in (f'{entries["Train"]}.fit', entries['Train'].partition(' without')[0])
+    parser = argparse.ArgumentParser()
+    parser.add_argument('model_kwargs', nargs='*', action=ParseKwargs)
+    model_kwargs = parser.parse_args(shlex.split(pairs)).model_kwargs
+    fit = model_kwargs.pop('zzz_fit')
+    if recipe.get('dataset'):
+        assert fit == dict(dataset=recipe['dataset'], data_dir='DIR', split=recipe['train_split'])
+    else:
+        assert fit == f'DIR/{recipe["train_split"]}'
+    assert model_kwargs.items() >= recipe.get('model_kwargs', {}).items()
+    with torch.device('meta'):
+        model = timm.create_model(recipe['model'], num_classes=5, **model_kwargs)
+    assert input_config(model) == data_config(recipe)
+
+    monkeypatch.chdir(tmp_path)
+    for split in (recipe['train_split'], recipe['val_split']) if 'dataset' not in recipe else ():
+        for index in range(recipe.get('num_classes', 1)):
+            (tmp_path / 'DIR' / split / str(index)).mkdir(parents=True)
+            (tmp_path / 'DIR' / split / str(index) / '0.jpg').touch()
+    given = dict(data_dir='DIR', model_kwargs={**model_kwargs, 'zzz_fit': fit})
+    found = check(FOLDER / f'{name}.yaml', build_model=False, given=given)
+    assert found == []
 
 
 # The page about them
@@ -292,3 +324,24 @@ def test_two_steps_of_train_and_validate(timm_scripts, images, run, tmp_path, na
     assert loss == pytest.approx(float(row['eval_loss']), rel=0.01)  # matrix products of bfloat16 in other batches
     assert float(re.search(r'"top1": ([\d.]+)', result.stdout)[1]) == pytest.approx(float(row['eval_top1']), abs=1e-3)
     shutil.rmtree(tmp_path / 'out')  # up to 3 GB, which pytest would keep
+
+
+@pytest.mark.slow
+def test_train_starts_from_the_data_by_a_recipe(timm_scripts, images, run, tmp_path):
+    """What check-hparams passes runs, at the size that the recipe repeats for the fit."""
+    shutil.copy(timm_scripts / 'train.py', tmp_path)
+    torch.save(timm.create_model('test_vit').state_dict(), tmp_path / 'vit.pth')
+    fit = dict(zzz_fit=str(images / 'train'), zzz_fit_preset='frozen')
+    fit['pretrained_cfg_overlay'] = dict(file=str(tmp_path / 'vit.pth'), num_classes=-1, input_size=[3, 96, 96])
+    here = dict(model='test_vit.zzz_r8', num_classes=2, img_size=96, batch_size=2, workers=1, lr=1e-12, amp=False)
+    here.update(epochs=1, warmup_epochs=0, weight_decay=0.0, device='cpu')
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(yaml.safe_dump({**load(QUICKSTART), **here, 'model_kwargs': fit}))
+    assert check(recipe) == []
+    log = run(
+        'train.py', '--config', 'recipe.yaml', '--data-dir', images, '--output', 'out', '--experiment', 'a'
+    ).stderr
+    assert 'head: fitted to 4 images of 2 classes, frozen' in log
+    state = torch.load(tmp_path / 'out/a/last.pth.tar', weights_only=False)['state_dict']
+    model = timm.create_model(here['model'], pretrained=True, num_classes=2, **fit)
+    torch.testing.assert_close(state['head.weight'], model.head.weight.detach(), rtol=1e-3, atol=1e-3)

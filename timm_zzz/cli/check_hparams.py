@@ -4,26 +4,30 @@ A finding is a line ``FILE:LINE: error: ...`` or ``FILE:LINE: note: ...``, all o
 of its lines. An error is what train.py would stop at, drop, or take for something else than the file says; a note is
 what is easily overlooked. The exit status is 1 if there is an error, 2 for a wrong command line, else 0.
 
-The file is judged alone, as train.py's --config: options on the command line beat it, and a split for validation should
-stand in it, unless the default is seen to work. Files are looked up from the current folder. Nothing is downloaded. The
-model is built without memory and run once for each image size.
+The file is judged as train.py's --config. Options of train.py behind it beat it, as they do there; a finding about them
+has no line. A split for validation should be given, unless the default is seen to work. Files are looked up from the
+current folder. Nothing is downloaded. The model is built without memory and run once for each image size, and not
+fitted.
 """
 
 import argparse
 import inspect
+import json
 import logging
 import os
 import re
+import sys
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import timm
 import torch
+import yaml
 from timm.data import create_transform, resolve_data_config
 from timm.models import (
     get_arch_pretrained_cfgs,
@@ -36,37 +40,82 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
-from ..data import SPLIT_FOLDERS, read_class_map
+from ..data import SPLIT_FOLDERS, open_split, read_class_map
+from ..errors import some
+from ..fit import PRESETS
 from ..head import ZZZHead
-from ..models.attach import HEAD_OPTIONS, OPTION_PREFIX
-from ..models.registry import TAG
+from ..models._timm import input_config
+from ..models.attach import FIT_PREFIX, HEAD_OPTIONS, OPTION_PREFIX
+from ..models.registry import DEFAULT_RANK, TAG
+from ..models.start import FIT_OPTIONS, NAMES, settings_of
 from ..optim import ZZZAdamW
 from .common import exit_on_error
-from .recipe import FACTS, NEWEST, Finding, Recipe, TrainScript, ask_script, nearest, reason
+from .recipe import FACTS, NEWEST, Finding, Recipe, TrainParser, TrainScript, ask_script, nearest, reason
 
-__all__ = ['Finding', 'check', 'main']
+__all__ = ['Finding', 'channels_of', 'check', 'main', 'merged', 'model_arguments']
 
 PLUGIN = 'timm_zzz'
 OPTIMIZER = 'zzzadamw'
 MAX_LR = 0.1  # of Adam and its kin, from which on it is noted
-_ZZZ_OPTIONS = [f'{OPTION_PREFIX}{name}' for name in HEAD_OPTIONS]
+_ZZZ_OPTIONS = [f'{OPTION_PREFIX}{name}' for name in (*HEAD_OPTIONS, *FIT_OPTIONS)]
 
 
-def check(path: Union[str, Path], script: TrainScript = NEWEST, build_model: bool = True) -> List[Finding]:
-    """Check a recipe for a train.py; with ``build_model`` build the model without memory and run it at its sizes."""
-    places = dict.fromkeys(_parameters(ZZZAdamW) - NEWEST.options.keys(), 'opt_kwargs')
-    recipe = Recipe(script, {**places, **dict.fromkeys(_ZZZ_OPTIONS, 'model_kwargs')})
-    with warnings.catch_warnings(), ExitStack() as stack:
-        warnings.simplefilter('ignore')
-        stack.callback(logging.disable, logging.root.manager.disable)
-        logging.disable(logging.CRITICAL)  # timm's log stays out of the report, as its warnings do
+def check(
+    path: Union[str, Path],
+    script: TrainScript = NEWEST,
+    build_model: bool = True,
+    given: Optional[Mapping[str, Any]] = None,
+) -> List[Finding]:
+    """Check a recipe for a train.py; with ``build_model`` build the model without memory and run it at its sizes.
+
+    ``given`` are options of a command line, which beat the recipe's.
+    """
+    recipe = _new_recipe(script)
+    with _quiet():
         if recipe.read(path):
+            recipe.override(given or {})
             _check_plugin(recipe)
             _check_data(recipe)
             _check_files(recipe)
             _check_settings(recipe)
-            _check_optimizer(recipe, _check_model(recipe, build_model))
+            model = _check_model(recipe, build_model)
+            _check_fit(recipe, model)
+            _check_optimizer(recipe, model)
     return sorted(set(recipe.findings), key=lambda finding: (finding.line or 0, finding.level, finding.message))
+
+
+def merged(path: Optional[str], given: Mapping[str, Any]) -> Recipe:
+    """Read a recipe, if there is one, and let options of a command line beat it, as train.py does.
+
+    Raises:
+        ValueError: For the first option whose name or value is wrong, but for the model's and the data's.
+    """
+    recipe = _new_recipe(NEWEST)
+    with _quiet():
+        if path is None or recipe.read(path):
+            recipe.override(given)
+            _check_settings(recipe)
+            _check_optimizer(recipe, None)
+    for line, level, message in recipe.findings:
+        if level == 'error':
+            where = '' if line is None and path in (None, '') else f'{path}: ' if line is None else f'{path}:{line}: '
+            raise ValueError(f'{where}{message}')
+    return recipe
+
+
+def _new_recipe(script: TrainScript) -> Recipe:
+    places = dict.fromkeys(_parameters(ZZZAdamW) - NEWEST.options.keys(), 'opt_kwargs')
+    return Recipe(script, {**places, **dict.fromkeys(_ZZZ_OPTIONS, 'model_kwargs')})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep timm's log and warnings out of the report."""
+    with warnings.catch_warnings(), ExitStack() as stack:
+        warnings.simplefilter('ignore')
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.CRITICAL)
+        yield
 
 
 def _model_name(recipe: Recipe) -> Optional[str]:
@@ -153,7 +202,7 @@ def _check_data(recipe: Recipe) -> None:
         recipe.error(
             'dataset', f'{s.dataset} does not start with {start}/: timm ignores it and reads a folder of images'
         )
-    if s.data_dir:
+    if s.data_dir and recipe.line('data_dir'):  # in the file
         recipe.note('data_dir', 'on the command line only --data-dir beats it, not a folder without an option')
     if s.dataset and not folder and 'num_classes' not in recipe.lines:
         recipe.note('dataset', "num_classes is missing: it has to come with the command line, or the model's own stays")
@@ -205,11 +254,9 @@ def _check_files(recipe: Recipe) -> None:
         recipe.error('pretrained_path', 'without pretrained: true train.py does not load it')
     if not s.class_map:
         return
-    root = s.data_dir or s.data or ''
-    places = [s.class_map, *(os.path.join(root, name, s.class_map) for name in ('', s.train_split, *SPLIT_FOLDERS[0]))]
-    path = next(filter(os.path.isfile, places), None)
+    path = _class_map_file(s)
     if path is None:
-        if root or os.path.isabs(s.class_map):
+        if s.data_dir or s.data or os.path.isabs(s.class_map):
             recipe.error('class_map', f'no such file here: {s.class_map}')
         else:
             recipe.note('class_map', f'no such file here: {s.class_map}; train.py looks in the folders of images, too')
@@ -224,9 +271,17 @@ def _check_files(recipe: Recipe) -> None:
         add('class_map', f'{count} classes, num_classes says {s.num_classes}')
 
 
+def _class_map_file(s: argparse.Namespace) -> Optional[str]:
+    """Find the class map where timm looks for it."""
+    root = s.data_dir or s.data or ''
+    folders = ('', s.train_split, *SPLIT_FOLDERS[0])
+    places = [s.class_map, *(os.path.join(root, name, s.class_map) for name in folders)] if s.class_map else []
+    return next(filter(os.path.isfile, places), None)
+
+
 def _check_settings(recipe: Recipe) -> None:
     """Look for settings that stop train.py or do something else than they seem to."""
-    s, channels = recipe.settings, _channels(recipe)
+    s, channels = recipe.settings, channels_of(recipe.settings)
     if s.workers == 0:
         recipe.note('workers', '0 loads the images within the training process, and stops older versions of timm')
     if s.clip_grad and s.clip_mode == 'agc' and _zzz_key(recipe):
@@ -265,8 +320,8 @@ def _create_transform(s: argparse.Namespace) -> Any:
     return create_transform(is_training=True, **arguments)
 
 
-def _channels(recipe: Recipe) -> int:
-    s = recipe.settings
+def channels_of(s: argparse.Namespace) -> int:
+    """Return the channels of the images."""
     return s.in_chans if s.in_chans is not None else s.input_size[0] if s.input_size else 3
 
 
@@ -317,15 +372,29 @@ def _check_model(recipe: Recipe, build: bool) -> Optional[nn.Module]:
     return model
 
 
+def model_arguments(s: argparse.Namespace) -> Dict[str, Any]:
+    """Collect the arguments of create_model that train.py has from its options, but for weights.
+
+    Raises:
+        ValueError: If model_kwargs repeats one.
+    """
+    arguments = {argument: getattr(s, key) for key, argument in FACTS['model_arguments'].items()}
+    arguments['in_chans'] = channels_of(s)
+    own = {*arguments, 'pretrained', 'checkpoint_path', *(['pretrained_cfg_overlay'] if s.pretrained_path else [])}
+    repeated = sorted(s.model_kwargs.keys() & own)
+    if repeated:
+        raise ValueError(f'model_kwargs: {", ".join(repeated)} has an option of its own, and train.py passes both')
+    return {**arguments, **s.model_kwargs}
+
+
 def _create(recipe: Recipe, name: str, s: argparse.Namespace) -> nn.Module:
     """Build the model of train.py, without memory and weights."""
-    arguments = {argument: getattr(s, key) for key, argument in FACTS['model_arguments'].items()}
-    arguments['in_chans'] = _channels(recipe)
-    arguments['num_classes'] = max(arguments['num_classes'] or 2, 1)  # None comes with the command line
-    repeated = sorted(s.model_kwargs.keys() & {*arguments, 'pretrained', 'checkpoint_path'})
-    if repeated:
-        raise TypeError(f'model_kwargs: {", ".join(repeated)} has an option of its own, and train.py passes both')
-    arguments.update((key, value) for key, value in s.model_kwargs.items() if key != 'device')
+    arguments = model_arguments(s)
+    arguments['num_classes'] = max(s.num_classes or 2, 1)  # None comes with the command line
+    fit = [arguments.pop(key) for key in s.model_kwargs if key.startswith(FIT_PREFIX)]
+    if fit and not TAG.fullmatch(name.partition('.')[2]):  # it asks for a ZZZ head
+        arguments.setdefault(f'{OPTION_PREFIX}rank', DEFAULT_RANK)
+    arguments.pop('device', None)
     resolve: Any = getattr(timm.models, 'resolve_model_input_args', None)  # from timm 1.0.31 on, as such scripts
     if recipe.script.resizes_model and resolve is not None:
         arguments = resolve(name, vars(s), **arguments)
@@ -368,6 +437,106 @@ def _check_sizes(recipe: Recipe, name: str, model: Any) -> None:
         else:
             hint = '' if s.img_size else f'; train.py needs img_size: {s.model_kwargs["img_size"]} too'
         recipe.error(where, f'images of {height} x {width} do not fit {name}: {problem}{hint}')
+
+
+def _check_fit(recipe: Recipe, model: Optional[nn.Module]) -> None:
+    """Check the options of the fit when the model is made, which sees none of train.py's options for images."""
+    s, key = recipe.settings, f'model_kwargs.{FIT_PREFIX}'
+    fit = {name: value for name, value in s.model_kwargs.items() if name.startswith(FIT_PREFIX)}
+    if not fit:
+        return
+    preset = fit.get(f'{FIT_PREFIX}_preset', 'finetune')
+    if preset not in PRESETS:
+        recipe.error(f'{key}_preset', f'{preset!r} is none of {", ".join(map(repr, PRESETS))}')
+    if FIT_PREFIX not in fit:
+        recipe.error(f'model_kwargs.{min(fit)}', f'it goes with {FIT_PREFIX}, the images to fit to')
+        return
+    if not (s.pretrained or s.pretrained_path):
+        recipe.error(key, 'without pretrained: true the heads are fitted to what a random backbone says')
+    if s.head_init_bias is not None:
+        recipe.error('head_init_bias', 'it replaces the biases of the fit')
+    for name in ('initial_checkpoint', 'resume'):
+        if getattr(s, name):
+            recipe.note(key, f'the head of {name} takes the place of what is fitted: leave it out')
+    try:
+        images = {'class_map': None, **settings_of(fit[FIT_PREFIX])}
+        images['class_map'] = fit.get(NAMES.class_map, images['class_map'])
+        _check_fitted_images(recipe, images)
+    except (ValueError, OSError) as e:
+        recipe.error(key, reason(e).removeprefix(f'{FIT_PREFIX}: '))
+    if model is not None:
+        _check_fitted_size(recipe, model)
+
+
+def _check_fitted_images(recipe: Recipe, images: Dict[str, Any]) -> None:
+    """Compare the images of the fit, as of open_split, with those of training: their classes and the numbering."""
+    s, key = recipe.settings, f'model_kwargs.{FIT_PREFIX}'
+    dataset, class_map, mapped = images.get('dataset', ''), images['class_map'], f'model_kwargs.{NAMES.class_map}'
+    if dataset != (s.dataset or ''):
+        recipe.error(key, f'the classes of {dataset or "a folder"} may have other numbers than those of {s.dataset!r}')
+        return
+    if dataset and images['split'] != s.train_split:
+        recipe.note(key, f'fitted to {images["split"]}, trained on {s.train_split}')
+    if (class_map is None) != (not s.class_map):
+        given = s.class_map or class_map
+        without = f'model_kwargs needs {NAMES.class_map}: {given}' if s.class_map else f'class_map: {given} is needed'
+        recipe.error(mapped if class_map else key, f'training and the fit number the classes differently; {without}')
+        return
+    names = read_class_map(class_map, NAMES.class_map) if isinstance(class_map, (str, Path)) else class_map
+    trained = _class_map_file(s)
+    others = read_class_map(trained) if names and trained else None
+    if not dataset and not names:
+        names = open_split(**images, names=NAMES).class_names
+        root = os.path.join(s.data_dir or s.data or '', '')
+        if os.path.isdir(root) and not recipe.is_wrong('train_split'):
+            others = open_split(root, s.train_split).class_names
+    if names and others and list(names) != others:
+        differing = [name for name in names if name not in others] or [name for name in others if name not in names]
+        about = f': {some(sorted(differing))}' if differing else ', in another order'
+        recipe.error(mapped if class_map else key, f'its classes are not those of training{about}')
+    elif names and s.num_classes is not None and len(names) != s.num_classes:
+        recipe.error(key, f'{len(names)} classes, num_classes says {s.num_classes}')
+
+
+def _check_fitted_size(recipe: Recipe, model: nn.Module) -> None:
+    """Compare how the fit prepares images, by the model's own settings, with how train.py does."""
+    s, key, name = recipe.settings, f'model_kwargs.{FIT_PREFIX}', _model_name(recipe) or ''
+    try:
+        fitted, trained = input_config(model), resolve_data_config(dict(vars(s)), model=model)
+    except Exception:  # what is wrong with the settings is found elsewhere
+        return
+    changes = {k: list(v) if isinstance(v, tuple) else v for k, v in trained.items() if v != fitted[k]}
+    for k in ('mean', 'std'):  # of grey images one has a number and the other three
+        if len(fitted[k]) != len(trained[k]):
+            changes.pop(k, None)
+    (height, width), own = trained['input_size'][1:], fitted['input_size'][1:]
+    if own == (height, width):
+        changes.pop('input_size', None)
+    if not changes:
+        return
+    overlay = {**(s.model_kwargs.get('pretrained_cfg_overlay') or {}), **changes}
+    if s.pretrained_path:
+        overlay.update(file=s.pretrained_path, num_classes=-1)
+    add = f'pretrained_cfg_overlay: {_flow(overlay)}'
+    if 'input_size' in changes:
+        img_size = height if height == width else [height, width]
+        with suppress(Exception):  # a model without this argument
+            other = argparse.Namespace(**{**vars(s), 'model_kwargs': {**s.model_kwargs, 'img_size': img_size}})
+            if input_config(_create(recipe, name, other))['input_size'][1:] == (height, width):
+                add = f'img_size: {img_size}'
+    add = f'add model_kwargs: {{{add}}}' + (
+        ' in place of pretrained_path' if 'overlay' in add and s.pretrained_path else ''
+    )
+    if 'input_size' in changes:
+        recipe.error(key, f'the fit runs at {own[0]} x {own[1]}, training at {height} x {width}; {add}')
+    else:
+        differing = ', '.join(f'{k} {fitted[k]}' for k in changes)
+        recipe.note(key, f'the fit prepares images with {differing}, unlike training; {add}')
+
+
+def _flow(value: Any) -> str:
+    """Write as YAML has it in a line."""
+    return yaml.safe_dump(json.loads(json.dumps(value)), default_flow_style=True, width=1000, sort_keys=False).strip()
 
 
 def _parameters(optimizer: Any) -> Set[str]:
@@ -439,35 +608,44 @@ def _check_lr(recipe: Recipe, optimizer: str) -> None:
 
 def main(arguments: Optional[List[str]] = None) -> int:
     """Run the command; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog=f'python -m {PLUGIN} check-hparams',
-        description=(__doc__ or '').replace('``', ''),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add('files', nargs='*', metavar='FILE', help='recipe for train.py --config')
+    arguments = sys.argv[1:] if arguments is None else arguments
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     script_help = 'take the options from this train.py: it is imported (its top level runs), it does not train; the'
-    add('--train-script', metavar='PATH', help=f"{script_help} default is timm's newest, from this package")
-    add('--no-model', action='store_true', help="don't build the model: no check of arguments and sizes")
-    add('--print-options', action='store_true', help='print the options as YAML instead')
-    args = parser.parse_args(arguments)
-    with exit_on_error(parser):
-        script = ask_script(args.train_script) if args.train_script else NEWEST
+    script_help = f"{script_help} default is timm's newest, from this package"
+    first.add_argument('--train-script', metavar='PATH', help=script_help)
+    with exit_on_error(first):
+        path = first.parse_known_args(arguments)[0].train_script
+        script = ask_script(path) if path else NEWEST
+        parser = TrainParser(
+            script.options,
+            parents=[first],
+            prog=f'python -m {PLUGIN} check-hparams',
+            usage='%(prog)s FILE... [options of train.py]',
+            description=(__doc__ or '').replace('``', ''),
+        )
+        add = parser.add_argument
+        add('files', nargs='*', metavar='FILE', help='recipe for train.py --config')
+        add('--config', '-c', metavar='FILE', help='one more, as train.py has it')
+        add('--no-model', action='store_true', help="don't build the model: no check of arguments and sizes")
+        add('--print-options', action='store_true', help='print the options as YAML instead')
+        args = parser.parse_args(arguments)
+        files = [*args.files, *filter(None, [args.config])]
+        if not files and not args.print_options:
+            parser.error('no FILE to check')
     if args.print_options:
         print(script.dump(), end='')
         return 0
-    if not args.files:
-        parser.error('no FILE to check')
+    given = {key: value for key, value in vars(args).items() if key in script.options}
     levels: List[str] = []
-    for path in args.files:
-        findings = check(path, script, build_model=not args.no_model)
+    for path in files:
+        findings = check(path, script, not args.no_model, given)
         for line, level, message in findings:
             print(f'{path}{"" if line is None else f":{line}"}: {level}: {message}')
         if not any(finding.level == 'error' for finding in findings):
             print(f'{path}: OK')
         levels += [finding.level for finding in findings]
     if levels:
-        counts = ((levels.count('error'), 'error'), (levels.count('note'), 'note'), (len(args.files), 'file'))
-        errors, notes, files = (f'{n} {word}{"s" * (n != 1)}' for n, word in counts)
-        print(f'{errors}, {notes} in {files}')
+        counts = ((levels.count('error'), 'error'), (levels.count('note'), 'note'), (len(files), 'file'))
+        errors, notes, files_ = (f'{n} {word}{"s" * (n != 1)}' for n, word in counts)
+        print(f'{errors}, {notes} in {files_}')
     return int('error' in levels)

@@ -1,30 +1,33 @@
-"""``python -m timm_zzz fit``: a closed-form start for timm's train.py from a folder of images."""
+"""``python -m timm_zzz fit``: a closed-form start for timm's train.py, by train.py's own options."""
 
 import argparse
+import ast
 import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Dict, List, Optional, Union
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Union
 
+import torch
 from huggingface_hub.utils import tqdm
 from safetensors.torch import save_file
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.models import load_state_dict
-from timm.utils import ParseKwargs
 from torch import nn
 
 from .. import __version__
-from ..data import MissingSplitError, Split, find_left_out, open_split
-from ..fit import fit_model
+from ..data import SHOWN, MissingSplitError, Split, find_left_out, open_split
+from ..errors import some
+from ..fit import PRESETS, ZZZFit, fit_model
 from ..fit.zzzfit import OBJECTIVES
-from ..head import heads_of
 from ..metrics import evaluate
+from ..models.attach import FIT_PREFIX
 from ..models.checkpoint import build_model, load_weights
+from .check_hparams import PLUGIN, channels_of, merged, model_arguments
 from .common import (
     add_ignore_unknown,
-    add_loader_arguments,
     amp_dtype_of,
     check_size,
     data_config_of,
@@ -33,29 +36,18 @@ from .common import (
     loader_of,
     one_line,
     open_known,
-    positive_int,
     tensors_of,
-    warn,
     warn_left_out,
 )
+from .recipe import NEWEST, Recipe, TrainParser
 
-__all__ = ['main']
+__all__ = ['TRAINING', 'main']
 
-
-# Arguments of create_model that have an option
-_OWN_OPTIONS = {
-    'in_chans': '--input-size',
-    'num_classes': '--num-classes',
-    'pretrained': '--pretrained',
-    'pretrained_path': '--pretrained-path',
-    'checkpoint_path': '--checkpoint',
-}
-
-
-def _key_value(text: str) -> str:
-    if text.count('=') != 1:
-        raise argparse.ArgumentTypeError(f'expected KEY=VALUE, got {text}')
-    return text
+# What train.py is told where neither the recipe nor the command line says it: the settings of the quickstart recipe,
+# with the learning rate that suits this start (docs/results.md). Its own, SGD at 0.05, would forget the start at once.
+TRAINING = dict(opt='adamw', lr=5e-4, weight_decay=0.05, epochs=20, warmup_epochs=2)
+_NUMBERS = ('sigma2', 'max_precision', 'mean_spread', 'v_ratio', 'shrinkage', 'prior_count', 'temperature')
+_WEIGHTS = ('pretrained', 'pretrained_path', 'initial_checkpoint')
 
 
 def _auto_or_float(text: str) -> Union[str, float]:
@@ -65,138 +57,136 @@ def _auto_or_float(text: str) -> Union[str, float]:
         raise argparse.ArgumentTypeError(f'expected a number or auto, got {text}') from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> TrainParser:
+    parser = TrainParser(
+        {key: option for key, option in NEWEST.options.items() if key != 'output'},  # which means another one here
+        dict(train_split='split', initial_checkpoint='checkpoint'),
         prog='python -m timm_zzz fit',
-        description='Fit the ZZZ head of a model in closed form, in one pass over images, and write the model for '
-        "train.py's --initial-checkpoint. Images are prepared as timm does for validation; the backbone stays as it "
-        'is.',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage='%(prog)s [--config FILE.yaml] [options of train.py] -o FILE.safetensors [options below]',
+        description='Fit the ZZZ head of a model in closed form, in one pass over the training images, and write the\n'
+        "model for train.py's --initial-checkpoint. Options are those of train.py, and those below. The model, its\n"
+        'weights (--pretrained, --pretrained-path or --initial-checkpoint), the data and how images are prepared\n'
+        'are taken from a recipe and the options as train.py takes them. The rest goes into the command to go on\n'
+        'with, which is printed. Images are prepared as for validation; the backbone stays as it is.',
     )
     add = parser.add_argument
-    add('--model', required=True, metavar='NAME', help='e.g. resnet50.zzz_r8')
-    add('--data-dir', type=Path, required=True, metavar='DIR', help='the ImageFolder')
-    add('-o', '--output', type=Path, required=True, metavar='FILE.safetensors', help='where to write the model')
+    add('-c', '--config', metavar='FILE.yaml', help='recipe of train.py, whose values the options beat')
+    add('-o', '--output', dest='file', type=Path, required=True, metavar='FILE.safetensors', help='what to write')
     add('--force', action='store_true', help='replace the file if it exists')
-    weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument('--pretrained', action='store_true', help="the backbone of timm's pretrained weights")
-    weights.add_argument('--pretrained-path', metavar='FILE', help='the same from a file, as train.py has it')
-    weights.add_argument('--checkpoint', metavar='FILE', help='weights that train.py or this command wrote')
-    add('--use-ema', action='store_true', help="take the checkpoint's averaged weights")
-    add('--dataset', default='', metavar='NAME', help="timm's TYPE/NAME of the data; an ImageFolder if empty")
-    add('--split', default='train', metavar='NAME', help='the images to fit to')
-    add('--val-split', metavar='NAME', help='images to evaluate on; without it validation, if there is such a folder')
+    add('--use-ema', action='store_true', help="take the averaged weights of --initial-checkpoint's file")
     add_ignore_unknown(parser)
-    add('--class-map', type=Path, metavar='FILE.txt', help='class names by index, one per line')
-    add('--num-classes', type=positive_int, metavar='N', help="if not the data's")
-    add('--img-size', type=positive_int, metavar='PIXELS', help='if not the size of the weights')
-    add('--input-size', type=int, nargs=3, metavar='N', help='channels, height and width')
-    pairs: Dict[str, Any] = dict(nargs='*', default={}, type=_key_value, action=ParseKwargs, metavar='KEY=VALUE')
-    add('--model-kwargs', help='for create_model', **pairs)
-    add_loader_arguments(parser, batch_size=128, amp_dtype='bfloat16')
-    add('--objective', choices=tuple(OBJECTIVES), default='discriminant', help='see docs/fit.md')
-    for name, text in (
-        ('shrinkage', 'of the pooled covariance, 0 to 1'),
-        ('prior-count', 'examples that the pooled covariance counts for'),
-        ('temperature', 'factor on the logits'),
-        ('max-precision', 'largest 1 / sigma2 for the sake of variances of single classes, 200 with --sigma2'),
-    ):
-        add(f'--{name}', type=_auto_or_float, default='auto', metavar='X', help=f'{text}; auto: by held-out images')
-    add('--sigma2', type=float, metavar='X', help="the head's isotropic variance, as a start of training: 0.0625")
+    add('--preset', choices=tuple(PRESETS), default='finetune', help='what the head is for (default: %(default)s)')
+    numbers = parser.add_argument_group('numbers in place of those of the preset, see docs/fit.md')
+    numbers.add_argument('--objective', choices=tuple(OBJECTIVES), default='discriminant')
+    for name in _NUMBERS:
+        kind: Dict[str, Any] = dict(type=_auto_or_float, default='auto')
+        kind = dict(type=float) if name in ('sigma2', 'mean_spread', 'v_ratio') else kind
+        numbers.add_argument(f'--{name.replace("_", "-")}', metavar='X', **kind)
     return parser
 
 
 def main(arguments: Optional[List[str]] = None) -> None:
     parser = _parser()
-    options = parser.parse_args(arguments)
     with exit_on_error(parser):
-        _fit(options)
+        _fit(parser.parse_args(arguments))
 
 
 def _fit(options: argparse.Namespace) -> None:
-    output: Path = options.output
+    output: Path = options.file
     if output.suffix != '.safetensors':
         raise ValueError(f'--output: expected a name that ends in .safetensors, got {output}')
     if output.is_dir() or output.exists() and not options.force:
         raise ValueError(f'--output: {output} exists already; give another one or --force')
-    for key, option in _OWN_OPTIONS.items():
-        if key in options.model_kwargs:  # train.py would refuse it, too
-            raise ValueError(f'--model-kwargs: give {option} instead of {key}')
-    channels = options.input_size[0] if options.input_size else 3
-    data: Dict[str, Any] = dict(dataset=options.dataset, channels=channels, batch_size=options.batch_size)
-    train = open_split(options.data_dir, options.split, class_map=options.class_map, **data)
-    warn_left_out(find_left_out(train), options.split)
-    val_split = 'validation' if options.val_split is None else options.val_split
-    validation = _open_validation(options, val_split, train.class_names, data)
-    device, amp_dtype = device_of(options), amp_dtype_of(options)
-    model = _build(options, train.class_names, channels).to(device)
-    config = data_config_of(vars(options), model)
+    choices = {key: getattr(options, key) for key in ('preset', 'objective', *_NUMBERS)}
+    ZZZFit(num_classes=1, **choices)  # which checks them
+    given = {key: value for key, value in vars(options).items() if key in NEWEST.options}
+    recipe = merged(options.config, given)
+    s = argparse.Namespace(**{**vars(options), **vars(recipe.settings)})
+    if 'device' not in recipe.values and not torch.cuda.is_available():
+        s.device = 'cpu'
+    s.data_dir = s.data_dir or s.data
+    s.model_kwargs = {key: value for key, value in s.model_kwargs.items() if not key.startswith(FIT_PREFIX)}
+    device, amp_dtype = device_of(s), amp_dtype_of(s)
+
+    data: Dict[str, Any] = dict(dataset=s.dataset, channels=channels_of(s), batch_size=s.batch_size)
+    data.update(input_key=s.input_key, target_key=s.target_key)
+    train = open_split(s.data_dir, s.train_split, class_map=s.class_map or None, **data)
+    warn_left_out(find_left_out(train), s.train_split)
+    if isinstance(getattr(train.dataset, 'reader', None), ReaderImageFolder):
+        found = {target for _, target in train.dataset.reader.samples}
+        missing = [name for i, name in enumerate(train.class_names) if i not in found]
+        if missing:
+            raise ValueError(f'{s.train_split} has no images of {some(missing, SHOWN)}')
+    validation = _open_validation(s, 'val_split' in recipe.values, train.class_names, data)
+    model = _build(s, train.class_names).to(device)
+    config = data_config_of(vars(s), model)
     check_size(model, config)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=output.parent).close()  # an OSError if nothing can be written there
 
     def loader(split: Split, name: str) -> Any:
-        batches = loader_of(options, split.dataset, config, device)
+        batches = loader_of(s, split.dataset, config, device)
         return tqdm(batches, desc=name, unit='batch', file=sys.stderr)
 
-    def score(when: str) -> None:
-        if validation is not None:
-            with loader(validation, val_split) as batches:
-                result = evaluate(model, batches, device, amp_dtype)
-            figures = f'top-1 {result.top1:.2f} %, negative log-likelihood {result.mean_nll:.4f}'
-            print(f'{when} {figures} ({len(result.target)} images of {val_split})')
-
-    score('before:')
-    keys = ('objective', 'shrinkage', 'prior_count', 'temperature', 'sigma2', 'max_precision')
-    choices = {key: getattr(options, key) for key in keys}
-    with loader(train, options.split) as batches:
+    with loader(train, s.train_split) as batches:
         fit_model(model, batches, device=device, amp_dtype=amp_dtype, **choices)
-    score('after: ')
-    _write(output, model, {key: str(value) for key, value in dict(model=options.model, **choices).items()})
-    print(f'{output}: go on with\n{_train_command(options, model)}')
+    _write(output, model, {key: str(value) for key, value in dict(model=s.model, **choices).items()})
+    if validation is not None:
+        with loader(validation, s.val_split) as batches:
+            result = evaluate(model, batches, device, amp_dtype)
+        figures = f'top-1 {result.top1:.2f} %, negative log-likelihood {result.mean_nll:.4f}'
+        print(f'{figures} ({len(result.target)} images of {s.val_split})')
+    else:
+        given['val_split'] = ''  # train.py would take the images of training
+    if recipe.values.get('num_classes') != model.num_classes:
+        given['num_classes'] = model.num_classes
+    if given.get('model_kwargs', recipe.values.get('model_kwargs', {})) != s.model_kwargs:
+        given['model_kwargs'] = s.model_kwargs
+    print(f'{output}: go on with', *_train_command(options.config, given, recipe, output), sep='\n')
 
 
-def _open_validation(options: argparse.Namespace, name: str, names: List[str], data: Dict[str, Any]) -> Optional[Split]:
-    if not name:
+def _open_validation(s: argparse.Namespace, asked: bool, names: List[str], data: Dict[str, Any]) -> Optional[Split]:
+    if not s.val_split:
         return None
-    known = '--class-map' if options.class_map else options.split
+    known = '--class-map' if s.class_map else s.train_split
     try:
-        return open_known(options, name, names or options.class_map, known, **data)
+        return open_known(s, s.val_split, names or s.class_map or None, known, **data)
     except MissingSplitError as e:
-        if options.val_split is not None:
+        if asked:
             raise ValueError(f'--val-split: {e}') from e
         print(f'Not evaluated: {e}', file=sys.stderr)
         return None
 
 
-def _build(options: argparse.Namespace, names: List[str], channels: int) -> nn.Module:
-    num_classes = options.num_classes or len(names)
+def _build(s: argparse.Namespace, names: List[str]) -> nn.Module:
+    num_classes = s.num_classes or len(names)
     if not num_classes:
         raise ValueError('--num-classes: the data does not say how many classes it has')
     if names and num_classes != len(names):
-        where = '--class-map' if options.class_map else options.split
+        where = '--class-map' if s.class_map else s.train_split
         raise ValueError(
             f'--num-classes: {num_classes}, but {where} has {len(names)} classes; --class-map numbers them'
         )
-    weights = dict(pretrained=options.pretrained, pretrained_path=options.pretrained_path)
-    arguments = dict(weights, num_classes=num_classes, in_chans=channels, **options.model_kwargs)
-    model: nn.Module = build_model(options.model, **arguments)
-    if options.checkpoint:
-        if not os.path.isfile(options.checkpoint):
-            raise ValueError(f'--checkpoint: no such file: {options.checkpoint}')
+    if not any(getattr(s, key) for key in _WEIGHTS):
+        raise ValueError('--pretrained: the backbone needs weights, by this, --pretrained-path or --initial-checkpoint')
+    for key in ('resume', 'head_init_bias'):
+        if getattr(s, key) not in (None, ''):
+            raise ValueError(f'--{key.replace("_", "-")}: train.py would put that in place of what is fitted')
+    arguments = {**model_arguments(s), 'num_classes': num_classes}
+    model: nn.Module = build_model(s.model, pretrained=s.pretrained, pretrained_path=s.pretrained_path, **arguments)
+    if s.initial_checkpoint:
+        source = f'--initial-checkpoint: {s.initial_checkpoint}'
+        if not os.path.isfile(s.initial_checkpoint):
+            raise ValueError(f'--initial-checkpoint: no such file: {s.initial_checkpoint}')
         try:
-            state = load_state_dict(options.checkpoint, use_ema=options.use_ema)
+            state = load_state_dict(s.initial_checkpoint, use_ema=s.use_ema)
         except Exception as e:  # whatever a broken archive or pickle raises
-            raise ValueError(f"--checkpoint: {options.checkpoint} can't be read: {one_line(e)}") from e
-        state = tensors_of(state, f'--checkpoint: {options.checkpoint}')
-        load_weights(model, state, f'--checkpoint: {options.checkpoint}', keep_heads=True)
-        biases = [state[key] for key in (f'{path}.bias' for path in heads_of(model)) if key in state]
-        if any(bias.numel() != num_classes for bias in biases):
-            found = f'{biases[0].numel()} classes, the model has {num_classes}'
-            warn(f'--checkpoint: {options.checkpoint} has {found}: its head is left out')
+            raise ValueError(f"{source} can't be read: {one_line(e)}") from e
+        load_weights(model, tensors_of(state, source), source, keep_heads=True)
     return model
 
 
 def _write(path: Path, model: nn.Module, metadata: Dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
     with TemporaryDirectory(dir=path.parent, prefix='.zzz-fit-') as temporary:
         draft, new = Path(temporary) / path.name, Path(temporary) / 'new'
@@ -206,14 +196,30 @@ def _write(path: Path, model: nn.Module, metadata: Dict[str, str]) -> None:
         os.replace(draft, path)
 
 
-def _train_command(options: argparse.Namespace, model: nn.Module) -> str:
-    command = ['python', 'train.py', '--device-modules', 'timm_zzz', '--model', options.model]
-    command += ['--num-classes', str(model.num_classes), '--data-dir', str(options.data_dir)]
-    for name in ('dataset', 'class_map', 'img_size'):
-        if getattr(options, name):
-            command += [f'--{name.replace("_", "-")}', str(getattr(options, name))]
-    if options.input_size:
-        command += ['--input-size', *map(str, options.input_size)]
-    if options.model_kwargs:
-        command += ['--model-kwargs', *(f'{key}={value}' for key, value in options.model_kwargs.items())]
-    return shlex.join([*command, '--initial-checkpoint', str(options.output)])
+def _train_command(config: Optional[str], given: Mapping[str, Any], recipe: Recipe, output: Path) -> Iterator[str]:
+    """Yield the command to go on with: the recipe, what was given besides, and what both leave open."""
+    values = recipe.values
+    told = {key: value for key, value in given.items() if config or key not in _WEIGHTS}
+    modules = values.get('device_modules') or []
+    if PLUGIN not in modules:
+        told['device_modules'] = [*modules, PLUGIN]
+    goes_with = dict(weight_decay='opt', warmup_epochs='epochs', lr='lr_base')
+    missing = {k: v for k, v in TRAINING.items() if k not in values and goes_with.get(k) not in values}
+    if missing:
+        yield f'# {", ".join(missing)}: of the quickstart recipe, with a learning rate that suits this start'
+    words = ['python', 'train.py', *(['--config', config] if config else [])]
+    for key, value in {**told, **missing, 'initial_checkpoint': output}.items():
+        words.append(f'--{key.replace("_", "-")}')
+        if isinstance(value, dict):
+            words += [f'{name}={_literal(item)}' for name, item in value.items()]
+        elif value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    yield shlex.join(words)
+
+
+def _literal(value: Any) -> str:
+    """Write a value of KEY=VALUE so that timm reads it as it is."""
+    try:
+        return repr(value) if not isinstance(value, str) or ast.literal_eval(value) != value else value
+    except (SyntaxError, ValueError):
+        return value

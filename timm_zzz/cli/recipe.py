@@ -1,6 +1,7 @@
 """Read recipes for timm's train.py: the lines of the YAML file, its keys, and its values as argparse takes them."""
 
 import argparse
+import ast
 import difflib
 import math
 import os
@@ -11,12 +12,23 @@ import textwrap
 from contextlib import redirect_stdout
 from itertools import chain
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Set, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Set, Tuple, Union
 
 import yaml
 from timm.utils import ParseKwargs
 
-__all__ = ['FACTS', 'NEWEST', 'Finding', 'Option', 'Recipe', 'TrainScript', 'ask_script', 'nearest', 'reason']
+__all__ = [
+    'FACTS',
+    'NEWEST',
+    'Finding',
+    'Option',
+    'Recipe',
+    'TrainParser',
+    'TrainScript',
+    'ask_script',
+    'nearest',
+    'reason',
+]
 
 _TYPES: Dict[str, type] = {'str': str, 'int': int, 'float': float}
 _PAIRS = ('scale', 'ratio', 'cutmix_minmax')
@@ -120,6 +132,65 @@ def _option(action: argparse.Action) -> Option:
     return Option(kind, action.default, action.nargs, choices, action.const if action.nargs == '?' else None, names)
 
 
+class TrainParser(argparse.ArgumentParser):
+    """Parse a command line of train.py, and options of a command's own.
+
+    Options of train.py that are not given are not in the result. What is wrong is a ValueError, that of an unknown
+    option has the nearest name.
+    """
+
+    def __init__(self, options: Mapping[str, Option], other_names: Optional[Mapping[str, str]] = None, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        other_names = other_names or {}
+        for key, option in options.items():
+            if key == 'data':  # which has no name on the command line
+                continue
+            names = [key, *option.other_names, *filter(None, [other_names.get(key)])]
+            flags = [f'{dashes}{name}'.replace('_', '-') for name in names for dashes in ('-', '--')[len(name) > 2 :]]
+            settings: Dict[str, Any] = dict(dest=key, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+            if option.type == 'flag':
+                off = [flag for flag in flags if flag == f'--no-{key}'.replace('_', '-')]
+                self.add_argument(*(flag for flag in flags if flag not in off), action='store_true', **settings)
+                for flag in off:
+                    self.add_argument(flag, action='store_false', **settings)
+            elif option.type == 'mapping':
+                self.add_argument(*flags, nargs='*', type=_key_value, action=_Pairs, **settings)
+            else:
+                settings.update(type=_TYPES.get(option.type, str), nargs=option.nargs, const=option.const)
+                self.add_argument(*flags, choices=option.choices, **settings)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            near = nearest(rest[0].partition('=')[0], self._option_string_actions)
+            self.error(f'unrecognized arguments: {" ".join(rest)}{near}')
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+class _Pairs(argparse.Action):
+    """Make a dict of pairs, as timm's ParseKwargs, whose older versions stop at ``KEY=/a/path``."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
+        setattr(namespace, self.dest, dict(values))
+
+
+def _key_value(text: str) -> Tuple[str, Any]:
+    key, equals, value = text.partition('=')
+    if not equals:
+        raise argparse.ArgumentTypeError(f'expected KEY=VALUE, got {text}')
+    try:
+        literal = ast.literal_eval(value)
+        yaml.safe_dump(literal)  # which train.py does for args.yaml
+    except (SyntaxError, ValueError):
+        return key, value
+    except (TypeError, MemoryError, RecursionError, yaml.YAMLError) as e:
+        raise argparse.ArgumentTypeError(f'expected a value of {key} that YAML has, got {value}') from e
+    return key, literal
+
+
 class Finding(NamedTuple):
     """Say what was found in a line of a recipe, None for the whole file; the level is 'error' or 'note'."""
 
@@ -135,7 +206,8 @@ class Recipe:
         self.script = script
         self.places = places  # the options that misplaced keys belong under, by key
         self.findings: List[Finding] = []
-        self.lines: Dict[str, int] = {}  # of keys; of keys within a mapping as 'model_kwargs.img_size'
+        # Of keys; of keys within a mapping as 'model_kwargs.img_size'; None for what the command line says
+        self.lines: Dict[str, Optional[int]] = {}
         self.values: Dict[str, Any] = {}  # what argparse makes of the keys that are right
         # What another script lacks, or means otherwise than the newest, counts as not given.
         known, kind = NEWEST.options, lambda option: (option.type, option.is_list)
@@ -169,7 +241,7 @@ class Recipe:
     def note(self, where: Union[str, int, None], message: str) -> None:
         self.error(where, message, 'note')
 
-    def line(self, key: str) -> int:
+    def line(self, key: str) -> Optional[int]:
         return self.lines.get(key) or self.lines.get(key.partition('.')[0], 1)
 
     def first(self, *keys: str) -> str:
@@ -182,9 +254,26 @@ class Recipe:
 
     def read(self, path: Union[str, Path]) -> bool:
         """Fill in lines and values; return False if there is nothing to go on with."""
-        text = ''
         try:
-            text = Path(path).read_text(encoding='utf-8')
+            return self.parse(Path(path).read_text(encoding='utf-8'))
+        except OSError as e:
+            self.error(None, f"can't be read: {e.strerror}")
+        except UnicodeDecodeError as e:
+            self.error(e.object.count(b'\n', 0, e.start) + 1, 'not text in UTF-8')
+        return False
+
+    def override(self, given: Mapping[str, Any]) -> None:
+        """Let options of a command line, which have no line, take the place of the file's."""
+        other = Recipe(self.script, self.places)
+        other.parse(yaml.safe_dump(dict(given), allow_unicode=True) if given else '{}')
+        self.findings += [finding._replace(line=None) for finding in other.findings]
+        self.lines = {key: line for key, line in self.lines.items() if key.partition('.')[0] not in given}
+        self.lines.update(dict.fromkeys(other.lines))
+        self.values = {**{key: value for key, value in self.values.items() if key not in given}, **other.values}
+
+    def parse(self, text: str) -> bool:
+        """Do the same with the text of a recipe."""
+        try:
             loader = yaml.SafeLoader(text)
             root = loader.get_single_node()
             if isinstance(root, yaml.MappingNode) and root.tag.endswith(':map'):
@@ -195,10 +284,6 @@ class Recipe:
                 return True
             empty = 'the file is empty: train.py stops at it'
             self.error(_line(root), 'no mapping: a recipe is lines of KEY: VALUE' if root else empty)
-        except OSError as e:
-            self.error(None, f"can't be read: {e.strerror}")
-        except UnicodeDecodeError as e:
-            self.error(e.object.count(b'\n', 0, e.start) + 1, 'not text in UTF-8')
         except yaml.reader.ReaderError as e:
             self.error(text.count('\n', 0, e.position) + 1, f'no YAML: {e.reason}')
         except (yaml.YAMLError, RecursionError) as e:

@@ -18,7 +18,7 @@ from ..head import heads_of
 from ._timm import input_config
 from .attach import FIT_PREFIX
 
-__all__ = ['FIT_OPTIONS', 'fit_start']
+__all__ = ['FIT_OPTIONS', 'NAMES', 'fit_start', 'settings_of']
 
 _logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def _images(model: Any, fit: Any, class_map: ClassMap, device: torch.device) -> 
     """Open the images and yield this process's batches; a generator, so that errors come where all processes wait."""
     number, count = process()
     config = input_config(model)
-    settings = _settings(fit)
+    settings = settings_of(fit)
     if class_map is not None:
         settings['class_map'] = class_map
     split = open_split(**settings, channels=config['input_size'][0], batch_size=BATCH_SIZE, names=NAMES)
@@ -119,7 +119,7 @@ def _images(model: Any, fit: Any, class_map: ClassMap, device: torch.device) -> 
         raise ValueError(f"zzz_fit: the images can't be read: {one_line(e)}") from e
 
 
-def _settings(fit: Any) -> Dict[str, Any]:
+def settings_of(fit: Any) -> Dict[str, Any]:
     """Return what :func:`~timm_zzz.data.open_split` takes."""
     if isinstance(fit, dict):
         unknown = sorted(str(key) for key in fit.keys() - {*_KEYS})
