@@ -13,11 +13,11 @@ COMMANDS: Dict[str, str] = {
     'calibrate': """divide the logits of what train.py wrote by the temperature of held-out images
   python -m timm_zzz calibrate output/train/mine/model_best.pth.tar --data-dir DIR""",
     'check-hparams': """say what is wrong with recipes for timm's train.py, before it trains
-  python -m timm_zzz check-hparams mine.yaml""",
+  python -m timm_zzz check-hparams mine.yaml --data-dir DIR""",
     'demo': """train a ZZZ head and a linear head on images drawn on the spot, and compare them
   python -m timm_zzz demo --output zzz-demo""",
     'fit': """fit the head in closed form to a folder of images, as a start for train.py
-  python -m timm_zzz fit --model resnet50.zzz_r8 --pretrained --data-dir DIR -o start.safetensors""",
+  python -m timm_zzz fit --config mine.yaml --data-dir DIR --num-classes N -o start.safetensors""",
     'hparams': """list the recipes for timm's train.py, or print the path of one
   python train.py --config "$(python -m timm_zzz hparams quickstart_mobilenetv2_100.zzz_r8)" --data-dir DIR""",
     'push': """push what train.py wrote to the Hugging Face Hub, with a model card

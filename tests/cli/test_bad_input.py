@@ -313,6 +313,18 @@ FIT = [
     *(('--model-kwargs', text) for text in ('zzz_rank=x', 'zzz_rank=-1', 'name=x', 'a=1', 'pretrained=True', 'a b=c')),
     *(('--model-kwargs', text) for text in ('num_classes=3', 'in_chans=1', 'checkpoint_path=x', 'zzz_rank=[1]')),
     *(('--shrinkage', 2), ('--shrinkage', 'nan'), ('--prior-count', -1), ('--temperature', 0), ('--max-precision', -1)),
+    *(
+        ('--mean-spread', 2),
+        ('--v-ratio', -1),
+        ('--preset', 'x'),
+        ('--preset',),
+        ('--sigma2', 'x'),
+        ('--lr', 'x'),
+        ('x',),
+    ),
+    *(('--config', 'none.yaml'), ('--config', '.'), ('--epoch', 3), ('--opt', 'x'), ('--sched', 'x'), ('--aa', 'x')),
+    *(('--resume', 'x'), ('--mean', 0.1, 0.2), ('--gp', 'x'), ('--interpolation', 'x'), ('--initial-checkpoint', 'x')),
+    *(('--model-kwargs', text) for text in ('a', 'a={[]: 1}', 'a=1j', 'zzz_fits=x', '=', 'a=' + '(' * 500)),
     *(('--sigma2', 0), ('--sigma2', 'inf'), ('--output', '/dev/null/x.safetensors'), ('--output', 'x.txt')),
 ]
 
@@ -321,6 +333,21 @@ FIT = [
 def test_options_of_fit(caller, options, monkeypatch):
     monkeypatch.chdir(caller.folder)
     caller.fails(caller.fit(*options))
+
+
+def test_recipes_of_fit(caller, tmp_path):
+    rng, file = random.Random(6), tmp_path / 'a.yaml'
+    good = f'model: {MODEL}\nval_split: validation\nopt: adamw\nlr: 1.0e-3\n'.encode()
+    for content in [*broken_bytes(rng, good), *(rng.randbytes(rng.randrange(60)) for _ in range(5))]:
+        file.write_bytes(content)
+        caller.fit('--config', file)
+    for key in KEYS:
+        file.write_text(yaml.safe_dump({'model': MODEL, key: rng.choice(WRONG)}, allow_unicode=True))
+        caller.fit('--config', file)
+    file.write_bytes(good)
+    assert 'error' not in caller.fit('--config', file)
+    file.write_bytes(good + b'epoch: 3\n')
+    caller.fails(caller.fit('--config', file), 'a.yaml:5: epoch: unknown key; did you mean epochs?')
 
 
 @pytest.mark.parametrize('command', ['push', 'report', 'calibrate'])
@@ -360,7 +387,7 @@ def test_demo(caller, tmp_path):
     caller.fails(caller.call(demo, '--output', tmp_path / 'x', '--device', 'nowhere'))
 
 
-def test_recipes(caller, tmp_path):
+def test_recipes(caller, tmp_path, monkeypatch):
     rng, file = random.Random(5), tmp_path / 'a.yaml'
     good = b'model: test_resnet\nval_split: validation\nopt: adamw\nlr: 1.0e-3\n'
 
@@ -379,6 +406,25 @@ def test_recipes(caller, tmp_path):
     for content in contents:
         file.write_bytes(content)
         caller.call(check_hparams, file, *(['--no-model'] if rng.random() < 0.7 else []))
+    data = caller.good / 'data'
+    (tmp_path / 'x/y').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / 'x/y')  # '../..' is a folder
+    for bad in [
+        *WRONG,
+        str(data),
+        str(data / 'train'),
+        {'data_dir': str(data), 'class_map': 3},
+        'hfds/x:y',
+        {'split': 3},
+    ]:
+        for extra in ({}, {'class_map': str(caller.good / 'classes.txt')}, {'data_dir': str(data), 'num_classes': 2}):
+            fit = dict(
+                zzz_fit=bad, **rng.choice([{}, {'zzz_fit_class_map': rng.choice(WRONG)}, {'zzz_fit_preset': bad}])
+            )
+            file.write_text(yaml.safe_dump(dict(model=MODEL, model_kwargs=fit, **extra), allow_unicode=True))
+            caller.call(check_hparams, file, '--no-model')
+    for option in ('--lr', '--lr=x', '--x', '--model-kwargs=a', '-b', '--opt-kwargs=a={[]: 1}'):
+        caller.fails(caller.call(check_hparams, file, option))
     for path in (tmp_path / 'none.yaml', tmp_path):
         assert "can't be read" in caller.call(check_hparams, path)
     for script in (tmp_path / 'none.py', tmp_path, caller.good / 'classes.txt'):

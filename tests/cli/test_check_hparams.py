@@ -628,6 +628,7 @@ FITS = [
     ),
     ('class_map: map.txt\nmodel_kwargs: {zzz_fit: data/train, zzz_fit_class_map: four.txt}', 7, 'error', 'training: d'),
     ('class_map: map.txt\nmodel_kwargs: {zzz_fit: data/train, zzz_fit_class_map: no.txt}', 7, 'error', 'no.txt'),
+    ('model_kwargs: {zzz_fit: data/train, zzz_fit_class_map: 3}', 7, 'error', 'a file or a list of names, not 3'),
     # data sets by name, which are not downloaded
     ('dataset: hfds/a/b\nmodel_kwargs: {zzz_fit: hfds/a/b:train}', None, None, ''),
     ('dataset: hfds/a/b\nmodel_kwargs: {zzz_fit: hfds/a/b:validation}', 7, 'note', 'fitted to validation, trained on'),

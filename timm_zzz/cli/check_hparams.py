@@ -50,7 +50,7 @@ from ..models.registry import DEFAULT_RANK, TAG
 from ..models.start import FIT_OPTIONS, NAMES, settings_of
 from ..optim import ZZZAdamW
 from .common import exit_on_error
-from .recipe import FACTS, NEWEST, Finding, Recipe, TrainParser, TrainScript, ask_script, nearest, reason
+from .recipe import FACTS, NEWEST, Finding, Recipe, TrainParser, TrainScript, ask_script, nearest, reason, shorten
 
 __all__ = ['Finding', 'channels_of', 'check', 'main', 'merged', 'model_arguments']
 
@@ -446,7 +446,7 @@ def _check_fit(recipe: Recipe, model: Optional[nn.Module]) -> None:
     if not fit:
         return
     preset = fit.get(f'{FIT_PREFIX}_preset', 'finetune')
-    if preset not in PRESETS:
+    if preset not in list(PRESETS):  # which any value of YAML can be compared with
         recipe.error(f'{key}_preset', f'{preset!r} is none of {", ".join(map(repr, PRESETS))}')
     if FIT_PREFIX not in fit:
         recipe.error(f'model_kwargs.{min(fit)}', f'it goes with {FIT_PREFIX}, the images to fit to')
@@ -477,12 +477,16 @@ def _check_fitted_images(recipe: Recipe, images: Dict[str, Any]) -> None:
         return
     if dataset and images['split'] != s.train_split:
         recipe.note(key, f'fitted to {images["split"]}, trained on {s.train_split}')
+    names = class_map if isinstance(class_map, list) else [class_map or '']
+    if not all(isinstance(name, str) for name in names):
+        recipe.error(key, f'a class map is a file or a list of names, not {shorten(str(class_map), 60)}')
+        return
     if (class_map is None) != (not s.class_map):
         given = s.class_map or class_map
         without = f'model_kwargs needs {NAMES.class_map}: {given}' if s.class_map else f'class_map: {given} is needed'
         recipe.error(mapped if class_map else key, f'training and the fit number the classes differently; {without}')
         return
-    names = read_class_map(class_map, NAMES.class_map) if isinstance(class_map, (str, Path)) else class_map
+    names = read_class_map(class_map, NAMES.class_map) if isinstance(class_map, str) else class_map or []
     trained = _class_map_file(s)
     others = read_class_map(trained) if names and trained else None
     if not dataset and not names:

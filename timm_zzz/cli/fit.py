@@ -23,8 +23,9 @@ from ..errors import some
 from ..fit import PRESETS, ZZZFit, fit_model
 from ..fit.zzzfit import OBJECTIVES
 from ..metrics import evaluate
-from ..models.attach import FIT_PREFIX
+from ..models.attach import OPTION_PREFIX
 from ..models.checkpoint import build_model, load_weights
+from ..models.start import FIT_OPTIONS
 from .check_hparams import PLUGIN, channels_of, merged, model_arguments
 from .common import (
     add_ignore_unknown,
@@ -47,6 +48,7 @@ __all__ = ['TRAINING', 'main']
 # with the learning rate that suits this start (docs/results.md). Its own, SGD at 0.05, would forget the start at once.
 TRAINING = dict(opt='adamw', lr=5e-4, weight_decay=0.05, epochs=20, warmup_epochs=2)
 _NUMBERS = ('sigma2', 'max_precision', 'mean_spread', 'v_ratio', 'shrinkage', 'prior_count', 'temperature')
+_FIT = tuple(f'{OPTION_PREFIX}{name}' for name in FIT_OPTIONS)
 _WEIGHTS = ('pretrained', 'pretrained_path', 'initial_checkpoint')
 
 
@@ -105,7 +107,7 @@ def _fit(options: argparse.Namespace) -> None:
     if 'device' not in recipe.values and not torch.cuda.is_available():
         s.device = 'cpu'
     s.data_dir = s.data_dir or s.data
-    s.model_kwargs = {key: value for key, value in s.model_kwargs.items() if not key.startswith(FIT_PREFIX)}
+    s.model_kwargs = {key: s.model_kwargs[key] for key in s.model_kwargs if key not in _FIT}
     device, amp_dtype = device_of(s), amp_dtype_of(s)
 
     data: Dict[str, Any] = dict(dataset=s.dataset, channels=channels_of(s), batch_size=s.batch_size)

@@ -28,6 +28,7 @@ __all__ = [
     'ask_script',
     'nearest',
     'reason',
+    'shorten',
 ]
 
 _TYPES: Dict[str, type] = {'str': str, 'int': int, 'float': float}
