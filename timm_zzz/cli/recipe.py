@@ -141,7 +141,10 @@ class TrainParser(argparse.ArgumentParser):
     """
 
     def __init__(self, options: Mapping[str, Option], other_names: Optional[Mapping[str, str]] = None, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        listed = ' '.join(f'--{key}'.replace('_', '-') for key in options if key != 'data')
+        epilog = 'options of train.py:\n' + textwrap.indent(textwrap.fill(listed, 100, break_on_hyphens=False), '  ')
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=formatter, epilog=epilog, **kwargs)
         other_names = other_names or {}
         for key, option in options.items():
             if key == 'data':  # which has no name on the command line
