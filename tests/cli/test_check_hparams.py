@@ -631,7 +631,9 @@ FITS = [
     ('model_kwargs: {zzz_fit: data/train, zzz_fit_class_map: 3}', 7, 'error', 'a file or a list of names, not 3'),
     # data sets by name, which are not downloaded
     ('dataset: hfds/a/b\nmodel_kwargs: {zzz_fit: hfds/a/b:train}', None, None, ''),
-    ('dataset: hfds/a/b\nmodel_kwargs: {zzz_fit: hfds/a/b:validation}', 7, 'note', 'fitted to validation, trained on'),
+    ('dataset: hfds/a/b\nmodel_kwargs: {zzz_fit: hfds/a/b:extra}', 7, 'note', 'fitted to extra, trained on train'),
+    ('dataset: hfds/a/b\nmodel_kwargs: {zzz_fit: hfds/a/b:validation}', 7, 'error', 'the images of val_split'),
+    ('model_kwargs: {zzz_fit: data/validation}', 7, 'error', 'fitted to the images of val_split, validation'),
     (
         'dataset: hfds/a/b\nmodel_kwargs: {zzz_fit: hfds/a/c:train}',
         7,

@@ -475,8 +475,11 @@ def _check_fitted_images(recipe: Recipe, images: Dict[str, Any]) -> None:
     if dataset != (s.dataset or ''):
         recipe.error(key, f'the classes of {dataset or "a folder"} may have other numbers than those of {s.dataset!r}')
         return
-    if dataset and images['split'] != s.train_split:
-        recipe.note(key, f'fitted to {images["split"]}, trained on {s.train_split}')
+    split = images['split'] or os.path.basename(os.path.normpath(str(images['data_dir'])))
+    if split == s.val_split and split != s.train_split:
+        recipe.error(key, f'fitted to the images of val_split, {split}')
+    elif dataset and split != s.train_split:
+        recipe.note(key, f'fitted to {split}, trained on {s.train_split}')
     names = class_map if isinstance(class_map, list) else [class_map or '']
     if not all(isinstance(name, str) for name in names):
         recipe.error(key, f'a class map is a file or a list of names, not {shorten(str(class_map), 60)}')
