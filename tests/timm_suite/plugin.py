@@ -123,7 +123,7 @@ def _create_twin(create_model: Callable, model_name: str, pretrained: bool = Fal
         kwargs['zzz_rank'] = width
     head = {} if twin(model_name) == model_name else dict(zzz_init='reference')  # with classes that differ
     try:
-        model = create_model(twin(model_name), pretrained, *args, **_twin_kwargs(model_name, kwargs), **head)
+        model = create_model(twin(model_name), pretrained, *args, **{**head, **_twin_kwargs(model_name, kwargs)})
     except ValueError:
         if twin(model_name) != model_name and not _has_classifier(
             create_model(model_name, pretrained, *args, **kwargs)
