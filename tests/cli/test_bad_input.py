@@ -372,7 +372,7 @@ def test_options_of_push_with_calibrate(caller):
     caller.fails(caller.push(*data, '--device', 'nowhere'), '--device: nowhere is not available')
 
 
-@pytest.mark.parametrize('arguments', ['--workers 0', '--epochs x', '--images -1', '--rank 5', 'x'])
+@pytest.mark.parametrize('arguments', ['--workers -1', '--epochs x', '--images -1', '--rank 5', 'x'])
 def test_wrong_arguments_are_errors_of_argparse(arguments, capsys):
     for module in (demo, hparams):
         with pytest.raises(SystemExit) as e:
