@@ -1,10 +1,8 @@
 """``python -m timm_zzz calibrate``: a temperature from held-out images, folded into what timm's train.py wrote."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -13,7 +11,7 @@ from huggingface_hub.utils import tqdm
 from ..head import heads_of, record_inputs
 from ..metrics import Calibration, KeptLogits, cross_calibrate, evaluate
 from ..scores import fold_temperature
-from .common import amp_dtype_of, device_of, exit_on_error
+from .common import amp_dtype_of, check_output, device_of, exit_on_error, written_whole
 from .run import Run, add_run_arguments, load_run, open_images, read_checkpoint
 
 __all__ = ['calibrate_run', 'main', 'write_checkpoint']
@@ -62,11 +60,8 @@ def write_checkpoint(run: Run, path: Path) -> None:
     new.update(state_dict=state, args=argparse.Namespace(**run.args), calibration=run.calibration)
     if run.averaged:  # so that readers that ask for the averaged weights get them, and summary.csv is about these
         new['state_dict_ema'] = state
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix='.zzz-calibrate-') as temporary:
-        draft = Path(temporary) / path.name
+    with written_whole(path) as draft:
         torch.save(new, draft)
-        os.replace(draft, path)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,10 +91,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
 def _calibrate(options: argparse.Namespace) -> None:
     checkpoint: Path = options.checkpoint
     output: Path = options.output or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / 'calibrated.pth.tar'
-    if not output.name.endswith('.pth.tar'):
-        raise ValueError(f'--output: expected a name that ends in .pth.tar, got {output}')
-    if output.is_dir() or output.exists() and not options.force:
-        raise ValueError(f'--output: {output} exists already; give another one or --force')
+    check_output(output, options.force, '.pth.tar')
     run = load_run(checkpoint, use_ema=options.use_ema, model_name=options.model)
     if options.model:
         run.args = {**run.args, 'model': options.model}

@@ -1,8 +1,12 @@
 """What several commands share: arguments, warnings, and how they end with an error."""
 
 import argparse
+import os
+import shutil
 import sys
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Dict, Iterator, Mapping, Optional
 
 import torch
@@ -17,6 +21,7 @@ __all__ = [
     'add_loader_arguments',
     'amp_dtype_of',
     'check_count',
+    'check_output',
     'check_size',
     'count',
     'data_config_of',
@@ -29,6 +34,7 @@ __all__ = [
     'tensors_of',
     'warn',
     'warn_left_out',
+    'written_whole',
 ]
 
 
@@ -76,6 +82,26 @@ def open_known(options: argparse.Namespace, name: str, class_map: Any, known: st
         raise ValueError(f'{name} has classes that {known} has not: {unknown}; {way}')
     warn_left_out(left_out, name, known)
     return split
+
+
+def check_output(path: Path, force: bool, suffix: str = '') -> None:
+    """Raise a ValueError if a file has another suffix, or exists and ``--force`` is not given."""
+    if suffix and not path.name[1:].endswith(suffix):  # a name, and then the suffix
+        raise ValueError(f'--output: expected a name that ends in {suffix}, got {path}')
+    if path.is_dir() or path.exists() and not force:
+        raise ValueError(f'--output: {path} exists already; give another one or --force')
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield the path of a draft, which becomes the file when the context ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix='.zzz-') as temporary:
+        draft, new = Path(temporary) / path.name, Path(temporary) / 'new'
+        yield draft
+        new.touch()
+        shutil.copymode(new, draft)  # the umask's: safetensors writes for the owner only
+        os.replace(draft, path)
 
 
 def check_count(where: str, found: int, count: Any) -> None:

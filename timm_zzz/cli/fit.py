@@ -4,10 +4,9 @@ import argparse
 import ast
 import os
 import shlex
-import shutil
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryFile
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Union
 
 import torch
@@ -30,6 +29,7 @@ from .check_hparams import PLUGIN, channels_of, merged, model_arguments
 from .common import (
     add_ignore_unknown,
     amp_dtype_of,
+    check_output,
     check_size,
     data_config_of,
     device_of,
@@ -39,6 +39,7 @@ from .common import (
     open_known,
     tensors_of,
     warn_left_out,
+    written_whole,
 )
 from .recipe import NEWEST, Recipe, TrainParser
 
@@ -95,10 +96,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
 
 def _fit(options: argparse.Namespace) -> None:
     output: Path = options.file
-    if output.suffix != '.safetensors':
-        raise ValueError(f'--output: expected a name that ends in .safetensors, got {output}')
-    if output.is_dir() or output.exists() and not options.force:
-        raise ValueError(f'--output: {output} exists already; give another one or --force')
+    check_output(output, options.force, '.safetensors')
     choices = {key: getattr(options, key) for key in ('preset', 'objective', *_NUMBERS)}
     ZZZFit(num_classes=1, **choices)  # which checks them
     given = {key: value for key, value in vars(options).items() if key in NEWEST.options}
@@ -190,12 +188,8 @@ def _build(s: argparse.Namespace, names: List[str]) -> nn.Module:
 
 def _write(path: Path, model: nn.Module, metadata: Dict[str, str]) -> None:
     state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
-    with TemporaryDirectory(dir=path.parent, prefix='.zzz-fit-') as temporary:
-        draft, new = Path(temporary) / path.name, Path(temporary) / 'new'
+    with written_whole(path) as draft:
         save_file(state, draft, {'format': 'pt', 'timm_zzz': __version__, **metadata})
-        new.touch()
-        shutil.copymode(new, draft)  # the umask's: safetensors writes for the owner only
-        os.replace(draft, path)
 
 
 def _train_command(config: Optional[str], given: Mapping[str, Any], recipe: Recipe, output: Path) -> Iterator[str]:

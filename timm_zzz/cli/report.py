@@ -26,7 +26,7 @@ from .. import __version__
 from ..head import ZZZHead, heads_of, record_inputs
 from ..metrics import KeptLogits, Predictions, cross_calibrate, evaluate, reliability
 from ..scores import ClassGaussians, class_gaussians_of, log_density
-from .common import amp_dtype_of, data_config_of, device_of, exit_on_error
+from .common import amp_dtype_of, check_output, data_config_of, device_of, exit_on_error
 from .figures import STYLE, draw_bars, draw_histogram, draw_map, draw_reliability, draw_spectra, shorten
 from .run import Run, add_run_arguments, load_run, open_images
 
@@ -299,8 +299,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
 def _report(options: argparse.Namespace) -> None:
     check_extra()
     output: Path = options.output
-    if output.is_dir() or output.exists() and not options.force:
-        raise ValueError(f'--output: {output} exists already; give another one or --force')
+    check_output(output, options.force)
     device, amp_dtype = device_of(options), amp_dtype_of(options)
     run = load_run(options.checkpoint, use_ema=options.use_ema, model_name=options.model)
     data, loader, config = open_images(options, run, device)
