@@ -131,6 +131,19 @@ def beetles(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope='session')
+def backbone(tmp_path_factory):
+    """Weights of a linear test_resnet of 1000 classes."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    file = tmp_path_factory.mktemp('backbone') / 'test_resnet.safetensors'
+    torch.manual_seed(0)
+    save_file(timm.create_model('test_resnet').state_dict(), file)
+    return file
+
+
 @pytest.fixture
 def run(tmp_path):
     """Run a command line with this Python in a process of its own, away from the checkout."""

@@ -26,15 +26,6 @@ NAME = 'test_resnet.zzz_r4'
 
 
 @pytest.fixture(scope='module')
-def backbone(tmp_path_factory):
-    """Weights of a linear model of 1000 classes."""
-    file = tmp_path_factory.mktemp('backbone') / 'test_resnet.safetensors'
-    torch.manual_seed(0)
-    save_file(timm.create_model('test_resnet').state_dict(), file)
-    return file
-
-
-@pytest.fixture(scope='module')
 def colours(tmp_path_factory):
     """An ImageFolder of noise around a colour for each of 4 classes, 12 images to train and 4 to validate."""
     folder = tmp_path_factory.mktemp('colours')

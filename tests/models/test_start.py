@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_pil_image
@@ -41,15 +41,6 @@ def colours(tmp_path_factory):
         for i in range(11):
             to_pil_image((colour + 0.3 * torch.randn(3, 64, 64)).clamp(0, 1)).save(folder / name / f'{i:02}.png')
     return folder
-
-
-@pytest.fixture(scope='module')
-def backbone(tmp_path_factory):
-    """Weights of a linear model of 1000 classes."""
-    file = tmp_path_factory.mktemp('backbone') / 'test_resnet.safetensors'
-    torch.manual_seed(0)
-    save_file(timm.create_model('test_resnet').state_dict(), file)
-    return file
 
 
 @pytest.fixture(autouse=True)
