@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from training import Backbone, Runner, Settings, own_stream
 
 from timm_zzz.head import ZZZHead
-from timm_zzz.metrics import best_temperature, ece
+from timm_zzz.metrics import cross_calibrate
 from timm_zzz.scores import class_gaussians_of
 
 Row = Dict[str, Any]
@@ -49,25 +49,15 @@ PIXELS = 192  # side of the squashed images in memory
 def quality(logits: Tensor, target: Tensor) -> Row:
     """Judge logits (N, C): top-1, top-5 and ECE in percent, NLL in nats; those at one temperature end in ``_t``.
 
-    The temperature is fitted to one half of the images and judged on the other, both ways.
+    Each half of the images is judged under the temperature of the other half; ``temperature`` is that of all
+    images, as a factor on the logits.
     """
-    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(0)).to(target.device)
-    calibrated = torch.empty_like(logits)
-    temperatures = []
-    for fitted, judged in itertools.permutations(order.chunk(2)):
-        temperature = best_temperature(logits[fitted].double(), target[fitted])[0]
-        calibrated[judged] = logits[judged] * temperature
-        temperatures.append(temperature)
-    top = logits.topk(min(5, logits.shape[1]), 1)[1] == target[:, None]
-    found = dict(top1=_percent(top[:, 0]), top5=_percent(top.any(1)), temperature=statistics.fmean(temperatures))
-    for suffix, each in (('', logits), ('_t', calibrated)):
-        found['nll' + suffix] = F.cross_entropy(each, target).item()
-        found['ece' + suffix] = 100 * ece(each, target)
+    temperature, before, after, errors = cross_calibrate(logits, target)
+    found: Row = dict(top1=before.top1, top5=100 * before.in_top5.double().mean().item())
+    found['temperature'] = 1 / temperature
+    for suffix, each, error in (('', before, errors[0]), ('_t', after, errors[1])):
+        found.update({f'nll{suffix}': each.mean_nll, f'ece{suffix}': 100 * error})
     return found
-
-
-def _percent(right: Tensor) -> float:
-    return 100 * right.double().mean().item()
 
 
 def packed(right: Tensor) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Tuple
+from typing import Any, ContextManager, List, NamedTuple, Tuple
 
 import timm
 import torch
@@ -17,8 +17,6 @@ from torch.nn import functional as F
 
 _EVAL_BATCH = 512
 _AHEAD = 50  # steps that are launched before the first of them has to be done
-
-Watch = Callable[[int, nn.Module], None]
 
 
 class Backbone(NamedTuple):
@@ -95,15 +93,12 @@ class Runner:
         model.set_submodule(path, head)
         return model, head
 
-    def train(
-        self, images: Images, spec: HeadSpec, seed: int, lr: float, head_lr: float = 1.0, watch: Optional[Watch] = None
-    ) -> Tuple[Any, Any]:
+    def train(self, images: Images, spec: HeadSpec, seed: int, lr: float, head_lr: float = 1.0) -> Tuple[Any, Any]:
         """Train a head with its backbone; returns the model and that head. On a GPU, within :func:`own_stream`.
 
         Args:
             lr: Learning rate of the backbone.
             head_lr: Factor on it for the head.
-            watch: Called with the number of epochs so far and the model, after each.
         """
         model, head = self.start(images, spec, seed)
         if not spec.train:
@@ -113,14 +108,10 @@ class Runner:
         groups = parameter_groups(model, head, spec, lr, head_lr, self.settings.weight_decay)
         rates = learning_rates([group['lr'] for group in groups], epochs, steps, self.settings)
         loop = _Loop(self, model, head, images, groups, rates.to(self.device), seed)
-        for epoch in range(epochs):
-            model.train()
-            for i in range(steps):
-                loop.step()
-                if self.device.type == 'cuda' and i % _AHEAD == 0:
-                    torch.cuda.current_stream().synchronize()
-            if watch is not None:
-                watch(epoch + 1, model)
+        for i in range(epochs * steps):
+            loop.step()
+            if self.device.type == 'cuda' and i % _AHEAD == 0:
+                torch.cuda.current_stream().synchronize()
         loop.close()
         return model, head
 

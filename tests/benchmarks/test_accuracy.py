@@ -81,7 +81,7 @@ def test_a_failed_run_is_named(run, tmp_path):
 
 
 def test_quality_is_cross_fitted():
-    """Of logits ten times too large: as good at one temperature as the right ones, and top-1 untouched."""
+    """Mend logits that are ten times too large by one temperature, without a change of top-1."""
     torch.manual_seed(0)
     logits = 2 * torch.randn(4000, 5)
     target = torch.distributions.Categorical(logits=logits).sample()
