@@ -328,7 +328,7 @@ def test_two_steps_of_train_and_validate(timm_scripts, images, run, tmp_path, na
 
 @pytest.mark.slow
 def test_train_starts_from_the_data_by_a_recipe(timm_scripts, images, run, tmp_path):
-    """What check-hparams passes runs, at the size that the recipe repeats for the fit."""
+    """Run train.py by a recipe that check-hparams passes, at the size that the recipe repeats for the fit."""
     shutil.copy(timm_scripts / 'train.py', tmp_path)
     torch.save(timm.create_model('test_vit').state_dict(), tmp_path / 'vit.pth')
     fit = dict(zzz_fit=str(images / 'train'), zzz_fit_preset='frozen')

@@ -1,4 +1,4 @@
-"""What the pages promise: links, names of tests and files, commands and their options; and the docstrings' examples."""
+"""Check the links of the pages, the tests, files, commands and options that they name, and the examples of docstrings."""
 
 import contextlib
 import doctest

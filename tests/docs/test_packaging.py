@@ -50,7 +50,7 @@ def sdist(dist, tmp_path_factory):
 
 
 def files(folder: Path):
-    """What git would see: no caches and no outputs."""
+    """List the files of a folder that are no caches."""
     return {
         path.relative_to(folder).as_posix()
         for path in folder.rglob('*')
