@@ -1,4 +1,4 @@
-"""Check the links of the pages, the tests, files, commands and options that they name, and the examples of docstrings."""
+"""Check links, tests, files, commands and options that the pages name, and the examples of docstrings."""
 
 import contextlib
 import doctest
