@@ -12,13 +12,16 @@ Settings of the heads: starts.py; of the training: training.py.
 
 import argparse
 import base64
+import contextlib
 import itertools
 import json
+import queue
 import statistics
 import sys
 import time
+from collections import deque
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from images import Images, load
@@ -29,7 +32,7 @@ from safetensors.torch import save_file
 from starts import parse
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import Backbone, Runner, Settings, own_stream
+from training import Backbone, Run, Runner, Settings, finish, own_stream
 
 from timm_zzz.head import ZZZHead
 from timm_zzz.metrics import cross_calibrate
@@ -90,21 +93,24 @@ def held_out_classes(classes: int, every: int) -> Tuple[List[int], List[int]]:
     return [c for c in range(classes) if c not in set(out)], out
 
 
-def images_of(data: Dict[str, Images], job: Row) -> Tuple[Images, Images]:
-    """Return the images that a job trains on, and those that it is judged by."""
-    known, _ = held_out_classes(len(data['train'].classes), job['hold_out_every'])
+def images_of(data: Dict[str, Images], job: Row) -> Tuple[Images, Images, Images]:
+    """Return the images that a job trains on, those that it is judged by, and those of the classes held out."""
+    known, unknown = held_out_classes(len(data['train'].classes), job['hold_out_every'])
     training, judged = data['train'].of_classes(known), data['validation'].of_classes(known)
     if job['split'] == 'inner':
         mask = held_out(training.target)
         training, judged = training.select((~mask).nonzero()[:, 0]), training.select(mask.nonzero()[:, 0])
-    return (training.per_class(job['shots'], job['seed']) if job['shots'] else training), judged
+    training = training.per_class(job['shots'], job['seed']) if job['shots'] else training
+    return training, judged, data['validation'].of_classes(unknown)
 
 
-def run(runner: Runner, data: Dict[str, Images], job: Row, far: Dict[str, Images], keep: Optional[Path] = None) -> Row:
+def run(
+    runner: Runner, images: Sequence[Images], job: Row, far: Dict[str, Images], keep: Optional[Path] = None
+) -> Run[Row]:
     """Train once and compute all figures; ``keep``: a file for what the scores are computed from."""
-    training, judged = images_of(data, job)
+    training, judged, unknown = images
     start = time.perf_counter()
-    model, head = runner.train(training, parse(job['head']), job['seed'], job['lr'], job['head_lr'])
+    model, head = yield from runner.train(training, parse(job['head']), job['seed'], job['lr'], job['head_lr'])
     features = runner.embed(model, judged)
     with torch.no_grad():
         logits = head.eval()(features).float()
@@ -113,10 +119,9 @@ def run(runner: Runner, data: Dict[str, Images], job: Row, far: Dict[str, Images
     if job['split'] == 'inner':
         return found
     found['right'] = packed(logits.argmax(1) == judged.target)
-    unknown = held_out_classes(len(data['train'].classes), job['hold_out_every'])[1]
-    if unknown or far or keep:
+    if len(unknown) or far or keep:
         train_features = runner.embed(model, training)
-        near = runner.embed(model, data['validation'].of_classes(unknown)) if unknown else features[:0]
+        near = runner.embed(model, unknown) if len(unknown) else features[:0]
         if keep:
             embedded = dict(train=train_features, validation=features, near=near)
             tensors = {k: v.half() for k, v in embedded.items()}
@@ -124,7 +129,7 @@ def run(runner: Runner, data: Dict[str, Images], job: Row, far: Dict[str, Images
             tensors.update({f'head.{k}': v.float() for k, v in head.state_dict().items()})
             save_file({k: v.contiguous() for k, v in tensors.items()}, keep)
         outliers = Outliers(head, train_features, training.target, features)
-        if unknown:
+        if len(unknown):
             found['near'] = outliers.auroc(near)
         found['far'] = {name: outliers.auroc(runner.embed(model, images)) for name, images in far.items()}
     return found
@@ -150,7 +155,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--results', type=Path, required=True, metavar='FILE.jsonl', help='files FILE*.jsonl are read')
     add('--cache', type=Path, help='folder for decoded images')
     add('--keep', type=Path, metavar='DIR', help="write every trained model's features and head there")
-    add('--processes', type=int, default=0, metavar='N', help='on each GPU; 0: in this process')
+    add('--processes', type=int, default=0, metavar='N', help='on each GPU; 0: in this process, one run at a time')
+    add('--streams', type=int, default=4, metavar='N', help='of each of those processes: runs at the same time')
     add('--seconds', type=float, default=float('inf'), help='after which no run is begun')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     return parser
@@ -208,32 +214,46 @@ class Worker:
         self.options, self.device = options, device
         self.far = {root.name: self._open(root, ('validation',))['validation'] for root in options.far}
         self.data: Dict[str, Dict[str, Images]] = {}
+        self.images: Dict[Tuple[Any, ...], Sequence[Images]] = {}
         self.runners: Dict[str, Runner] = {}
 
     def _open(self, root: Path, splits: Sequence[str]) -> Dict[str, Images]:
-        return {split: load(root, split, PIXELS, self.options.cache).to(self.device) for split in splits}
+        found = {split: load(root, split, PIXELS, self.options.cache).to(self.device) for split in splits}
+        self._wait()
+        return found
+
+    def _images(self, job: Row) -> Sequence[Images]:
+        name = job['data']
+        if name not in self.data:
+            root = next(root for root in self.options.data if root.name == name)
+            self.data[name] = self._open(root, ('train', 'validation'))
+        key = (name, job['split'], job['hold_out_every'], job['shots'], job['shots'] and job['seed'])
+        if key not in self.images:
+            self.images[key] = images_of(self.data[name], job)
+            self._wait()
+        return self.images[key]
+
+    def _wait(self) -> None:
+        """Wait until what all streams share is there."""
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
 
     def _runner(self, name: str) -> Runner:
         if name not in self.runners:
             file, size = next(each[1:] for each in self.options.backbone if each[0] == name)
             settings = Settings(self.options.epochs, self.options.min_steps, smoothing=self.options.smoothing)
             self.runners[name] = Runner(Backbone(name, file, int(size)), settings, self.device)
+            self._wait()
         return self.runners[name]
 
-    def __call__(self, job: Row) -> Row:
-        """Run a job and return its row, one with an ``error`` if it fails."""
+    def __call__(self, job: Row) -> Run[Row]:
+        """Run a job and return its row, one with an ``error`` if it fails. On a GPU, within :func:`own_stream`."""
         try:
-            if job['data'] not in self.data:
-                root = next(root for root in self.options.data if root.name == job['data'])
-                self.data[job['data']] = self._open(root, ('train', 'validation'))
+            images = self._images(job)
             runner = self._runner(job['backbone'])
             far = {name: images for name, images in self.far.items() if name != job['data']}
-            if self.device.type == 'cuda':
-                torch.cuda.synchronize()
-            with own_stream(self.device):
-                found = run(
-                    runner, self.data[job['data']], job, far, self.options.keep and self.options.keep / _name(job)
-                )
+            keep = self.options.keep and self.options.keep / _name(job)
+            found = yield from run(runner, images, job, far, keep)
             return dict(job, **found, environment=environment_line(self.device))
         except Exception as e:
             return dict(job, error=f'{type(e).__name__}: {e}')
@@ -244,12 +264,32 @@ def _name(job: Row) -> str:
     return ''.join(c if c.isalnum() or c in '_.-' else '_' for c in name) + '.safetensors'
 
 
+def serve(worker: Callable[[Row], Run[Row]], streams: List[ContextManager[Any]], jobs: Any, rows: Any) -> None:
+    """Run jobs until one is None: as many at a time as there are streams, some steps of each in turn."""
+    underway: Deque[Tuple[ContextManager[Any], Run[Row]]] = deque()
+    last = False
+    while underway or not last:
+        if streams and not last:
+            with contextlib.suppress(queue.Empty):
+                job = jobs.get(block=not underway)
+                last = job is None
+                if not last:
+                    underway.append((streams.pop(), worker(job)))
+        if underway:
+            stream, each = underway.popleft()
+            try:
+                with stream:
+                    next(each)
+                underway.append((stream, each))
+            except StopIteration as e:
+                rows.put(e.value)
+                streams.append(stream)
+
+
 def _process(index: int, options: argparse.Namespace, jobs: Any, rows: Any) -> None:
     device = torch.device('cuda', index % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    worker = Worker(options, device)
-    while (job := jobs.get()) is not None:
-        rows.put(worker(job))
+    serve(Worker(options, device), [own_stream(device) for _ in range(options.streams)], jobs, rows)
 
 
 class Runs:
@@ -279,7 +319,7 @@ class Runs:
         done = [{k: row[k] for k in JOB} for row in read(self.options.results)]
         todo = iter([job for job in jobs if {k: job[k] for k in JOB} not in done])
         underway = 0
-        for job in itertools.islice(todo, len(self.processes)):
+        for job in itertools.islice(todo, len(self.processes) * self.options.streams):
             self.jobs.put(job)
             underway += 1
         while underway or not self.processes:
@@ -293,7 +333,8 @@ class Runs:
             elif job is None:
                 break
             else:
-                row = self.worker(job)
+                with own_stream(self.worker.device):
+                    row = finish(self.worker(job))
             self._write(row)
 
     def _write(self, row: Row) -> None:

@@ -1,8 +1,9 @@
 """One run: a timm backbone with one of the heads, trained on images in memory."""
 
 import contextlib
+import copy
 from dataclasses import dataclass
-from typing import Any, ContextManager, List, NamedTuple, Tuple
+from typing import Any, ContextManager, Dict, Generator, List, NamedTuple, Tuple, TypeVar
 
 import timm
 import torch
@@ -17,6 +18,9 @@ from torch.nn import functional as F
 
 _EVAL_BATCH = 512
 _AHEAD = 50  # steps that are launched before the first of them has to be done
+
+T = TypeVar('T')
+Run = Generator[None, None, T]  # stops where other runs may go on, and returns a T
 
 
 class Backbone(NamedTuple):
@@ -58,7 +62,9 @@ class Runner:
 
     def __init__(self, backbone: Backbone, settings: Settings, device: torch.device):
         self.backbone, self.settings, self.device = backbone, settings, device
-        config = resolve_data_config({}, model=create(backbone))
+        self.model = create(backbone).to(device, memory_format=torch.channels_last)
+        config = resolve_data_config({}, model=self.model)
+        self.heads: Dict[Tuple[int, HeadSpec, int], Tuple[Images, nn.Module]] = {}
         self.size, self.crop_pct = backbone.size or config['input_size'][-1], config['crop_pct']
         self.mean, self.std = (torch.tensor(config[k], device=device).view(1, 3, 1, 1) for k in ('mean', 'std'))
 
@@ -80,21 +86,32 @@ class Runner:
     def start(self, images: Images, spec: HeadSpec, seed: int) -> Tuple[Any, Any]:
         """Create the backbone with the head in its place; returns the model and that head."""
         random_seed(seed)
-        num_classes = len(images.classes)
-        model = create(self.backbone, num_classes).to(self.device, memory_format=torch.channels_last)
-        path = model.pretrained_cfg['classifier']
+        num_classes, path = len(images.classes), self.model.pretrained_cfg['classifier']
         if spec.kind == 'linear' and not spec.rows:
+            model = create(self.backbone, num_classes).to(self.device, memory_format=torch.channels_last)
             return model, model.get_submodule(path)
-        if needs_features(spec):
-            features = self.embed(model, images)
-        else:
-            features = torch.zeros(1, model.head_hidden_size, device=self.device)
-        head = build(spec, features, images.target, num_classes)
+        model = copy.deepcopy(self.model)
+        head = self._head(images, spec, seed)
         model.set_submodule(path, head)
         return model, head
 
-    def train(self, images: Images, spec: HeadSpec, seed: int, lr: float, head_lr: float = 1.0) -> Tuple[Any, Any]:
+    def _head(self, images: Images, spec: HeadSpec, seed: int) -> nn.Module:
+        """Build a head, or copy the one that was built for a run of the same images and other learning rates."""
+        key = (id(images), spec, seed)
+        if key not in self.heads:
+            if needs_features(spec):
+                features = self.embed(self.model, images)
+            else:
+                features = torch.zeros(1, self.model.head_hidden_size, device=self.device)
+            self.heads[key] = images, build(spec, features, images.target, len(images.classes))
+            if self.device.type == 'cuda':
+                torch.cuda.current_stream().synchronize()
+        return copy.deepcopy(self.heads[key][1])
+
+    def train(self, images: Images, spec: HeadSpec, seed: int, lr: float, head_lr: float = 1.0) -> Run[Tuple[Any, Any]]:
         """Train a head with its backbone; returns the model and that head. On a GPU, within :func:`own_stream`.
+
+        Yields whenever steps have been launched, so that runs on other streams fill the GPU meanwhile.
 
         Args:
             lr: Learning rate of the backbone.
@@ -111,6 +128,7 @@ class Runner:
         for i in range(epochs * steps):
             loop.step()
             if self.device.type == 'cuda' and i % _AHEAD == 0:
+                yield
                 torch.cuda.current_stream().synchronize()
         loop.close()
         return model, head
@@ -217,6 +235,15 @@ class _Loop:
                     v.zero_()
             self.number.zero_()
         self.generator.set_state(generator)
+
+
+def finish(run: Run[T]) -> T:
+    """Run to the end, and return what is returned there."""
+    while True:
+        try:
+            next(run)
+        except StopIteration as e:
+            return e.value
 
 
 def own_stream(device: torch.device) -> ContextManager[Any]:

@@ -1,7 +1,9 @@
 """Whole runs of accuracy.py and few_shot.py on tiny sets, and their tables."""
 
+import contextlib
 import json
 import math
+import queue
 import statistics
 
 import accuracy
@@ -15,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from starts import parse
 from torch.nn import functional as F
-from training import Backbone, Runner, Settings, learning_rates, own_stream
+from training import Backbone, Runner, Settings, finish, learning_rates, own_stream
 
 from timm_zzz import ZZZHead
 
@@ -78,6 +80,27 @@ def test_a_failed_run_is_named(run, tmp_path):
     with pytest.raises(SystemExit, match='1 runs failed, the first with ValueError: head zzz'):
         run(tmp_path / 'runs.jsonl', '--heads', 'zzz', 'linear', '--lrs', 1e-3, '--head-lrs', 1)
     assert json.loads((tmp_path / 'runs.jsonl').read_text())['head'] == 'linear'
+
+
+def test_runs_take_turns():
+    """Two at a time, each on a stream of its own, and the next one as soon as one is done."""
+    turns, rows, jobs = [], queue.SimpleQueue(), queue.SimpleQueue()
+
+    class Stream(contextlib.nullcontext):
+        def __enter__(self):
+            turns.append(self.enter_result)
+
+    def worker(job):
+        for _ in range(job):
+            turns[-1] += str(job)
+            yield
+        return job
+
+    for job in (3, 1, 2, None):
+        jobs.put(job)
+    accuracy.serve(worker, [Stream('a'), Stream('b')], jobs, rows)
+    assert turns == ['b3', 'b3', 'a1', 'b3', 'a', 'b', 'a2', 'a2', 'a']
+    assert [rows.get() for _ in range(3)] == [1, 3, 2]
 
 
 def test_quality_is_cross_fitted():
@@ -197,7 +220,7 @@ def test_a_graph_trains_as_eager_steps_do(folder, tmp_path, monkeypatch):
         if not graphed:
             monkeypatch.setattr('training._Loop._capture', lambda loop: None)
         with own_stream(device):
-            model, _ = runner.train(data, parse('zzz_r2'), 0, 1e-3, 5.0)
+            model, _ = finish(runner.train(data, parse('zzz_r2'), 0, 1e-3, 5.0))
         weights.append(dict(model.named_parameters()))
     for k, eager in weights[1].items():
         torch.testing.assert_close(weights[0][k], eager, atol=1e-4, rtol=1e-2)
