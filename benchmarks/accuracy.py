@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--shots', type=int, nargs='+', default=[0], metavar='N', help='training images per class; 0: all')
     add('--hold-out-every', type=int, default=0, metavar='K', help='K-th classes are near outliers')
     add('--backbone', nargs=3, action='append', required=True, metavar=('NAME', 'FILE', 'PIXELS'), help='several times')
-    add('--lrs', type=float, nargs='+', default=[5e-5, 1.5e-4, 5e-4], help='of the backbone, to choose from')
+    add('--lrs', type=float, nargs='*', default=[5e-5, 1.5e-4, 5e-4], help='of the backbone; none: no grid')
     add('--head-lrs', type=float, nargs='+', default=[1.0, 5.0], metavar='X', help='factors on it for the head')
     add('--grid-seed', type=int, default=0, metavar='N', help='of the runs to choose by')
     add('--grid-only', action='store_true', help='no runs at the own rates')
@@ -156,7 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--cache', type=Path, help='folder for decoded images')
     add('--keep', type=Path, metavar='DIR', help="write every trained model's features and head there")
     add('--processes', type=int, default=0, metavar='N', help='on each GPU; 0: in this process, one run at a time')
-    add('--streams', type=int, default=4, metavar='N', help='of each of those processes: runs at the same time')
+    add('--streams', type=int, default=3, metavar='N', help='of each of those processes: runs at the same time')
+    add('--compile', action='store_true', help="the backbone's step by torch.compile: minutes once, then faster")
     add('--seconds', type=float, default=float('inf'), help='after which no run is begun')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     return parser
@@ -241,7 +242,8 @@ class Worker:
     def _runner(self, name: str) -> Runner:
         if name not in self.runners:
             file, size = next(each[1:] for each in self.options.backbone if each[0] == name)
-            settings = Settings(self.options.epochs, self.options.min_steps, smoothing=self.options.smoothing)
+            chosen = self.options
+            settings = Settings(chosen.epochs, chosen.min_steps, smoothing=chosen.smoothing, compiled=chosen.compile)
             self.runners[name] = Runner(Backbone(name, file, int(size)), settings, self.device)
             self._wait()
         return self.runners[name]

@@ -247,16 +247,44 @@ def grid_table(rows: List[Row]) -> str:
     return '\n'.join(lines)
 
 
+def choice_table(rows: List[Row], base: str = BASE) -> str:
+    """By backbone, what the heads with a whole grid reach on the inner split: at their own rates, and over the grid."""
+    lines = [
+        '| images a class | backbone | head | own rates | top-1 at them | over the grid | NLL at one temperature, '
+        'own rates | over the grid |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    chosen = chosen_rates(rows)
+    inner = groups((row for row in rows if row['split'] == 'inner'), 'shots', 'backbone', 'head')
+    for (shots, backbone, head), group in inner.items():
+        its_base = inner.get((shots, backbone, base), [])
+        by_run, of_base = (groups(each, 'data', *RATES, 'seed') for each in (group, its_base))
+        if by_run.keys() != of_base.keys():
+            continue
+        own, base_own = (
+            [row for row in each if all(row[k] == chosen[backbone, name, shots][k] for k in RATES)]
+            for each, name in ((group, head), (its_base, base))
+        )
+        cells = [str(shots or 'all'), backbone, head, f'{own[0]["lr"]:g} × {own[0]["head_lr"]:g}']
+        cells += [f'{statistics.fmean(row["top1"] for row in each):.1f}' for each in (own, group)]
+        for ours, theirs in ((own, base_own), (group, its_base)):
+            logs = [statistics.fmean(math.log(row['nll_t']) for row in each) for each in (ours, theirs)]
+            cells.append('' if head == base else f'{100 * math.expm1(logs[0] - logs[1]):+.0f} %')
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
 def main(arguments: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('results', type=Path, metavar='FILE.jsonl')
     parser.add_argument('--base', default=BASE, metavar='HEAD')
     parser.add_argument('--pairs', action='store_true', help='every pair of set and backbone, too')
-    parser.add_argument('--grid', action='store_true', help='only the runs by which rates are chosen, one by one')
+    parser.add_argument('--grid', action='store_true', help='only the runs by which rates are chosen')
     options = parser.parse_args(arguments)
     unique = {tuple(row[k] for k in JOB): row for row in read(options.results)}
     rows = list(unique.values())
-    print(grid_table(rows) if options.grid else tables(rows, options.base, options.pairs))
+    grids = f'{choice_table(rows, options.base)}\n\n{grid_table(rows)}'
+    print(grids if options.grid else tables(rows, options.base, options.pairs))
 
 
 if __name__ == '__main__':

@@ -43,6 +43,7 @@ class Settings:
     smoothing: float = 0.1
     scale: Tuple[float, float] = (0.35, 1.0)
     color_jitter: float = 0.2
+    compiled: bool = False  # the backbone's training step, by torch.compile
 
 
 def create(backbone: Backbone, num_classes: int = 0) -> Any:
@@ -57,6 +58,10 @@ def create(backbone: Backbone, num_classes: int = 0) -> Any:
     return timm.create_model(backbone.name, pretrained=True, **options)
 
 
+def _features(model: Any, x: Tensor) -> Any:
+    return model.forward_features(x)
+
+
 class Runner:
     """A backbone on a device, and how its images are cropped."""
 
@@ -64,6 +69,7 @@ class Runner:
         self.backbone, self.settings, self.device = backbone, settings, device
         self.model = create(backbone).to(device, memory_format=torch.channels_last)
         config = resolve_data_config({}, model=self.model)
+        self.features = torch.compile(_features, dynamic=False) if settings.compiled else _features
         self.heads: Dict[Tuple[int, HeadSpec, int], Tuple[Images, nn.Module]] = {}
         self.size, self.crop_pct = backbone.size or config['input_size'][-1], config['crop_pct']
         self.mean, self.std = (torch.tensor(config[k], device=device).view(1, 3, 1, 1) for k in ('mean', 'std'))
@@ -203,7 +209,7 @@ class _Loop:
         if self.graph is None:
             self.optimizer.zero_grad()
         with runner.autocast():
-            logits = self.model(x).float()
+            logits = self.model.forward_head(runner.features(self.model, x)).float()
         if isinstance(self.head, CosineHead):
             logits = self.head.with_margin(logits, target)
         F.cross_entropy(logits, target, label_smoothing=settings.smoothing).backward()

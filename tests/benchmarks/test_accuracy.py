@@ -1,6 +1,7 @@
 """Whole runs of accuracy.py and few_shot.py on tiny sets, and their tables."""
 
 import contextlib
+import functools
 import json
 import math
 import queue
@@ -66,9 +67,23 @@ def test_grid_then_own_rates(run, results, tmp_path):
     before = path.read_text()
     run(path, *options, '--shots', 0, 2)  # what is there is not run again
     assert path.read_text() == before
+    copy = tmp_path / 'runs.jsonl'
+    copy.write_text(before)
+    more = run(copy, '--heads', 'zzz_r2', '--lrs', '--seeds', 2)[len(rows) :]  # no grid: rates of the rows above
+    assert [(row['split'], row['lr']) for row in more] == [
+        ('validation', row['lr']) for row in rows if row['split'] == 'validation' and row['head'] == 'zzz_r2'
+    ][:1]
     again = run(tmp_path / 'again.jsonl', '--heads', 'zzz_r2', '--lrs', 1e-4, '--head-lrs', 5, '--grid-only')
     first = next(row for row in rows if row['head'] == 'zzz_r2' and row['lr'] == 1e-4)
     assert len(again) == 1 and again[0]['nll'] == pytest.approx(first['nll'], rel=1e-4)
+
+
+def test_compiled_steps_train_as_others_do(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))
+    options = ('--heads', 'zzz_r2', 'linear', '--lrs', 1e-3, '--head-lrs', 1, '--grid-only')
+    rows = [run(tmp_path / name, *options, *more) for name, more in (('a', ()), ('b', ('--compile',)))]
+    for plain, compiled in zip(*rows, strict=True):
+        assert compiled['nll'] == pytest.approx(plain['nll'], rel=1e-4)
 
 
 def test_no_run_begins_after_the_time_is_over(run, tmp_path):
@@ -169,13 +184,18 @@ def test_table():
     rows += [row('zzz_r8', seed, 50.5, data='cars', nll=2.0, nll_t=0.4) for seed in (0, 1)]
     rows += [row('zzz_r8', 0, 99.0, lr=1e-4)]  # not its own rate
     for head, values in ((base, (60, 40)), ('zzz_r8', (61, 55))):
-        rows += [row(head, 0, top1, 'inner', lr=lr) for lr, top1 in zip((1e-3, 1e-4), values, strict=True)]
+        for lr, top1 in zip((1e-3, 1e-4), values, strict=True):
+            rows.append(row(head, 0, top1, 'inner', lr=lr, nll_t=0.4 if (head, lr) == ('zzz_r8', 1e-3) else 0.5))
     line = next(line for line in accuracy_table.tables(rows).splitlines() if line.startswith('| zzz_r8'))
     cells = [cell.strip() for cell in line.split('|')[1:-1]]
     mean, error = statistics.fmean([15.25, 15.75]), statistics.stdev([15.25, 15.75]) / math.sqrt(2)
     assert cells[:5] == ['zzz_r8', '2', f'{mean:+.2f} ± {error:.2f}', '+0.50', '1, 0']
-    assert cells[5:] == ['+15.50', '+0.0 %', '-20.0 %', '4.0, 2.0', '+8.00', '+0.0 %']
+    assert cells[5:] == ['+15.50', '+0.0 %', '-20.0 %', '4.0, 2.0', '+8.00', '-10.6 %']
     assert '| net | cars | zzz_r8 | 0.001 × 1 | 50.50 ± 0.00 |' in accuracy_table.tables(rows, pairs=True)
+    assert accuracy_table.choice_table(rows).splitlines()[2:] == [
+        f'| all | net | {base} | 0.001 × 1 | 60.0 | 50.0 |  |  |',
+        '| all | net | zzz_r8 | 0.001 × 1 | 61.0 | 58.0 | -20 % | -11 % |',
+    ]
     table = accuracy_table.grid_table(rows).splitlines()
     assert table[0].endswith('| head | 0.0001 × 1 | 0.001 × 1 | mean |')
     assert table[3] == '| all | net | birds | zzz_r8 | 55.0 | 61.0 | 58.0 |'
