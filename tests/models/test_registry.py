@@ -268,8 +268,8 @@ def test_pretrained_other_channels_and_no_trace_of_the_hooks(stock):
 
 
 @pytest.mark.parametrize('num_classes', [7, 5])
-def test_numpy_files_warm_start_where_timm_reads_the_classifier(num_classes, tmp_path):
-    """By the model's own reader, which leaves the linear layer of another class count as it was drawn."""
+def test_numpy_files_warm_start_where_timm_reads_the_classifier(num_classes, tmp_path, monkeypatch):
+    """By the model's own reader, once, which leaves the linear layer of another class count as it was drawn."""
     state = {key: value.numpy() for key, value in timm.create_model('test_vit', depth=0).state_dict().items()}
     rows, bias = torch.randn(7, 64), torch.randn(7)
     np.savez(
@@ -287,7 +287,10 @@ def test_numpy_files_warm_start_where_timm_reads_the_classifier(num_classes, tmp
     )
     overlay = dict(file=str(tmp_path / 'weights.npz'), custom_load=True)
     options = dict(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes, depth=0)
+    opened, load = [], np.load
+    monkeypatch.setattr(np, 'load', lambda *args, **kwargs: opened.append(args) or load(*args, **kwargs))
     model = timm.create_model('test_vit.zzz_r4', **options)
+    assert len(opened) == 1 and 'load_pretrained' not in vars(model)
     assert torch.equal(model.pos_embed, torch.from_numpy(state['pos_embed']))
     if num_classes == 7:
         assert torch.equal(model.head.weight, rows) and torch.equal(model.head.bias, bias)

@@ -3,9 +3,11 @@
 timm's entrypoints build a model and load its weights in one go. A ZZZ head has to be there in between, so that timm's
 own code (download, key remapping, adaptation of the class count) fills it like any other layer. PyTorch's hooks allow
 that without replacing a function of timm or torch: the first runs when a module gets a child, which tells the root of a
-model apart from its parts, and does nothing outside of ``on_load``; the others run when that root loads a state dict.
+model apart from its parts, and does nothing outside of ``on_load``; the others run when that root loads a state dict. A
+model that reads NumPy files has a method for it, ``load_pretrained``, which an attribute of that root stands before.
 """
 
+import functools
 import threading
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Set
@@ -18,6 +20,7 @@ __all__ = ['on_load']
 
 Before = Callable[[nn.Module, Dict[str, Any]], None]
 After = Callable[[nn.Module, List[str]], None]
+Read = Callable[[nn.Module, Callable[[], Any]], None]
 
 
 class _Watch(threading.local):
@@ -30,9 +33,10 @@ _watch = _Watch()
 class _Loading:
     """The models under construction in one thread, and what to do when one of them loads weights."""
 
-    def __init__(self, before: Before, after: After):
+    def __init__(self, before: Before, after: After, read: Read):
         self.before = before
         self.after = after
+        self.read = read
         self.children: Set[int] = set()
         self.handles: Dict[int, Any] = {}
         self.modules: List[nn.Module] = []  # keeps the ids above from being used again
@@ -46,6 +50,8 @@ class _Loading:
                 parent.register_load_state_dict_pre_hook(_before),
                 parent.register_load_state_dict_post_hook(_after),
             )
+            if hasattr(parent, 'load_pretrained'):
+                parent.load_pretrained = functools.partial(_read, parent)  # type: ignore[assignment]
         if id(child) not in self.children:
             self.modules.append(child)
             self.children.add(id(child))
@@ -54,6 +60,7 @@ class _Loading:
     def release(self, module: nn.Module) -> None:
         for handle in self.handles.pop(id(module), ()):
             handle.remove()
+            module.__dict__.pop('load_pretrained', None)
 
 
 # Plain functions: a hook that is part of a model when it is copied or pickled must not drag the watch along.
@@ -67,6 +74,11 @@ def _after(module: nn.Module, incompatible_keys: Any) -> None:
         _watch.current.after(module, incompatible_keys.missing_keys)
 
 
+def _read(module: Any, *args: Any, **kwargs: Any) -> None:
+    del module.load_pretrained
+    _watch.current.read(module, functools.partial(module.load_pretrained, *args, **kwargs))
+
+
 def _registered(parent: nn.Module, name: str, child: Any) -> None:
     if _watch.current is not None:
         _watch.current.registered(parent, child)
@@ -77,15 +89,16 @@ register_module_module_registration_hook(_registered)
 
 
 @contextmanager
-def on_load(before: Before, after: After) -> Iterator[None]:
-    """Within the context, in this thread, a model built there meets two callbacks when it loads a state dict.
+def on_load(before: Before, after: After, read: Read) -> Iterator[None]:
+    """Within the context, in this thread, a model built there meets callbacks when it loads weights.
 
     Args:
         before: Called with the model and the state dict before any tensor is copied; may still change the model's
             submodules and the state dict.
         after: Called with the model and the keys that the state dict did not have.
+        read: Called in place of the model's own reader of other files, with the model and that reader to be called.
     """
-    outer, _watch.current = _watch.current, _Loading(before, after)
+    outer, _watch.current = _watch.current, _Loading(before, after, read)
     try:
         yield
     finally:

@@ -17,7 +17,6 @@ from timm.models import (
     get_deprecated_models,
     get_pretrained_cfg,
     list_models,
-    load_pretrained,
     model_entrypoint,
     register_model,
 )
@@ -295,20 +294,20 @@ def _create(
     def check(model: nn.Module, missing_keys: List[str]) -> None:
         _check_backbone(model, missing_keys, kwargs.get('in_chans'))
 
+    def read(model: nn.Module, load: Callable[[], Any]) -> None:
+        # It leaves a linear layer of other classes as it was drawn: rows that are zero before and after are no start
+        for layer in find_classifiers(model).values():
+            nn.init.zeros_(layer.weight)
+        load()
+        attach(model, warm_start=True, **request.options)
+
     if pretrained:
-        with on_load(before=swap, after=check):
+        with on_load(swap, check, read):
             model: Any = original(pretrained=True, **kwargs)
     else:
         model = original(pretrained=False, **kwargs)
     if not hasattr(model, 'zzz_options'):
-        # Not loaded, or loaded by the model's own reader (NumPy files), which leaves a linear layer of other classes at
-        # random. Rows that are zero before it reads, and afterwards, are no start.
-        own_reader = pretrained and bool(model.pretrained_cfg.get('custom_load'))
-        if own_reader:
-            for layer in find_classifiers(model).values():
-                nn.init.zeros_(layer.weight)
-            load_pretrained(model, cache_dir=kwargs.get('cache_dir'))
-        attach(model, warm_start=own_reader, **request.options)
+        attach(model, **request.options)
 
     if request.tag:
         model.pretrained_cfg['tag'] = request.tag

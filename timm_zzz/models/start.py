@@ -136,7 +136,10 @@ def settings_of(fit: Any) -> Dict[str, Any]:
             raise ValueError(f'zzz_fit: {folder} has splits in it, not classes: name one, such as {nested[0]}')
         return dict(data_dir=folder, split='')
     name, _, split = str(fit).partition(':')
-    if split and name.partition('/')[0].lower() in _DATASET_TYPES:
+    kind = name.partition('/')[0].lower()
+    if split and kind == 'torch':
+        raise ValueError(f'zzz_fit: {name} needs its folder: {{dataset: {name}, data_dir: DIR, split: {split}}}')
+    if split and kind in _DATASET_TYPES:
         return dict(data_dir=None, dataset=name, split=split)
     raise ValueError(f'zzz_fit: no such folder: {folder} (a data set of timm is TYPE/NAME:SPLIT)')
 
