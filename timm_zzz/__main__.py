@@ -14,6 +14,8 @@ COMMANDS: Dict[str, str] = {
   python -m timm_zzz calibrate output/train/mine/model_best.pth.tar --data-dir DIR""",
     'check-hparams': """say what is wrong with recipes for timm's train.py, before it trains
   python -m timm_zzz check-hparams mine.yaml --data-dir DIR""",
+    'compare': """evaluate trained models, with ZZZ or other heads, on the same images, with a paired test
+  python -m timm_zzz compare output/train/linear output/train/mine --data-dir DIR""",
     'demo': """train a ZZZ head and a linear head on images drawn on the spot, and compare them
   python -m timm_zzz demo --output zzz-demo""",
     'fit': """fit the head in closed form to a folder of images, as a start for train.py

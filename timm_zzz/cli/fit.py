@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import json
 import os
 import shlex
 import sys
@@ -42,6 +43,7 @@ from .common import (
     written_whole,
 )
 from .recipe import NEWEST, Recipe, TrainParser
+from .run import args_of
 
 __all__ = ['TRAINING', 'main']
 
@@ -130,7 +132,9 @@ def _fit(options: argparse.Namespace) -> None:
 
     with loader(train, s.train_split) as batches:
         fit_model(model, batches, device=device, amp_dtype=amp_dtype, **choices)
-    _write(output, model, {key: str(value) for key, value in dict(model=s.model, **choices).items()})
+    known = dict(args=json.dumps(args_of(vars(s))), class_names=json.dumps(train.class_names))
+    metadata = dict(model=s.model, **known, **choices)
+    _write(output, model, {key: str(value) for key, value in metadata.items()})
     if validation is not None:
         with loader(validation, s.val_split) as batches:
             result = evaluate(model, batches, device, amp_dtype)

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 import yaml
-from timm.models import clean_state_dict
+from timm.models import clean_state_dict, get_pretrained_cfg
 from torch import nn
 
 from ..data import SPLIT_FOLDERS, Split, find_left_out, open_split, read_class_map
@@ -37,6 +37,10 @@ __all__ = [
     'CARD_OPTIONS',
     'Run',
     'add_images_arguments',
+    'args_of',
+    'build_for',
+    'checked_args',
+    'data_config_of_args',
     'add_run_arguments',
     'class_names',
     'load_run',
@@ -73,15 +77,17 @@ class Run:
     top1: Optional[float] = None  # on the validation images, in percent
     notes: List[str] = field(default_factory=list)  # why there is no top1
     calibration: str = ''  # what was folded into the heads, a line each time
+    names: List[str] = field(default_factory=list)  # of the classes, where the model brings them
 
 
-def load_run(path: Path, *, use_ema: bool = False, model_name: Optional[str] = None) -> Run:
+def load_run(path: Path, *, use_ema: bool = False, model_name: Optional[str] = None, any_head: bool = False) -> Run:
     """Read a checkpoint of train.py, with args.yaml and summary.csv if they lie beside it.
 
     Args:
         path: A ``.pth.tar`` file, or the folder of a run; read with ``weights_only``, so that no code of it runs.
         use_ema: Take the averaged weights.
         model_name: timm's name of the model, if neither the checkpoint nor args.yaml has it.
+        any_head: Take a model without a ZZZ head, too.
 
     Raises:
         ValueError: If the checkpoint is not one of train.py, is not of a ZZZ model or lacks what is asked for.
@@ -99,21 +105,21 @@ def load_run(path: Path, *, use_ema: bool = False, model_name: Optional[str] = N
             args = yaml.safe_load(args_file.read_text(encoding='utf-8'))
         except Exception as e:  # whatever a broken YAML file raises
             raise ValueError(f"{args_file} can't be read: {one_line(e)}") from e
-    args = _checked(args, source)
+    args = checked_args(args, source)
     if use_ema and 'state_dict_ema' not in saved:
         raise ValueError(f'--use-ema: {checkpoint} has no averaged weights')
     name = model_name or args.get('model')
     if not name:
         raise ValueError('--model: neither the checkpoint nor an args.yaml beside it names the model')
     state = clean_state_dict(tensors_of(saved['state_dict_ema' if use_ema else 'state_dict'], str(checkpoint)))
-    model = _build(name, args, state)
+    model = build_for(name, args, state, any_head)
     load_weights(model, state, str(checkpoint))
     run = Run(
         checkpoint=checkpoint,
         model=model,
         averaged=use_ema,
         args=args,
-        data_config={key: args[key] for key in _DATA_OPTIONS if args.get(key) not in (None, '')},
+        data_config=data_config_of_args(args),
         epoch=saved['epoch'] if type(saved.get('epoch')) is int else None,
         summary=summary if summary.is_file() else None,
         calibration=str(saved.get('calibration') or ''),
@@ -138,6 +144,15 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
     return saved
 
 
+def data_config_of_args(args: Mapping[str, Any]) -> Dict[str, Any]:
+    return {key: args[key] for key in _DATA_OPTIONS if args.get(key) not in (None, '')}
+
+
+def args_of(settings: Mapping[str, Any]) -> Dict[str, Any]:
+    """Of the options of train.py those that a run is read by."""
+    return {key: settings[key] for key in _USED if settings.get(key) is not None}
+
+
 def _is(option: Option, value: Any) -> bool:
     """Tell whether train.py may have written a value for an option."""
     if option.is_list:
@@ -147,7 +162,7 @@ def _is(option: Option, value: Any) -> bool:
     return right and not (isinstance(value, float) and not math.isfinite(value))
 
 
-def _checked(args: Any, source: Path) -> Dict[str, Any]:
+def checked_args(args: Any, source: Path) -> Dict[str, Any]:
     """Return the arguments of train.py if those that are used are what it writes."""
     args = {} if args is None else args
     if not isinstance(args, dict) or not all(isinstance(key, str) for key in args):
@@ -161,10 +176,16 @@ def _checked(args: Any, source: Path) -> Dict[str, Any]:
     return args
 
 
-def _build(name: str, args: Mapping[str, Any], state: Mapping[str, Any]) -> nn.Module:
-    """Build a model as train.py does, with the checkpoint's classes: args has none where they were the default."""
+def build_for(name: str, args: Mapping[str, Any], state: Mapping[str, Any], any_head: bool) -> nn.Module:
+    """Build a model as train.py does, with the classes of a state dict: args has none where they were the default."""
     heads = {key.removesuffix('sigma2_raw') for key in state if key.endswith('sigma2_raw')}
-    counts = {state[f'{head}bias'].numel() for head in heads if f'{head}bias' in state}
+    if any_head and not heads:
+        cfg = get_pretrained_cfg(name, allow_unregistered=True)
+        paths = (cfg and cfg.classifier) or ()
+        heads = {f'{path}.' for path in ((paths,) if isinstance(paths, str) else paths)}
+    counts = {len(state[f'{head}weight']) for head in heads if f'{head}weight' in state}
+    if any_head and not counts:
+        raise ValueError(f'the checkpoint has no classifier: was it trained as {name}?')
     if len(counts) != 1:
         raise ValueError(f'the checkpoint has no ZZZ head (or several of different sizes): was it trained as {name}?')
     size = args.get('input_size')
@@ -174,12 +195,12 @@ def _build(name: str, args: Mapping[str, Any], state: Mapping[str, Any]) -> nn.M
         key: value for key, value in (args.get('model_kwargs') or {}).items() if not key.startswith(FIT_PREFIX)
     }
     options.update({'global_pool': args.get('gp'), **model_kwargs})
-    model = build_model(name, **options)
+    model = build_model(name, any_head=any_head, **options)
     if any(key in state and not same_shape(key, state[key].shape, t.shape) for key, t in model.state_dict().items()):
         # Newer versions of train.py build models of a fixed input size for the size that they train at.
         size = args.get('img_size') or (tuple(size[1:]) if size else None)
         if size and 'img_size' not in options:
-            model = build_model(name, **{**options, 'img_size': size})
+            model = build_model(name, any_head=any_head, **{**options, 'img_size': size})
     return model
 
 
@@ -225,7 +246,7 @@ def mapped_names(run: Run, class_map: Optional[Path]) -> Optional[List[str]]:
     Raises:
         ValueError: If it can't be read, or the run had one and it is not given again.
     """
-    if class_map is None and run.args.get('class_map'):
+    if class_map is None and run.args.get('class_map') and not run.names:
         raise ValueError(f'--class-map: the model was trained with one ({run.args["class_map"]}); give it again')
     return None if class_map is None else read_class_map(class_map)
 
@@ -288,6 +309,8 @@ def open_images(options: argparse.Namespace, run: Run, device: torch.device) -> 
     names, known = mapped_names(run, options.class_map), '--class-map'
     if names:
         check_count(known, len(names), count)
+    elif run.names and not dataset:
+        names, known = run.names, 'the model'
     elif not dataset and any((options.data_dir / name).is_dir() for name in (train, *SPLIT_FOLDERS[0])):
         # timm numbers the classes that it finds: not all need be among these images, nor these among them
         with suppress(ValueError):  # a folder without images

@@ -90,8 +90,7 @@ def _check_config(config: Dict[str, Any]) -> None:
     _refuse('model_args: expected an object', not isinstance(args, dict))
     builders = some(sorted(key for key in args if key in _BUILDER_ARGS or key.startswith(FIT_PREFIX)))
     _refuse(f'model_args: {builders} is not allowed there', builders)
-    is_zzz = 'zzz_rank' in args or TAG.fullmatch(str(cfg.get('tag')))
-    _refuse('no zzz_rank: not a model with a ZZZ head', not is_zzz)
+    _refuse('no zzz_rank: not a model with a ZZZ head', not _is_zzz(args, cfg))
     for key, value in args.items():
         _check_value(f'model_args.{key}', value, _MAX_CLASSES if key == 'num_classes' else _MAX_INT)
     rank = args.get('zzz_rank', 0)
@@ -112,6 +111,19 @@ def _check_config(config: Dict[str, Any]) -> None:
     digest = config.get(SECTION, {}).get('weights_sha256', '0' * 64)
     is_digest = isinstance(digest, str) and re.fullmatch('[0-9a-f]{64}', digest)
     _refuse(f'{SECTION}.weights_sha256: got {_short(digest)}', not is_digest)
+
+
+def _is_zzz(args: Any, cfg: Any) -> bool:
+    return 'zzz_rank' in (args or {}) or TAG.fullmatch(str((cfg or {}).get('tag'))) is not None
+
+
+def is_of_zzz_model(file: Path) -> bool:
+    """Tell whether a config.json asks for a ZZZ head; False also for one that can't be read."""
+    try:
+        config = json.loads(file.read_text(encoding='utf-8'))
+        return _is_zzz(config.get('model_args'), config.get('pretrained_cfg'))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
 
 
 def _refuse(message: str, wrong: Any) -> None:

@@ -10,13 +10,22 @@ from ..head import heads_of, same_shape
 __all__ = ['build_model', 'load_weights']
 
 
-def build_model(name: str, /, *, pretrained: bool = False, pretrained_path: Optional[str] = None, **kwargs: Any) -> Any:
+def build_model(
+    name: str,
+    /,
+    *,
+    pretrained: bool = False,
+    pretrained_path: Optional[str] = None,
+    any_head: bool = False,
+    **kwargs: Any,
+) -> Any:
     """Create a model as timm's train.py does.
 
     Args:
         name: timm's name of a model with a ZZZ head.
         pretrained: Load timm's weights.
         pretrained_path: Load the same from a file, as ``train.py --pretrained-path`` does.
+        any_head: Take a model without a ZZZ head, too.
         kwargs: Further arguments of ``timm.create_model``.
 
     Raises:
@@ -28,7 +37,7 @@ def build_model(name: str, /, *, pretrained: bool = False, pretrained_path: Opti
         model = timm.create_model(name, pretrained=pretrained or bool(pretrained_path), **kwargs)
     except Exception as e:  # the arguments come from a file or a command line
         raise ValueError(f'{name}: {e}') from e
-    if not heads_of(model):
+    if not any_head and not heads_of(model):
         raise ValueError(f'--model: {name} has no ZZZ head; append .zzz_r8 to its name')
     return model
 

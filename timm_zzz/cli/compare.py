@@ -1,0 +1,203 @@
+"""``python -m timm_zzz compare``: trained models side by side on the same images, with a paired test."""
+
+import argparse
+import csv
+import math
+import sys
+from pathlib import Path
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from huggingface_hub.utils import tqdm
+from torch import Tensor
+
+from ..metrics import Calibration, KeptLogits, Predictions, cross_calibrate, evaluate, reliability
+from .common import amp_dtype_of, check_output, device_of, exit_on_error, positive_int, written_whole
+from .run import add_images_arguments, open_images
+from .trained import SOURCES, load_trained
+
+__all__ = ['Difference', 'difference', 'main']
+
+BINS = 5  # of the reliability table
+
+
+class Result(NamedTuple):
+    """What a model makes of the images."""
+
+    name: str
+    predictions: Predictions
+    calibration: Calibration
+
+
+class Difference(NamedTuple):
+    """How a model does on the images of another."""
+
+    only_first: int  # images that only the first classifies correctly
+    only_second: int
+    top1: float  # second minus first, percentage points
+    error: float  # standard error of top1
+    p_value: float  # of McNemar's exact test that both are right equally often
+
+
+def difference(first: Tensor, second: Tensor) -> Difference:
+    """Compare two models by which of the same N images they classify correctly, masks (N,).
+
+    The standard error is that of a difference of paired proportions (Agresti 2002, Categorical Data Analysis, 10.1.1).
+    """
+    count, b, c = len(first), int((first & ~second).sum()), int((second & ~first).sum())
+    n, most = b + c, min(b, c)
+    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(most + 1)]
+    p_value = min(1.0, 2 * math.fsum(map(math.exp, logs)))
+    error = math.sqrt(max(0.0, n - (b - c) ** 2 / count)) / count
+    return Difference(b, c, 100 * (c - b) / count, 100 * error, p_value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_zzz compare',
+        description='Evaluate trained models, with ZZZ or other heads, on the same images: accuracy, negative '
+        'log-likelihood and calibration, as they are and at one temperature for each, and for each model after the '
+        'first a paired test against the first. Each model prepares images in its own way.',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add('models', nargs='+', metavar='MODEL', help=SOURCES)
+    add('--data-dir', type=Path, required=True, metavar='DIR', help='the ImageFolder')
+    add('--class-map', type=Path, metavar='FILE.txt', help='class names by index, one per line')
+    add('--use-ema', action='store_true', help='take the averaged weights of checkpoints')
+    add('--model', metavar='NAME', help="timm's name of the models, if a checkpoint has none")
+    add('--show', type=positive_int, default=5, metavar='N', help='classes, and images, that are listed')
+    add('-o', '--output', type=Path, metavar='FILE.csv', help='every image with the prediction of each model')
+    add('--force', action='store_true', help='replace the file if it exists')
+    add_images_arguments(parser)
+    return parser
+
+
+def main(arguments: Optional[List[str]] = None) -> None:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if len(options.models) < 2:
+        parser.error('compare needs two models at least')
+    with exit_on_error(parser):
+        _compare(options)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    if options.output:
+        check_output(options.output, options.force, '.csv')
+    device = device_of(options)
+    files: List[str] = []
+    names: List[str] = []
+    results: List[Result] = []
+    for label, source in zip(_labels(options.models), options.models, strict=True):
+        result, own_files, own_names = _evaluated(source, label, options, device)
+        if results and (own_files, own_names) != (files, names):
+            raise ValueError(f'{source}: its classes are others than those of {options.models[0]}, or in another order')
+        results.append(result)
+        files, names = own_files, own_names
+    _print(results, names, files, options)
+    if options.output:
+        with written_whole(options.output) as draft:
+            _write(draft, results, names, files)
+        print(options.output)
+
+
+def _evaluated(
+    source: str, label: str, options: argparse.Namespace, device: torch.device
+) -> Tuple[Result, List[str], List[str]]:
+    """Evaluate a model; returns also the files of the images, and the class names."""
+    run = load_trained(source, use_ema=options.use_ema, model_name=options.model)
+    data, loader, _ = open_images(options, run, device)
+    kept = KeptLogits()
+    with tqdm(loader, desc=label, unit='batch', file=sys.stderr) as batches:
+        predictions = evaluate(
+            run.model.to(device),
+            batches,
+            device,
+            amp_dtype_of(options),
+            lambda _, logits, start: kept.add(start, logits),
+        )
+    calibration = cross_calibrate(kept.logits, predictions.target[:: kept.step])
+    return Result(label, predictions, calibration), _files(data.dataset), data.class_names
+
+
+def _labels(sources: Sequence[str]) -> List[str]:
+    """Shorten the sources to what tells them apart: of paths, what they do not share."""
+    paths = [Path(source).parts for source in sources]
+    shared = min(map(len, paths)) - 1
+    start = next((i for i in range(shared) if len({path[i] for path in paths}) > 1), shared)
+    end = next((i for i in range(shared - start) if len({path[-1 - i] for path in paths}) > 1), 0)
+    return ['/'.join(path[start : len(path) - end]) for path in paths]
+
+
+def _files(dataset: Any) -> List[str]:
+    """List the files of the images; numbers where they lie in none."""
+    try:
+        return [str(name) for name in dataset.filenames(absolute=False)]
+    except (AttributeError, NotImplementedError, AssertionError, KeyError):
+        return [f'image {i}' for i in range(len(dataset))]
+
+
+def _print(results: Sequence[Result], names: Sequence[str], files: Sequence[str], options: argparse.Namespace) -> None:
+    width = max(len(result.name) for result in results)
+    count = len(results[0].predictions.target)
+    print(f'{count} images of {options.split}; T: one temperature for each model, of the other half of the images')
+    print(f'{"":{width}}  top-1 %  top-5 %      NLL    ECE %  NLL at T  ECE % at T       T')
+    for name, predictions, calibration in results:
+        ece = reliability(predictions.confidence, predictions.correct)[1]
+        top5 = 100 * predictions.in_top5.double().mean().item()
+        print(
+            f'{name:{width}}{predictions.top1:9.2f}{top5:9.2f}{predictions.mean_nll:9.4f}{100 * ece:9.2f}'
+            f'{calibration.after.mean_nll:10.4f}{100 * calibration.ece[1]:12.2f}{calibration.temperature:8.3g}'
+        )
+    first = results[0]
+    for other in results[1:]:
+        _print_difference(first, other, names, files, options.show)
+    print(f'\nReliability: accuracy - mean confidence, percentage points (images)\n{"confidence":{width}}', end='')
+    tables = [reliability(result.predictions.confidence, result.predictions.correct, BINS)[0] for result in results]
+    print(''.join(f'{f"{100 * each.low:.0f} to {100 * each.high:.0f} %":>18}' for each in tables[0]))
+    for result, table in zip(results, tables, strict=True):
+        cells = (
+            f'{100 * (each.accuracy - each.confidence):+.1f} ({each.count})' if each.count else '' for each in table
+        )
+        print(f'{result.name:{width}}' + ''.join(f'{cell:>18}' for cell in cells))
+
+
+def _print_difference(first: Result, other: Result, names: Sequence[str], files: Sequence[str], show: int) -> None:
+    right, new = first.predictions.correct, other.predictions.correct
+    found = difference(right, new)
+    low, high = found.top1 - 1.96 * found.error, found.top1 + 1.96 * found.error
+    print(
+        f'\n{other.name} against {first.name}: top-1 {found.top1:+.2f} (95 % interval {low:+.2f} to {high:+.2f}), '
+        f"McNemar's test p = {found.p_value:.2g}"
+    )
+    target, count = first.predictions.target, len(names) or int(first.predictions.target.max()) + 1
+    images = target.bincount(minlength=count)
+    gain = target.bincount(new.double() - right.double(), minlength=count).long()
+    for what, sign in (('gained', 1), ('lost', -1)):
+        order = (sign * gain).sort(descending=True, stable=True)[1][:show].tolist()
+        classes = [f'{_name(names, c)} {int(gain[c]):+d} of {int(images[c])}' for c in order if sign * gain[c] > 0]
+        print(f'  classes that {what} most: {", ".join(classes) or "none"}')
+    for result, rest, mask in ((other, first, new & ~right), (first, other, right & ~new)):
+        which = mask.nonzero()[:, 0].tolist()
+        shown = [f'{files[i]} (not {_name(names, int(rest.predictions.prediction[i]))})' for i in which[:show]]
+        more = f', and {len(which) - show} more' if len(which) > show else ''
+        print(f'  {len(which)} images that only {result.name} gets right: {", ".join(shown) or "none"}{more}')
+
+
+def _name(names: Sequence[str], c: int) -> str:
+    return names[c] if names else f'class {c}'
+
+
+def _write(path: Path, results: Sequence[Result], names: Sequence[str], files: Sequence[str]) -> None:
+    """Write a row an image: its class, and what each model takes it for, with the probability."""
+    with open(path, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ['image', 'class', *(f'{each.name}{what}' for each in results for what in ('', ' probability'))]
+        )
+        for i, target in enumerate(results[0].predictions.target.tolist()):
+            row = [files[i], _name(names, target)]
+            for result in results:
+                row += [_name(names, int(result.predictions.prediction[i])), f'{result.predictions.confidence[i]:.6g}']
+            writer.writerow(row)

@@ -1,0 +1,83 @@
+"""Trained models wherever they lie: what train.py and fit wrote, folders of weights, repositories of the Hub."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import timm
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
+
+from ..hub.client import translated
+from ..hub.config import CONFIG, is_of_zzz_model
+from ..hub.load import from_pretrained
+from ..models.checkpoint import load_weights
+from .common import one_line
+from .run import Run, build_for, checked_args, data_config_of_args, load_run
+
+__all__ = ['SOURCES', 'load_trained']
+
+SOURCES = 'a checkpoint or run of train.py, an output of fit, a folder of save_pretrained, or OWNER/NAME on the Hub'
+_REPOSITORY = re.compile(r'(hf[-_]hub:)?([\w.-]+/[\w.-]+)(@[\w./-]+)?')
+
+
+def load_trained(source: str, *, use_ema: bool = False, model_name: Optional[str] = None) -> Run:
+    """Load a model with any head from what it was saved as; no code in it runs.
+
+    Args:
+        source: One of :data:`SOURCES`.
+        use_ema: Take the averaged weights of a checkpoint that has any.
+        model_name: timm's name of the model, for a checkpoint that has none.
+
+    Raises:
+        ValueError: If there is nothing of that name, or it can't be read as a trained model.
+        HubError: As :func:`timm_zzz.from_pretrained`.
+    """
+    path = Path(source.removeprefix('local-dir:'))
+    if path.suffix == '.safetensors' and path.is_file():
+        return _fitted(path, model_name)
+    if path.is_file() or path.is_dir() and not (path / CONFIG).is_file():
+        return load_run(path, use_ema=use_ema, model_name=model_name, any_head=True)
+    repository = None if path.is_dir() else _REPOSITORY.fullmatch(source)
+    if repository is None and not path.is_dir():
+        raise ValueError(f'{source}: no such file or folder; expected {SOURCES}')
+    return _saved(path, repository and repository[2], repository and (repository[3] or '')[1:] or None)
+
+
+def _saved(path: Path, repo_id: Optional[str], revision: Optional[str]) -> Run:
+    """Load what save_pretrained, push or timm saved, in a folder or in a repository; a linear head by timm alone."""
+    name, config = str(path), path / CONFIG
+    if repo_id:
+        name = f'{repo_id}@{revision}' if revision else repo_id
+        with translated(repo_id, revision, CONFIG):
+            config = Path(hf_hub_download(repo_id, CONFIG, revision=revision))
+    model: Any
+    if is_of_zzz_model(config):
+        model = from_pretrained(name)
+    else:
+        try:
+            model = timm.create_model(f'{"hf-hub" if repo_id else "local-dir"}:{name}', pretrained=True)
+        except Exception as e:  # whatever a file of anyone makes timm raise
+            raise ValueError(f'{name}: {one_line(e)}') from e
+    names = model.pretrained_cfg.get('label_names') or []
+    names = list(names.values() if isinstance(names, dict) else names)
+    return Run(Path(name), model, False, {}, {}, None, None, names=names)
+
+
+def _fitted(path: Path, model_name: Optional[str]) -> Run:
+    """Load what the command fit wrote."""
+    try:
+        with safe_open(path, 'pt') as file:
+            about: Dict[str, str] = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}
+        args, names = (json.loads(about.get(key) or empty) for key, empty in (('args', '{}'), ('class_names', '[]')))
+    except (SafetensorError, ValueError) as e:
+        raise ValueError(f"{path} can't be read as an output of fit: {one_line(e)}") from e
+    args = checked_args(args, path)
+    name = model_name or about.get('model')
+    if not name:
+        raise ValueError(f'--model: {path} does not name the model')
+    model = build_for(name, args, state, any_head=True)
+    load_weights(model, state, str(path))
+    return Run(path, model, False, args, data_config_of_args(args), None, None, names=[str(name) for name in names])
