@@ -345,7 +345,10 @@ def test_errors_name_the_option(create, colours, broken, tmp_path):
         ),
         (dict(zzz_fit='nowhere'), 'zzz_fit: no such folder: nowhere (a data set of timm is TYPE/NAME:SPLIT)'),
         (dict(zzz_fit='some/data:train'), 'zzz_fit: no such folder: some/data:train'),
-        (dict(zzz_fit='torch/cifar10:train'), 'needs its folder: {dataset: torch/cifar10, data_dir: DIR, split: train}'),
+        (
+            dict(zzz_fit='torch/cifar10:train'),
+            'needs its folder: {dataset: torch/cifar10, data_dir: DIR, split: train}',
+        ),
         (dict(zzz_fit=dict(data_dir='nowhere')), 'zzz_fit: no such folder: nowhere'),
         (dict(zzz_fit=dict(split='train')), 'zzz_fit: no such folder'),
         (

@@ -126,7 +126,7 @@ def _labels(sources: Sequence[str]) -> List[str]:
     paths = [Path(source).parts for source in sources]
     shared = min(map(len, paths)) - 1
     start = next((i for i in range(shared) if len({path[i] for path in paths}) > 1), shared)
-    end = next((i for i in range(shared - start) if len({path[-1 - i] for path in paths}) > 1), 0)
+    end = next((i for i in range(shared - start) if len({path[-1 - i] for path in paths}) > 1), shared - start)
     return ['/'.join(path[start : len(path) - end]) for path in paths]
 
 
@@ -177,12 +177,17 @@ def _print_difference(first: Result, other: Result, names: Sequence[str], files:
     for what, sign in (('gained', 1), ('lost', -1)):
         order = (sign * gain).sort(descending=True, stable=True)[1][:show].tolist()
         classes = [f'{_name(names, c)} {int(gain[c]):+d} of {int(images[c])}' for c in order if sign * gain[c] > 0]
-        print(f'  classes that {what} most: {", ".join(classes) or "none"}')
+        _print_items(f'classes that {what} most', classes)
     for result, rest, mask in ((other, first, new & ~right), (first, other, right & ~new)):
         which = mask.nonzero()[:, 0].tolist()
         shown = [f'{files[i]} (not {_name(names, int(rest.predictions.prediction[i]))})' for i in which[:show]]
-        more = f', and {len(which) - show} more' if len(which) > show else ''
-        print(f'  {len(which)} images that only {result.name} gets right: {", ".join(shown) or "none"}{more}')
+        if len(which) > show:
+            shown.append(f'and {len(which) - show} more')
+        _print_items(f'{len(which)} images that only {result.name} gets right', shown)
+
+
+def _print_items(title: str, items: Sequence[str]) -> None:
+    print(f'  {title}:' if items else f'  {title}: none', *items, sep='\n    ')
 
 
 def _name(names: Sequence[str], c: int) -> str:
