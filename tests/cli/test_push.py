@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import timm
@@ -11,6 +12,8 @@ import timm.utils
 import torch
 import yaml
 from oracles import distinct
+from PIL import Image
+from timm.data import create_transform
 from timm.data.readers.class_map import load_class_map
 
 from timm_zzz import from_pretrained
@@ -311,3 +314,44 @@ def test_a_run_that_started_from_images_is_read_without_them(tmp_path, beetles):
     model = load_run(tmp_path / 'run').model
     assert model.fc.v_min == 0.01
     assert all(torch.equal(value, saved['state_dict'][key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize('channels', [3, 1])
+def test_onnx(channels, tmp_path, beetles, capsys, monkeypatch):
+    """The card's own lines run model.onnx, for one image and for several, and give the model's logits."""
+    runtime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    std = [0.25] * channels
+    trained, _ = write_run(
+        tmp_path / 'run', beetles, model_kwargs=dict(in_chans=channels), in_chans=channels, img_size=48, std=std
+    )
+    output = tmp_path / 'pushed'
+    main([str(tmp_path / 'run'), REPO, '--output', str(output), '--onnx'])
+    card = (output / 'README.md').read_text()
+    code = re.search(r'```python\n(import numpy.*?)```', card, re.S)[1]
+    image = Image.effect_noise((70, 50), 80).convert('RGB')
+    image.save(output / 'image.png')
+    monkeypatch.chdir(output)
+    found = {}
+    exec(code.replace('image.jpg', 'image.png'), found)
+    transform = create_transform(
+        (channels, 48, 48), interpolation='bicubic', crop_mode='squash', crop_pct=1.0, mean=[0.5] * channels, std=std
+    )
+    x = transform(image.convert('RGB' if channels == 3 else 'L'))[None]
+    with torch.no_grad():
+        expected = trained.eval()(x)
+        torch.testing.assert_close(torch.from_numpy(found['x']), x, atol=0.02, rtol=0)
+        close = dict(atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(found['logits']), trained(torch.from_numpy(found['x']))[0], **close)
+        images = torch.cat([x, torch.randn(4, channels, 48, 48)])
+        (logits,) = runtime.InferenceSession('model.onnx').run(None, {'input0': images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), trained(images), **close)
+    assert expected.argmax() == found['logits'].argmax()
+
+
+def test_onnx_that_is_not_installed(tmp_path, beetles, capsys, monkeypatch):
+    write_run(tmp_path / 'run', beetles)
+    monkeypatch.setitem(sys.modules, 'onnx', None)
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / 'run'), REPO, '--output', str(tmp_path / 'pushed'), '--onnx'])
+    assert '--onnx: pip install "timm_zzz[onnx]"' in capsys.readouterr().err and not (tmp_path / 'pushed').exists()

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 
 from ..hub import push_to_hub, save_pretrained
 from ..hub.cards import license_of, model_card, top1
+from ..hub.onnx import export_onnx
 from .calibrate import calibrate_run
 from .common import exit_on_error, one_line
 from .run import CARD_OPTIONS, Run, add_images_arguments, class_names, load_run
@@ -45,13 +46,16 @@ def public_args(args: Mapping[str, Any]) -> str:
         raise ValueError(f"the run's arguments can't be written as YAML: {one_line(e)}") from e
 
 
-def run_card(run: Run, repo_id: str, *, dataset: Optional[str], license: Optional[str], recipe: bool) -> ModelCard:
+def run_card(
+    run: Run, repo_id: str, *, dataset: Optional[str], license: Optional[str], recipe: bool, onnx: bool = False
+) -> ModelCard:
     """Write the model card of a run; where it has no result, ``run.notes`` says why afterwards.
 
     Args:
         dataset: Name of the data set, if not that of the run's data folder.
         license: Licence of the weights, if not that of the backbone's, where the run says which those were.
         recipe: Whether recipe.yaml will lie beside the card.
+        onnx: Whether model.onnx will.
     """
     args = run.args
     dataset = dataset or args.get('dataset') or Path(args.get('data_dir') or '').name
@@ -72,7 +76,7 @@ def run_card(run: Run, repo_id: str, *, dataset: Optional[str], license: Optiona
         training += f'\n\n{run.calibration}'
     base_model = _base_model(run)
     weights: Dict[str, Any] = dict(base_model=base_model, license=license or (None if base_model else 'unknown'))
-    weights.update(data_config=run.data_config, training=training)
+    weights.update(data_config=run.data_config, training=training, onnx=onnx)
     return model_card(run.model, repo_id, results=results, results_command=_COMMAND, **weights)
 
 
@@ -99,6 +103,7 @@ def push_run(
     *,
     names: Optional[List[str]] = None,
     recipe: Optional[Path] = None,
+    onnx: bool = False,
     output: Optional[Path] = None,
     **commit: Any,
 ) -> str:
@@ -106,6 +111,7 @@ def push_run(
 
     Args:
         names: Class names in the order of the logits.
+        onnx: Add the model as model.onnx.
         output: Write the files to this folder instead.
         commit: Further arguments of :func:`~timm_zzz.push_to_hub`.
 
@@ -118,6 +124,9 @@ def push_run(
         args_file.write_text(public_args(run.args), encoding='utf-8')
         sources = {'args.yaml': args_file if run.args else None, 'summary.csv': run.summary, 'recipe.yaml': recipe}
         files = {name: path for name, path in sources.items() if path}
+        if onnx:
+            files['model.onnx'] = Path(temporary) / 'model.onnx'
+            export_onnx(run.model, files['model.onnx'], run.data_config)
         if output is None:
             info = push_to_hub(run.model, repo_id, card=card, files=files, **saving, **commit)
             return str(info.pr_url or info.commit_url)
@@ -151,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--output', type=Path, metavar='DIR', help='write everything to a folder instead of pushing it')
     help = 'divide the logits by the temperature of the held-out images in --data-dir, as the command calibrate does'
     add('--calibrate', action='store_true', help=help)
+    help = 'add model.onnx, which runs without this package; the card shows how'
+    add('--onnx', action='store_true', help=help)
     add_images_arguments(parser.add_argument_group('with --calibrate'))
     return parser
 
@@ -174,8 +185,20 @@ def main(arguments: Optional[List[str]] = None) -> None:
             calibrate_run(run, options)
             print(run.calibration, file=sys.stderr)
         about: Dict[str, Any] = dict(dataset=options.dataset_name, license=options.license, recipe=bool(recipe))
+        about.update(onnx=options.onnx)
         card = run_card(run, options.repo_id, **about)
         for note in run.notes:
             print(f'No result on the card: {note}.', file=sys.stderr)
         commit = {key: getattr(options, key) for key in ('revision', 'private', 'create_pr', 'commit_message')}
-        print(push_run(run, options.repo_id, card, names=names, recipe=recipe, output=options.output, **commit))
+        print(
+            push_run(
+                run,
+                options.repo_id,
+                card,
+                names=names,
+                recipe=recipe,
+                onnx=options.onnx,
+                output=options.output,
+                **commit,
+            )
+        )

@@ -50,6 +50,7 @@ def model_card(
     datasets: Sequence[str] = (),
     data_config: Optional[Dict[str, Any]] = None,
     published: bool = True,
+    onnx: bool = False,
 ) -> ModelCard:
     """Write the card of a model with a ZZZ head. It states what it is given and leaves open what it is not.
 
@@ -66,6 +67,7 @@ def model_card(
         datasets: Data sets on the Hub that the model was trained on, as their ids.
         data_config: Preprocessing, as of :func:`~timm_zzz.save_pretrained`; the model's if None.
         published: False for a card that is written before the weights are on the Hub; it then says so.
+        onnx: Say how to run model.onnx, which lies beside the card.
 
     Returns:
         The card; ``str(card)`` is the README.md, ``card.save(path)`` writes it, ``card.validate()`` asks the Hub.
@@ -106,7 +108,8 @@ def model_card(
         model_name=title if results else None,
         eval_results=list(results) or None,
     )
-    channels, *size = input_config(model, data_config)['input_size']
+    config = input_config(model, data_config)
+    channels, *size = config['input_size']
     license_text = _escape(licence) + (", that of the backbone's weights" if inherited else '')
     if licence == 'unknown':
         license_text = "not recorded: see the backbone's and the data's"
@@ -129,6 +132,8 @@ def model_card(
         head_parameters=_count(*heads),
         parameters=_count(model),
         image_size=' x '.join(map(str, size)),
+        onnx=onnx,
+        config=config,
         image_mode='RGB' if channels == 3 else 'L',
         repo_literal=repr(repo_id),
         hub_literal=repr(f'hf-hub:{repo_id}'),
