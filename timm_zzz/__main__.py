@@ -2,11 +2,14 @@
 
 import importlib
 import os
+import re
 import runpy
 import sys
 from typing import Dict, List, NoReturn
 
 from . import __version__
+from .errors import nearest
+from .models.registry import did_you_mean
 
 # What each command does, and an example
 COMMANDS: Dict[str, str] = {
@@ -64,7 +67,7 @@ def fail(message: str) -> NoReturn:
 def run_script(path: str, arguments: List[str]) -> None:
     """Run a Python file as ``python path arguments`` would, in this process: sys.argv, sys.path[0] and ``__main__``."""
     if not os.path.exists(path):
-        fail(f'no such script or command: {path} (see python -m timm_zzz --help)')
+        fail(f'no such script or command: {path}{nearest(path, COMMANDS)} (see python -m timm_zzz --help)')
     if os.path.isdir(path):
         fail(f'the script is a directory: {path}')
     try:
@@ -75,7 +78,15 @@ def run_script(path: str, arguments: List[str]) -> None:
     sys.argv = [path, *arguments]
     if not getattr(sys.flags, 'safe_path', False):
         sys.path[0] = os.path.dirname(os.path.realpath(path))
-    runpy.run_path(path, run_name='__main__')
+    try:
+        runpy.run_path(path, run_name='__main__')
+    except RuntimeError as e:
+        unknown = re.fullmatch(r'Unknown model \((.+)\)', str(e))  # of timm, without the tag
+        if unknown:
+            values = (argument.rpartition('=')[2] for argument in arguments)
+            name = next((value for value in values if value.partition('.')[0] == unknown[1]), unknown[1])
+            e.args = (f'{e}{did_you_mean(name)}',)
+        raise
 
 
 def run_command(name: str, arguments: List[str]) -> None:

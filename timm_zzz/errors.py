@@ -1,6 +1,7 @@
 """Errors between a model and the Hugging Face Hub; ``__cause__`` is the Hub client's own, where there is one."""
 
-from typing import Sequence
+import difflib
+from typing import Iterable, Sequence
 
 __all__ = ['AccessError', 'CheckpointError', 'ConfigError', 'HubError', 'NotFoundError', 'UnavailableError']
 
@@ -33,6 +34,12 @@ def one_line(e: BaseException) -> str:
     """Give an error's message in one line; of an error in a process that loads images, what it was."""
     inner = 'Traceback (most recent call last)' in str(e)
     return ' '.join((str(e).strip().rpartition('\n')[2] if inner else str(e)).split()) or type(e).__name__
+
+
+def nearest(word: str, words: Iterable[str], n: int = 1) -> str:
+    """End a message: which of the known words may have been meant, if any."""
+    near = difflib.get_close_matches(word, list(words), n)
+    return f'; did you mean {", ".join(near[:-1])}{" or " if near[1:] else ""}{near[-1]}?' if near else ''
 
 
 def some(items: Sequence[str], count: int = 3) -> str:

@@ -364,6 +364,18 @@ def test_options(caller, command, options):
     caller.fails(getattr(caller, command)(*options))
 
 
+@pytest.mark.parametrize('command', ['push', 'report', 'calibrate', 'fit'])
+def test_misspelt_model(caller, command):
+    """The message has the right name; check-hparams has it for the line of a recipe."""
+    recipe = caller.folder / 'a.yaml'
+    for name in ('test_renset.zzz_r4', 'test_resnet_zzz_r4', 'test_resnet.zz_r4', 'test_resnet.zzz-r4'):
+        right = 'did you mean test_resnet.zzz_r4?' if 'zzz_' in name else 'asked for as test_resnet.zzz_r8'
+        caller.fails(getattr(caller, command)('--model', name), right)
+        recipe.write_text(f'device_modules: [timm_zzz]\nmodel: {name}\nval_split: validation\n')
+        out = caller.call(check_hparams, recipe)
+        assert out.startswith(f'{recipe}:2: error: model: ') and right in out
+
+
 def test_options_of_push_with_calibrate(caller):
     data = ('--calibrate', '--data-dir', caller.good / 'data', '-j', 0, '--device', 'cpu')
     assert 'timm_zzz: error' not in caller.push(*data)

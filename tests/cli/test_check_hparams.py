@@ -219,7 +219,7 @@ BUILT = [
     # model
     (PLAIN, 'model: test_vot', 1, 'error', 'timm knows no test_vot; did you mean test_vit'),
     (PLAIN, 'model: resnet50.a1_in2k', 1, 'error', 'timm knows no weights a1_in2k of resnet50; did you mean a1_in1k'),
-    (GOOD, 'model: test_vot.zzz_r4', 2, 'error', 'did you mean test_vit.zzz_r4'),
+    (GOOD, 'model: test_vot.zzz_r4', 2, 'error', 'did you mean test_vit.zzz_r4?'),
     (GOOD, 'model: test_vit.zzz_r5', 2, 'error', 'model_kwargs: {zzz_rank: 5}'),
     (PLAIN, 'model: timm/resnet50', 1, 'error', 'hf-hub:timm/resnet50'),
     (PLAIN, 'pretrained: true\nmodel: vit_base_patch32_plus_256', 6, 'error', 'timm has no weights for'),

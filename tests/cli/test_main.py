@@ -48,6 +48,29 @@ def test_wrong_script_is_one_line_and_status_2(call, argument, message):
     assert status == 2 and message in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    'name, right', [('reprot', 'report'), ('demoo', 'demo'), ('check_hparams', 'check-hparams'), ('fit.py', 'fit')]
+)
+def test_misspelt_command(call, name, right):
+    assert call(name)[2].startswith(f'timm_zzz: error: no such script or command: {name}; did you mean {right}? (see ')
+
+
+@pytest.mark.parametrize(
+    'name, option, right',
+    [
+        ('resent50.zzz_r8', '--model {}', 'resnet50.zzz_r8'),
+        ('resnet50_zzz_r8', '--model={}', 'resnet50.zzz_r8'),
+        ('resent50.zzz_r8', '--config a.yaml', 'resnet50'),  # timm's error has the architecture alone
+    ],
+)
+def test_script_with_a_misspelt_model(call, tmp_path, monkeypatch, name, option, right):
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    script, arguments = tmp_path / 'reprot', option.format(name).split()
+    script.write_text(f'import timm\ntimm.create_model({name!r})\n')
+    with pytest.raises(RuntimeError, match=rf'^Unknown model \(.*\); did you mean {right}\?$'):
+        call(script, *arguments)
+
+
 def test_hparams(call):
     names = call('hparams')[1].split()
     assert 'quickstart_mobilenetv2_100.zzz_r8' in names and 'cub200_vit_base_patch16_224' in names

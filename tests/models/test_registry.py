@@ -18,7 +18,7 @@ import timm_zzz
 from timm_zzz import ZZZHead
 from timm_zzz.head import ROW_STD
 from timm_zzz.models import registry
-from timm_zzz.models.registry import RANKS
+from timm_zzz.models.registry import RANKS, asks_for_head, did_you_mean
 
 # As JSON what timm's registry tells of its own names before and after the import of timm_zzz, which modules the import
 # loads, and how timm alone fails to load the model in the folder that is given
@@ -161,7 +161,7 @@ def test_names_and_options():
     assert model.head.rank == 8
 
 
-MALFORMED = 'zzz_ zzz zzz_r zzz_r-1 zzz_x zzz_r08 zzz_r8.5 zzz-r8 zzz_r8x zzzr8 ZZZ_r8'.split()
+MALFORMED = 'zzz_ zzz zzz_r zzz_r-1 zzz_x zzz_r08 zzz_r8.5 zzz-r8 zzz_r8x zzzr8 ZZZ_r8 zz_r8 z_r8 zz-r16'.split()
 
 
 @pytest.mark.parametrize('base', ['test_vit', 'test_vit.r160_in1k'])
@@ -175,6 +175,28 @@ def test_malformed_tags(base):
     for tag in ('zzz_r8.r160_in1k', 'r160_in1k_zzz_r8', 'nope.zzz_x', 'zzz_r8.zzz_r8'):  # in the wrong place
         with pytest.raises(ValueError, match=rf'Invalid tag in {base}\.{tag}: .* as test_vit\.(r160_in1k\.)?zzz_r8'):
             timm.create_model(f'{base}.{tag}')
+
+
+def test_no_tag_of_timm_asks_for_a_head():
+    tags = {name.partition('.')[2] for name in timm.list_pretrained()}
+    assert len(tags) > 100 and not [tag for tag in tags if asks_for_head(tag)]
+
+
+@pytest.mark.parametrize(
+    'name, right',
+    [
+        ('resent50.zzz_r8', 'resnet50.zzz_r8'),
+        ('resnet50_zzz_r8', 'resnet50.zzz_r8'),
+        ('resent50', 'resnet50'),
+        ('vit_base_patch_16_224.augreg_in21k.zzz_r16', 'vit_base_patch16_224.augreg_in21k.zzz_r16'),
+    ],
+)
+def test_nearest_name(name, right):
+    assert did_you_mean(name) == f'; did you mean {right}?' and timm.is_model(right) and did_you_mean(right) == ''
+
+
+def test_no_name_is_near():
+    assert [did_you_mean(name) for name in ('q', 'hf-hub:timm/resnet50.zzz_r8')] == ['', '']
 
 
 @pytest.mark.parametrize('base', ['test_vit', 'test_vit.r160_in1k', 'test_efficientnet'])

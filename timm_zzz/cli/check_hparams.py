@@ -34,23 +34,22 @@ from timm.models import (
     get_deprecated_models,
     is_model,
     is_model_pretrained,
-    list_models,
 )
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
 from ..data import SPLIT_FOLDERS, open_split, read_class_map
-from ..errors import some
+from ..errors import nearest, some
 from ..fit import PRESETS
 from ..head import ZZZHead
 from ..models._timm import input_config
 from ..models.attach import FIT_PREFIX, HEAD_OPTIONS, OPTION_PREFIX
-from ..models.registry import DEFAULT_RANK, TAG
+from ..models.registry import DEFAULT_RANK, TAG, asks_for_head, did_you_mean
 from ..models.start import FIT_OPTIONS, NAMES, settings_of
 from ..optim import ZZZAdamW
 from .common import exit_on_error
-from .recipe import FACTS, NEWEST, Finding, Recipe, TrainParser, TrainScript, ask_script, nearest, reason, shorten
+from .recipe import FACTS, NEWEST, Finding, Recipe, TrainParser, TrainScript, ask_script, reason, shorten
 
 __all__ = ['Finding', 'channels_of', 'check', 'main', 'merged', 'model_arguments']
 
@@ -345,9 +344,8 @@ def _check_model(recipe: Recipe, build: bool) -> Optional[nn.Module]:
     if '/' in name:
         problem = f'no name of a model; of a repository it would be hf-hub:{name}'
     elif not is_model(architecture):
-        names = [f'{other}.{tag}' if tag else other for other in list_models()]
-        problem = f'timm knows no {architecture}{nearest(name, names, 3)}'
-    elif not known and OPTION_PREFIX.strip('_') not in tag.lower():  # the plugin knows better about its own
+        problem = f'timm knows no {architecture}{did_you_mean(name)}'
+    elif not known and not asks_for_head(tag):  # the plugin knows better about its own
         tags = [other.partition('.')[2] for other in get_arch_pretrained_cfgs(architecture)]
         tags = [tag for tag in tags if not TAG.fullmatch(tag)]
         problem = f'timm knows no weights {tag} of {architecture}{nearest(tag, tags, 3)}'

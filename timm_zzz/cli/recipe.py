@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import difflib
 import math
 import os
 import re
@@ -17,6 +16,8 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoR
 import yaml
 from timm.utils import ParseKwargs
 
+from ..errors import nearest
+
 __all__ = [
     'FACTS',
     'NEWEST',
@@ -26,7 +27,6 @@ __all__ = [
     'TrainParser',
     'TrainScript',
     'ask_script',
-    'nearest',
     'reason',
     'shorten',
 ]
@@ -344,12 +344,6 @@ class Recipe:
         elif name in options:
             self.lines.setdefault(name, self.line(key))  # there, though wrong
         self.error(self.line(key), f'{shorten(key, 60)}: {message}')
-
-
-def nearest(word: str, words: Iterable[str], n: int = 1) -> str:
-    """End a message: which of the known words may have been meant, if any."""
-    near = difflib.get_close_matches(word, list(words), n)
-    return f'; did you mean {", ".join(near[:-1])}{" or " if near[1:] else ""}{near[-1]}?' if near else ''
 
 
 def reason(e: BaseException) -> str:

@@ -6,6 +6,7 @@ import timm
 from torch import Tensor, nn
 
 from ..head import heads_of, same_shape
+from .registry import did_you_mean
 
 __all__ = ['build_model', 'load_weights']
 
@@ -36,7 +37,7 @@ def build_model(
     try:
         model = timm.create_model(name, pretrained=pretrained or bool(pretrained_path), **kwargs)
     except Exception as e:  # the arguments come from a file or a command line
-        raise ValueError(f'{name}: {e}') from e
+        raise ValueError(f'{name}: {e}{did_you_mean(name)}') from e
     if not any_head and not heads_of(model):
         raise ValueError(f'--model: {name} has no ZZZ head; append .zzz_r8 to its name')
     return model

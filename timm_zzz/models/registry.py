@@ -16,19 +16,21 @@ from timm.models import (
     get_arch_pretrained_cfgs,
     get_deprecated_models,
     get_pretrained_cfg,
+    is_model,
     list_models,
     model_entrypoint,
     register_model,
 )
 from torch import nn
 
+from ..errors import nearest
 from ..head import heads_of
 from ._timm import SAVES_ARGS, default_cfgs, entrypoints, model_args, record_args
 from .attach import FIT_PREFIX, HEAD_OPTIONS, OPTION_PREFIX, attach, find_classifiers
 from .loading import on_load
 from .start import FIT_OPTIONS, fit_start
 
-__all__ = ['register', 'RANKS', 'SOURCE_KEYS', 'TAG']
+__all__ = ['asks_for_head', 'did_you_mean', 'register', 'RANKS', 'SOURCE_KEYS', 'TAG']
 
 _logger = logging.getLogger(__name__)
 
@@ -140,7 +142,7 @@ def _wrap_deprecated(name: str, current: str, shim: Callable[..., nn.Module]) ->
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         cfg = kwargs.get('pretrained_cfg')
         tag = _tag_of(cfg)
-        if not _is_meant(tag or '') and not any(key.startswith(OPTION_PREFIX) for key in kwargs):
+        if not asks_for_head(tag or '') and not any(key.startswith(OPTION_PREFIX) for key in kwargs):
             return shim(pretrained=pretrained, **kwargs)
         if current_tag and (tag is None or isinstance(cfg, str) and TAG.fullmatch(tag) and '.' not in tag):
             cfg = tag = f'{current_tag}.{tag}' if tag else current_tag
@@ -169,7 +171,7 @@ def _parse(original: Callable[..., nn.Module], kwargs: Dict[str, Any]) -> Option
     match = TAG.fullmatch(tag or '')
     if match is None:
         # A mistyped tag is a string; a configuration with a tag of its own may be anyone's.
-        if tag and (_is_meant(tag) if isinstance(cfg, str) else tag.rpartition('.')[2].startswith(OPTION_PREFIX)):
+        if tag and (asks_for_head(tag) if isinstance(cfg, str) else tag.rpartition('.')[2].startswith(OPTION_PREFIX)):
             raise _malformed(name, tag)
         if not options and not fit:
             return None
@@ -201,13 +203,23 @@ def _tag_of(cfg: Cfg) -> Optional[str]:
     return cfg if isinstance(cfg, str) else cfg.get('tag') if isinstance(cfg, dict) else getattr(cfg, 'tag', None)
 
 
-def _is_meant(tag: str) -> bool:
-    return OPTION_PREFIX.strip('_') in tag.lower()
+def asks_for_head(tag: str) -> bool:
+    """Tell whether a tag is that of a ZZZ head, or is meant to be one: none of timm's own comes near."""
+    tag = tag.lower()
+    ranks = [f'{OPTION_PREFIX}r{rank}' for rank in RANKS]
+    return OPTION_PREFIX.strip('_') in tag or bool(nearest(tag.rpartition('.')[2], ranks))
+
+
+def did_you_mean(name: str) -> str:
+    """End a message about a model: the nearest of timm's names, '' if it knows the architecture or finds none."""
+    if is_model(name) or ':' in name:  # the latter is of a repository
+        return ''
+    return nearest(name, {*list_models(), *list_models(include_tags=True)})
 
 
 def _malformed(name: str, tag: str) -> ValueError:
     """The error for a tag that may have meant a ZZZ head: shows it right, with the base tag if timm knows it."""
-    base = '.'.join([name, *(part for part in tag.split('.') if not _is_meant(part))])
+    base = '.'.join([name, *(part for part in tag.split('.') if not asks_for_head(part))])
     try:
         get_pretrained_cfg(base)
     except RuntimeError:
@@ -223,7 +235,7 @@ def _check_registered(
 ) -> None:
     """Say which part of ``name[.base_tag].zzz_rank`` timm does not know; its scripts look names up before building."""
     prefix = name = original.__name__
-    if base_tag and _is_meant(base_tag):
+    if base_tag and asks_for_head(base_tag):
         raise _malformed(name, f'{base_tag}.zzz_r{rank}')
     try:
         if base_tag:
