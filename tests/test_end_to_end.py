@@ -2,7 +2,10 @@
 
 import csv
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -35,6 +38,30 @@ def backbone(tmp_path_factory):
     state = timm.create_model('mobilenetv2_100').state_dict()
     save_file({k: v for k, v in state.items() if not k.startswith('classifier.')}, file)
     return file
+
+
+def test_commands_of_the_readme(root, timm_scripts, beetles, backbone, tmp_path):
+    """The first ones, as they stand there, on a machine with or without a GPU; with fewer and smaller images."""
+    (block,) = (
+        code for code in re.findall(r'```sh\n(.*?)```', (root / 'README.md').read_text(), re.S) if 'DEVICE=' in code
+    )
+    small = '--num-classes 12 --img-size 64 --batch-size 16 --workers 1'
+    for there, here in (
+        (r'git clone .*', ''),
+        (r'pytorch-image-models/', f'{timm_scripts}/'),
+        (r'hparams/', f'{root}/hparams/'),
+        (r'\bDIR\b', str(beetles)),
+        (r'--num-classes N', small),
+        (r'--experiment mine', f'--experiment mine --epochs 1 --pretrained-path {backbone}'),
+        (r'\bpython\b', shlex.quote(sys.executable)),
+    ):
+        block, count = re.subn(there, here, block)
+        assert count
+    result = subprocess.run(['bash', '-euc', block], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-4000:]
+    (row,) = csv.DictReader((tmp_path / 'output/train/mine/summary.csv').open())
+    top1 = float(re.search(r'"top1": ([\d.]+)', result.stdout)[1])
+    assert top1 == pytest.approx(float(row['eval_top1']), abs=1e-3)
 
 
 def test_real_scripts(hub, timm_scripts, beetles, backbone, run, tmp_path):

@@ -23,7 +23,7 @@ COMMANDS: Dict[str, str] = {
   python -m timm_zzz demo --output zzz-demo""",
     'fit': """fit the head in closed form to a folder of images, as a start for train.py
   python -m timm_zzz fit --config mine.yaml --data-dir DIR --num-classes N -o start.safetensors""",
-    'hparams': """list the recipes for timm's train.py, or print the path of one
+    'hparams': """list the recipes for timm's train.py with what each is for, or print the path of one
   python train.py --config "$(python -m timm_zzz hparams quickstart_mobilenetv2_100.zzz_r8)" --data-dir DIR""",
     'push': """push what train.py wrote to the Hugging Face Hub, with a model card
   python -m timm_zzz push output/train/mine/model_best.pth.tar USER/bird-zzz --data-dir DIR""",
@@ -60,8 +60,9 @@ def usage() -> str:
 
 def fail(message: str) -> NoReturn:
     """Print an error and exit with status 2."""
-    print(f'timm_zzz: error: {message}', file=sys.stderr)
-    sys.exit(2)
+    from .cli import common
+
+    common.fail(message)
 
 
 def run_script(path: str, arguments: List[str]) -> None:

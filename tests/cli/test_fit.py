@@ -399,6 +399,16 @@ def test_the_command_goes_on_with_what_trains(command, colours, tmp_path, monkey
     assert told(capsys.readouterr().out)[8:] == [*given, '--num-classes', '4', '--initial-checkpoint', file]
 
 
+def test_the_command_names_the_cpu_where_there_is_no_gpu(colours, backbone, tmp_path, monkeypatch, capsys):
+    """Or train.py would stop."""
+    monkeypatch.setattr('timm_zzz.cli.fit.fit_model', lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    given = ['--model', NAME, '--data-dir', colours, '--val-split', '', '--checkpoint', backbone, '-j', 0]
+    main([*map(str, given), '-o', str(tmp_path / 'start.safetensors')])
+    words = told(capsys.readouterr().out)
+    assert words[words.index('--device') + 1] == 'cpu'
+
+
 def test_model_kwargs_come_back_as_they_were(command, monkeypatch, capsys):
     monkeypatch.setattr('timm_zzz.cli.fit.fit_model', lambda *args, **kwargs: None)
     monkeypatch.setattr('timm_zzz.cli.fit.build_model', lambda name, **kwargs: timm.create_model(NAME, num_classes=4))

@@ -1,13 +1,18 @@
 """``python -m timm_zzz``: the table of commands in this process, and scripts of others in processes of their own."""
 
+import argparse
+import io
 import json
+import re
 import sys
 
 import pytest
 import yaml
+from tqdm import tqdm
 
 import timm_zzz
 from timm_zzz.__main__ import COMMANDS, main
+from timm_zzz.cli.common import exit_on_error, warn
 from timm_zzz.data import shipped_files
 
 
@@ -71,8 +76,59 @@ def test_script_with_a_misspelt_model(call, tmp_path, monkeypatch, name, option,
         call(script, *arguments)
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+    def lines(self):
+        """What a terminal shows in the end."""
+        for line in self.getvalue().split('\n'):
+            shown = ''
+            for text in line.split('\r'):
+                shown = text + shown[len(text) :]
+            yield shown.rstrip()
+
+
+@pytest.mark.parametrize(
+    'stream, variables, color',
+    [
+        (Terminal(), {}, True),
+        (Terminal(), {'NO_COLOR': ''}, True),
+        (Terminal(), {'NO_COLOR': '1'}, False),
+        (Terminal(), {'TERM': 'dumb'}, False),
+        (io.StringIO(), {}, False),
+    ],
+)
+def test_color(stream, variables, color, monkeypatch):
+    for name, value in {'NO_COLOR': '', 'TERM': 'xterm', **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, 'stderr', stream)
+    warn('a')
+    with pytest.raises(SystemExit) as e, exit_on_error(argparse.ArgumentParser()):
+        raise ValueError('b\nc')
+    assert e.value.code == 2
+    text = re.sub(r'\033\[[\d;]*m', '', stream.getvalue())
+    assert text == 'timm_zzz: warning: a\ntimm_zzz: error: b c\n' and (text != stream.getvalue()) == color
+
+
+def test_messages_stand_apart_from_progress_bars(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, 'stderr', stream)
+    monkeypatch.setenv('NO_COLOR', '1')
+    with tqdm([1, 2], desc='images', file=stream, ncols=60, mininterval=0) as batches, pytest.raises(SystemExit):
+        for _ in batches:
+            warn('first')
+            with exit_on_error(argparse.ArgumentParser()):
+                raise ValueError('last')
+    lines = [*stream.lines()]
+    assert lines[:2] == ['timm_zzz: warning: first', 'timm_zzz: error: last'] and lines[2].startswith('images:   0%')
+
+
 def test_hparams(call):
-    names = call('hparams')[1].split()
+    out = call('hparams')[1]
+    names = out.split()
+    assert out.startswith('quickstart') and 'Start with quickstart_mobilenetv2_100.zzz_r8.' in out
+    assert re.search(r'^cub200_resnet50 +CUB-200-2011, ResNet-50 .*: timm\'s linear head\.$', out, re.M)
     assert 'quickstart_mobilenetv2_100.zzz_r8' in names and 'cub200_vit_base_patch16_224' in names
     for name in ('quickstart_mobilenetv2_100.zzz_r8', 'cub200_vit_base_patch16_224.yaml'):
         with open(call('hparams', name)[1].strip()) as file:

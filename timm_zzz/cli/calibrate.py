@@ -1,17 +1,15 @@
 """``python -m timm_zzz calibrate``: a temperature from held-out images, folded into what timm's train.py wrote."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import torch
-from huggingface_hub.utils import tqdm
 
 from ..head import heads_of, record_inputs
 from ..metrics import Calibration, KeptLogits, cross_calibrate, evaluate
 from ..scores import fold_temperature
-from .common import amp_dtype_of, check_output, device_of, exit_on_error, written_whole
+from .common import amp_dtype_of, check_output, device_of, exit_on_error, progress, written_whole
 from .run import Run, add_run_arguments, load_run, open_images, read_checkpoint
 
 __all__ = ['calibrate_run', 'main', 'write_checkpoint']
@@ -32,7 +30,7 @@ def calibrate_run(run: Run, options: argparse.Namespace) -> Calibration:
     device, heads, kept = device_of(options), heads_of(run.model), KeptLogits()
     _, loader, _ = open_images(options, run, device)
     model = run.model.to(device)
-    with record_inputs(heads) as inputs, tqdm(loader, desc='images', unit='batch', file=sys.stderr) as batches:
+    with record_inputs(heads) as inputs, progress(loader, 'images') as batches:
         predictions = evaluate(
             model, batches, device, amp_dtype_of(options), lambda _, logits, start: kept.add(start, logits)
         )

@@ -2,14 +2,16 @@
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, Iterator, Mapping, Optional
+from typing import Any, Dict, Iterator, Mapping, NoReturn, Optional
 
 import torch
+from huggingface_hub.utils import tqdm
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
@@ -27,10 +29,12 @@ __all__ = [
     'data_config_of',
     'device_of',
     'exit_on_error',
+    'fail',
     'loader_of',
     'one_line',
     'open_known',
     'positive_int',
+    'progress',
     'tensors_of',
     'warn',
     'warn_left_out',
@@ -44,14 +48,32 @@ def exit_on_error(parser: argparse.ArgumentParser, interrupted: str = 'interrupt
     try:
         yield
     except (HubError, ValueError, OSError, torch.OutOfMemoryError) as e:
-        parser.exit(2, f'timm_zzz: error: {one_line(e)}\n')
+        fail(one_line(e))
     except KeyboardInterrupt:
         parser.exit(130, f'\ntimm_zzz: {interrupted}\n')
 
 
+def fail(message: str) -> NoReturn:
+    """Print an error and exit with status 2."""
+    _print(f'timm_zzz: error: {message}', 31)
+    sys.exit(2)
+
+
 def warn(message: str) -> None:
     """Print a warning."""
-    print(f'timm_zzz: warning: {message}', file=sys.stderr)
+    _print(f'timm_zzz: warning: {message}', 33)
+
+
+def _print(line: str, color: int) -> None:
+    """Print a line above the progress bars that are open, on a terminal its second word in colour (no-color.org)."""
+    if sys.stderr.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM') != 'dumb':
+        line = re.sub(r' (\S+)', rf' \033[1;{color}m\1\033[0m', line, count=1)
+    tqdm.write(line, file=sys.stderr)
+
+
+def progress(batches: Any, name: str) -> Any:
+    """Show the progress of a loader, from its first batch on: what the start of its processes prints comes before."""
+    return tqdm(batches, desc=name, unit='batch', file=sys.stderr, delay=1e-9)
 
 
 def warn_left_out(left_out: LeftOut, name: str, known: str = '--class-map') -> None:

@@ -3,16 +3,14 @@
 import argparse
 import csv
 import math
-import sys
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from ..metrics import Calibration, KeptLogits, Predictions, cross_calibrate, evaluate, reliability
-from .common import amp_dtype_of, check_output, device_of, exit_on_error, positive_int, written_whole
+from .common import amp_dtype_of, check_output, device_of, exit_on_error, positive_int, progress, written_whole
 from .run import add_images_arguments, open_images
 from .trained import SOURCES, load_trained
 
@@ -109,7 +107,7 @@ def _evaluated(
     run = load_trained(source, use_ema=options.use_ema, model_name=options.model)
     data, loader, _ = open_images(options, run, device)
     kept = KeptLogits()
-    with tqdm(loader, desc=label, unit='batch', file=sys.stderr) as batches:
+    with progress(loader, label) as batches:
         predictions = evaluate(
             run.model.to(device),
             batches,

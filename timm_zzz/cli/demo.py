@@ -188,12 +188,13 @@ def train(model: nn.Module, folder: Path, epochs: int, rates: Rates, device: tor
     scheduler.step_update(0)
     model.train()
     batches = itertools.chain.from_iterable(itertools.repeat(loader, epochs))
-    progress = tqdm(batches, desc=f'{folder.name:>10}', total=epochs * len(loader), unit='step', file=sys.stderr)
-    for step, (x, y) in enumerate(progress, 1):
-        optimizer.zero_grad()
-        criterion(model(x.to(device)), y.to(device)).backward()
-        optimizer.step()
-        scheduler.step_update(step)
+    total = epochs * len(loader)
+    with tqdm(batches, desc=f'{folder.name:>10}', total=total, unit='step', file=sys.stderr) as progress:
+        for step, (x, y) in enumerate(progress, 1):
+            optimizer.zero_grad()
+            criterion(model(x.to(device)), y.to(device)).backward()
+            optimizer.step()
+            scheduler.step_update(step)
 
 
 class Result(NamedTuple):

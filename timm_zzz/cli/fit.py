@@ -11,7 +11,6 @@ from tempfile import TemporaryFile
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Union
 
 import torch
-from huggingface_hub.utils import tqdm
 from safetensors.torch import save_file
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.models import load_state_dict
@@ -38,6 +37,7 @@ from .common import (
     loader_of,
     one_line,
     open_known,
+    progress,
     tensors_of,
     warn_left_out,
     written_whole,
@@ -105,7 +105,7 @@ def _fit(options: argparse.Namespace) -> None:
     recipe = merged(options.config, given)
     s = argparse.Namespace(**{**vars(options), **vars(recipe.settings)})
     if 'device' not in recipe.values and not torch.cuda.is_available():
-        s.device = 'cpu'
+        given['device'] = s.device = 'cpu'  # which train.py has to be told
     s.data_dir = s.data_dir or s.data
     s.model_kwargs = {key: s.model_kwargs[key] for key in s.model_kwargs if key not in _FIT}
     device, amp_dtype = device_of(s), amp_dtype_of(s)
@@ -127,8 +127,7 @@ def _fit(options: argparse.Namespace) -> None:
     TemporaryFile(dir=output.parent).close()  # an OSError if nothing can be written there
 
     def loader(split: Split, name: str) -> Any:
-        batches = loader_of(s, split.dataset, config, device)
-        return tqdm(batches, desc=name, unit='batch', file=sys.stderr)
+        return progress(loader_of(s, split.dataset, config, device), name)
 
     with loader(train, s.train_split) as batches:
         fit_model(model, batches, device=device, amp_dtype=amp_dtype, **choices)

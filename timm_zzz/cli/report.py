@@ -10,7 +10,6 @@ import importlib
 import io
 import math
 import platform
-import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, 
 
 import timm
 import torch
-from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
@@ -26,7 +24,7 @@ from .. import __version__
 from ..head import ZZZHead, heads_of, record_inputs
 from ..metrics import KeptLogits, Predictions, cross_calibrate, evaluate, reliability
 from ..scores import ClassGaussians, class_gaussians_of, log_density
-from .common import amp_dtype_of, check_output, data_config_of, device_of, exit_on_error
+from .common import amp_dtype_of, check_output, data_config_of, device_of, exit_on_error, progress
 from .figures import STYLE, draw_bars, draw_histogram, draw_map, draw_reliability, draw_spectra, shorten
 from .run import Run, add_run_arguments, load_run, open_images
 
@@ -85,7 +83,7 @@ def observe(
             lowest.update(start, densities[-1], images)
         inputs.clear()
 
-    with record_inputs(heads) as inputs, tqdm(loader, desc='images', unit='batch', file=sys.stderr) as batches:
+    with record_inputs(heads) as inputs, progress(loader, 'images') as batches:
         predictions = evaluate(model, batches, device, amp_dtype, observe=add)
     if not called:
         raise ValueError('no ZZZ head takes part when the model is evaluated')
