@@ -1,13 +1,16 @@
 """Densities and outlier scores against torch.distributions, scikit-learn and dense matrices; calibration by hand."""
 
+import itertools
 import math
 import re
+import statistics
 import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
-from oracles import PARAMETERS, distinct, parts
+from oracles import PARAMETERS, dense_logits, distinct, parts
 from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.distributions import Categorical, LowRankMultivariateNormal, MixtureSameFamily, MultivariateNormal
@@ -15,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 from timm_zzz import ZZZHead, scores
-from timm_zzz.head import ZZZConvHead
+from timm_zzz.head import ZZZConvHead, heads_of, record_inputs
 from timm_zzz.metrics import KeptLogits, calibration_temperature, cross_calibrate
 from timm_zzz.scores import (
     METHODS,
@@ -28,6 +31,7 @@ from timm_zzz.scores import (
     fold_temperature,
     fpr95,
     log_density,
+    log_dict,
     mahalanobis,
     max_logit,
     max_softmax,
@@ -348,6 +352,64 @@ def test_ece_by_hand(bins):
         assert ece(logits, targets) == ece(logits, targets, bins)
 
 
+# What to log
+
+
+@pytest.mark.parametrize('rank', RANKS)
+@pytest.mark.parametrize('num_classes', [1, 2, 6])
+def test_log_dict(rank, num_classes):
+    """By loops over pairs and classes; the share by covariances of textbook logits, with and without U."""
+    head, f = new_head(rank, num_classes), embeddings()
+    found = log_dict(head, f)
+    p = {name: t.detach() for name, t in head.named_parameters()}
+    args = [f, *(p.get(name) for name in PARAMETERS[1:])]
+    _, mu, _, v, sigma2 = parts(*args)
+    pairs = [
+        1 - F.cosine_similarity(*mu[list(pair)], dim=0).item() for pair in itertools.combinations(range(num_classes), 2)
+    ]
+    assert found.pop('sigma2') == pytest.approx(sigma2.item())
+    assert found.pop('mu_cosine_distance') == pytest.approx(statistics.fmean(pairs or [0.0]))
+    logits = dense_logits(*args).numpy()
+    means = dense_logits(*args[:3], None, None, args[5]).numpy()
+    # Variance between classes, Var(l) = Cov(m, l) + Cov(q, l), averaged over the images
+    shares = [np.cov(rows, bias=True) for rows in np.stack([logits - means, logits], 1)]
+    variance = sum(share[1, 1] for share in shares)
+    expected = sum(share[0, 1] for share in shares) / variance if num_classes > 1 else 0.0
+    assert found.pop('low_rank_share') == pytest.approx(expected, abs=1e-9)
+    ratios = [sorted(row, reverse=True) for row in (v / sigma2).tolist()]
+    assert list(found) == [f'v_ratio_{i + 1}' for i in range(rank)]
+    assert list(found.values()) == pytest.approx(
+        [statistics.median_low(column) for column in zip(*ratios, strict=True)]
+    )
+
+
+def test_log_dict_of_a_flat_start():
+    """The logits are equal, but for rounding: nothing decides."""
+    found = log_dict(ZZZHead(50, 64, 4), torch.randn(20, 64))
+    assert found['low_rank_share'] == pytest.approx(0, abs=1e-6) == found['mu_cosine_distance']
+    assert all(type(value) is float for value in found.values())
+
+
+def test_log_dict_of_models():
+    """Without a ZZZ head it is empty; names of several heads start with their paths, as the inputs' do."""
+    assert log_dict(timm.create_model('test_resnet')) == {}
+    model = distinct(timm.create_model('test_vit.zzz_r4', num_classes=3)).eval()
+    assert log_dict(model) == log_dict(model.head) and len(log_dict(model)) == 6
+    model = nn.ModuleDict({'a': new_head(1), 'b': new_head(0)})
+    with record_inputs(heads_of(model)) as inputs:
+        model['a'](embeddings())
+    found = log_dict(model, inputs)
+    assert list(found) == [
+        'a/sigma2',
+        'a/mu_cosine_distance',
+        'a/v_ratio_1',
+        'a/low_rank_share',
+        'b/sigma2',
+        'b/mu_cosine_distance',
+    ]
+    assert found['a/low_rank_share'] == log_dict(model['a'], inputs['a'])['low_rank_share']
+
+
 # Wrong input
 
 
@@ -368,6 +430,9 @@ def test_wrong_heads_and_features(function):
 
 
 def test_wrong_arguments():
+    refuses(
+        'features: expected a floating-point tensor of shape (N, 12), got', log_dict, new_head(2), embeddings()[:, :3]
+    )
     head, f, targets = new_head(2), embeddings(60), torch.arange(60) % 3
     logits, narrow = f[:, :3], Background.of(new_head(2, feat_dim=3))
     refuses('head: expected a ZZZHead, got Linear', class_gaussians_of, nn.Linear(3, 2))

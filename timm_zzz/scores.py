@@ -8,7 +8,7 @@ autocast says. NaN in, NaN out. Another ``head``, or tensors of other shapes tha
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .functional import gaussian_logits, normalize
 from .functional import log_density as gaussian_log_density
-from .head import ZZZHead
+from .head import ZZZHead, heads_of
 from .metrics import (
     KEPT,
     Bin,
@@ -44,6 +44,7 @@ __all__ = [
     'fold_temperature',
     'fpr95',
     'log_density',
+    'log_dict',
     'mahalanobis',
     'max_logit',
     'max_softmax',
@@ -156,6 +157,59 @@ def log_density(head: Head, features: Tensor) -> Tensor:
     """
     classes, x = _prepare(head, features)
     return _in_parts(lambda part: gaussian_log_density(part, *classes[:4]), x, _per_row(classes))
+
+
+# What to log of a model in training
+
+
+@torch.no_grad()
+def log_dict(model: nn.Module, embeddings: Union[None, Tensor, Mapping[str, Tensor]] = None) -> Dict[str, float]:
+    """Summarise every ZZZ head of a model in plain numbers, for W&B, TensorBoard and the like (docs/recipes.md).
+
+    - ``sigma2``.
+    - ``mu_cosine_distance``: 1 - cos(mu_c, mu_k), averaged over all pairs of classes; 0 in a flat start, about 1 where
+      the means point anywhere. 0 for a single class.
+    - ``v_ratio_1``, ..., ``v_ratio_r``: v / sigma2 in descending order within each class; the median over classes, the
+      lower of two.
+    - ``low_rank_share``, with ``embeddings``: how much of the logits' variance between classes the low-rank part
+      decides. With l the logits, m those at rank 0 (same means, sigma2 and biases), and q = l - m, each less its mean
+      over the classes of an image, it is sum(q l) / sum(l^2) over images and classes. The rest up to 1 is that of the
+      means and biases; where the two oppose each other, one is negative. 0 where the logits are equal.
+
+    Args:
+        model: A model, or a head.
+        embeddings: What the heads get, shape (N, d); for several heads by module path, as
+            :func:`~timm_zzz.head.record_inputs` records it. A head that is not there has no share.
+
+    Returns:
+        The numbers by name, ``path/sigma2`` and so on if there are several heads; empty if there is none.
+
+    Example:
+        >>> head = ZZZHead(num_classes=5, feat_dim=16, rank=2, sigma2_init=0.25, v_init=0.5)
+        >>> {name: round(value, 4) for name, value in log_dict(head).items()}
+        {'sigma2': 0.25, 'mu_cosine_distance': 0.0, 'v_ratio_1': 2.0, 'v_ratio_2': 2.0}
+    """
+    heads, found = heads_of(model), dict[str, float]()
+    for path, head in heads.items():
+        classes = class_gaussians_of(head, torch.float64)
+        count, total = head.num_classes, classes.mu.sum(0).square().sum().item()
+        values = dict(sigma2=classes.sigma2.item(), mu_cosine_distance=(count**2 - total) / max(1, count**2 - count))
+        if classes.v is not None:
+            ratios = (classes.v / classes.sigma2).sort(1, descending=True)[0].median(0)[0]
+            values.update((f'v_ratio_{i}', ratio) for i, ratio in enumerate(ratios.tolist(), 1))
+        x = embeddings.get(path) if isinstance(embeddings, Mapping) else embeddings
+        if x is not None:
+            values['low_rank_share'] = _low_rank_share(classes, x)
+        found.update({f'{path}/{name}' if len(heads) > 1 else name: value for name, value in values.items()})
+    return found
+
+
+def _low_rank_share(classes: ClassGaussians, embeddings: Tensor) -> float:
+    classes, x = _prepare(classes, embeddings)
+    logits, means = (_logits(each, x) for each in (classes, classes._replace(basis=None, v=None)))
+    logits, means = (each - each.mean(1, keepdim=True) for each in (logits, means))
+    equal = 1e-20 * logits.numel()  # what rounding makes of equal logits
+    return (((logits - means) * logits).sum() / logits.square().sum().clamp(min=equal)).item()
 
 
 # Outlier scores from logits
