@@ -123,7 +123,7 @@ def _predict(options: argparse.Namespace) -> None:
 
     def rows() -> Iterator[Row]:
         nonlocal broken
-        hidden = not sys.stderr.isatty()
+        hidden = not sys.stderr.isatty() or output is None and sys.stdout.isatty()  # where rows show how far it is
         with tqdm(predictions, total=len(files), unit='image', file=sys.stderr, disable=hidden) as found:
             for name, each in zip(files, found, strict=True):
                 broken += bool(each.error)
