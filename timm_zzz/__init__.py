@@ -10,6 +10,7 @@ from . import errors, fit, functional, scores
 from .head import ZZZHead
 from .hub import from_pretrained, push_to_hub, save_pretrained
 from .models.attach import attach
+from .models.predict import predict
 from .models.registry import register
 from .optim import register_optimizer
 
@@ -20,6 +21,7 @@ __all__ = [
     'fit',
     'from_pretrained',
     'functional',
+    'predict',
     'push_to_hub',
     'register',
     'save_pretrained',

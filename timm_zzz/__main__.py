@@ -25,6 +25,8 @@ COMMANDS: Dict[str, str] = {
   python -m timm_zzz fit --config mine.yaml --data-dir DIR --num-classes N -o start.safetensors""",
     'hparams': """list the recipes for timm's train.py with what each is for, or print the path of one
   python train.py --config "$(python -m timm_zzz hparams quickstart_mobilenetv2_100.zzz_r8)" --data-dir DIR""",
+    'predict': """name the most probable classes of images, and say which images are outlying
+  python -m timm_zzz predict USER/bird-zzz photos""",
     'push': """push what train.py wrote to the Hugging Face Hub, with a model card
   python -m timm_zzz push output/train/mine/model_best.pth.tar USER/bird-zzz --data-dir DIR""",
     'report': """write an HTML page about what train.py trained: confusions, spectra, calibration, outliers

@@ -370,7 +370,7 @@ def calibration_temperature(logits: Tensor, targets: Tensor) -> float:
 class KeptLogits:
     """The logits of every ``step``-th image of a pass, on the CPU: more than enough for one temperature.
 
-    The step starts at 1 and doubles where there would be more than :data:`KEPT` values.
+    The step starts at 1 and doubles where there would be more than :data:`KEPT` values. Embeddings are kept likewise.
     """
 
     def __init__(self) -> None:

@@ -22,4 +22,4 @@ napoleon_use_ivar = True
 
 # What is documented elsewhere; without a network there is nothing to link to
 nitpick_ignore = [('py:class', 'timm_zzz.models.attach.ModelT')]
-nitpick_ignore_regex = [(r'py:.*', r'(torch|timm|huggingface_hub|os|pathlib)\..*')]
+nitpick_ignore_regex = [(r'py:.*', r'(torch|timm|huggingface_hub|os|pathlib|PIL)\..*')]

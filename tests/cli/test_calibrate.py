@@ -112,7 +112,7 @@ def test_figures_and_checkpoint(made, capsys):
     assert changed == {'head.sigma2_raw', 'head.v_raw', 'head.bias'}
     assert (new.args, new.epoch, new.top1, new.notes) == (old.args, old.epoch, 50.0, [])
     saved = torch.load(path, weights_only=False)
-    assert sorted(saved) == ['arch', 'args', 'calibration', 'epoch', 'metric', 'state_dict']
+    assert sorted(saved) == ['arch', 'args', 'calibration', 'epoch', 'metric', 'percentiles', 'state_dict']
     assert path.stat().st_mode == (folder / 'run/args.yaml').stat().st_mode
 
 

@@ -574,16 +574,18 @@ def test_page(root, tmp_path):
     """Its examples run."""
     page = (root / 'docs' / 'fit.md').read_text(encoding='utf-8')
     snippets = re.findall(r'```python\n(.*?)```', page, re.S)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     for c, colour in enumerate(('red', 'green', 'blue', 'white')):
         (tmp_path / str(c)).mkdir()
         for i in range(2):
             Image.new('RGB', (32 + i, 32), colour).save(tmp_path / str(c) / f'{i}.png')
     X, y = draw(10)
     names = dict(features=X.float(), targets=y, loader=batches(), batches=[(X[:30], y[:30]), (X[30:], y[30:])])
+    names.update(labels=[f'class {c}' for c in y.tolist()], class_names=list('abcd'))
     for snippet in snippets:
         snippet = snippet.replace('pretrained=True', 'pretrained=False').replace('DIR/train', str(tmp_path))
         exec(compile(snippet, 'docs/fit.md', 'exec'), names)
+    assert len(names['accuracy']) == 5 and names['classifier'].classes_.tolist() == list('abcd')
     assert names['head'](X.float()).shape == (60, C) and names['model'](names['loader'][0][0]).shape == (8, 4)
 
 

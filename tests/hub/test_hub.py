@@ -25,6 +25,7 @@ from timm_zzz.head import ROW_STD
 from timm_zzz.hub import load
 from timm_zzz.hub.cards import model_card
 from timm_zzz.models import _timm
+from timm_zzz.models.predict import percentiles_of
 
 REPO = 'owner/birds-zzz'
 
@@ -513,6 +514,7 @@ def edit(hub, *places, **values):
 NOTHING = object()
 ARGS, CFG = 'model_args', 'pretrained_cfg'
 ONE_NUMBER = 'num_classes: expected one number'
+PERCENTILES = dict(score='mahalanobis', quantiles=[0, 1.5, 1.5], head_sha256='0' * 64)
 # Where config.json is changed, to what, and what is said
 CONFIGS = [
     ([''], dict(architecture='os.system'), 'timm knows no'),
@@ -529,6 +531,15 @@ CONFIGS = [
     ([''], dict(pretrained_cfg=1), 'not a config.json of timm'),
     ([''], dict(label_names='x'), 'label_names: got'),
     (['timm_zzz'], dict(weights_sha256='x'), 'weights_sha256: got'),
+    (['timm_zzz'], dict(percentiles=None), 'percentiles: expected an object of score, quantiles, head_sha256'),
+    (['timm_zzz'], dict(percentiles=dict(PERCENTILES, x=1)), 'percentiles: expected an object of'),
+    (['timm_zzz'], dict(percentiles=dict(PERCENTILES, score='x')), "expected a score of max_logit, .*, got 'x'"),
+    (['timm_zzz'], dict(percentiles=dict(PERCENTILES, score=[])), 'expected a score of'),
+    (['timm_zzz'], dict(percentiles=dict(PERCENTILES, head_sha256='x')), "SHA-256 of the heads, got 'x'"),
+    *(
+        (['timm_zzz'], dict(percentiles=dict(PERCENTILES, quantiles=values)), 'expected 2 to 1001 finite quantiles')
+        for values in (1, [0], [1, 0], [0, 'x'], [0, True], [0, float('nan')], [0, 10**400], [0] * 1002, [[0], [1]])
+    ),
     ([ARGS], dict(features_only=True), 'features_only is not allowed'),
     ([ARGS], dict(device='meta'), 'device is not allowed'),
     ([ARGS], dict(checkpoint_path='/x'), 'checkpoint_path is not allowed'),
@@ -572,6 +583,11 @@ def test_configs_that_are_refused(pushed, places, values, what):
     edit(pushed, *places, **values)
     with cheap(), pytest.raises(ConfigError, match=what):
         from_pretrained(REPO)
+
+
+def test_percentiles_of_another_head_are_left_out(pushed):
+    edit(pushed, 'timm_zzz', percentiles=PERCENTILES)
+    assert percentiles_of(from_pretrained(REPO)) is None
 
 
 def test_config_without_a_head(pushed):

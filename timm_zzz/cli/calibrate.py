@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import torch
+from torch import Tensor
 
 from ..head import heads_of, record_inputs
 from ..metrics import Calibration, KeptLogits, cross_calibrate, evaluate
+from ..models.predict import measure_percentiles, percentiles_of
 from ..scores import fold_temperature
 from .common import amp_dtype_of, check_output, device_of, exit_on_error, progress, written_whole
 from .run import Run, add_run_arguments, load_run, open_images, read_checkpoint
@@ -18,6 +20,7 @@ __all__ = ['calibrate_run', 'main', 'write_checkpoint']
 def calibrate_run(run: Run, options: argparse.Namespace) -> Calibration:
     """Evaluate the model of a run on held-out images, and fold their temperature into every head that takes part.
 
+    The model then also carries the percentiles of these images, of the outlier score under the heads as they are now.
     timm's models with several heads answer with the mean of their logits: divided by one temperature each, so is it.
     ``run.calibration`` says afterwards what was done.
 
@@ -28,16 +31,22 @@ def calibrate_run(run: Run, options: argparse.Namespace) -> Calibration:
         ValueError: If the images can't be opened, as :func:`timm_zzz.metrics.evaluate`, or if no ZZZ head takes part.
     """
     device, heads, kept = device_of(options), heads_of(run.model), KeptLogits()
+    features: Dict[str, KeptLogits] = {}
     _, loader, _ = open_images(options, run, device)
     model = run.model.to(device)
+
+    def keep(_: Tensor, logits: Tensor, start: int) -> None:
+        kept.add(start, logits)
+        for path, x in inputs.items():
+            features.setdefault(path, KeptLogits()).add(start, x)
+
     with record_inputs(heads) as inputs, progress(loader, 'images') as batches:
-        predictions = evaluate(
-            model, batches, device, amp_dtype_of(options), lambda _, logits, start: kept.add(start, logits)
-        )
+        predictions = evaluate(model, batches, device, amp_dtype_of(options), keep)
     if not inputs:
         raise ValueError('no ZZZ head takes part when the model is evaluated')
     calibration = cross_calibrate(kept.logits, predictions.target[:: kept.step])
     temperature = [fold_temperature(heads[path], calibration.temperature) for path in inputs][0]
+    measure_percentiles(model, {path: each.logits for path, each in features.items()})
     model.cpu()
     (before, after), (nll, new_nll) = calibration.ece, (each.mean_nll for each in calibration[1:3])
     line = (
@@ -56,6 +65,9 @@ def write_checkpoint(run: Run, path: Path) -> None:
     state = {key: value.detach().cpu().contiguous() for key, value in run.model.state_dict().items()}
     new: Dict[str, Any] = {key: saved[key] for key in ('epoch', 'arch', 'version', 'metric') if key in saved}
     new.update(state_dict=state, args=argparse.Namespace(**run.args), calibration=run.calibration)
+    percentiles = percentiles_of(run.model)
+    if percentiles is not None:
+        new['percentiles'] = percentiles._asdict()
     if run.averaged:  # so that readers that ask for the averaged weights get them, and summary.csv is about these
         new['state_dict_ema'] = state
     with written_whole(path) as draft:

@@ -18,6 +18,7 @@ from ..data import SPLIT_FOLDERS, Split, find_left_out, open_split, read_class_m
 from ..head import same_shape
 from ..models.attach import FIT_PREFIX
 from ..models.checkpoint import build_model, load_weights
+from ..models.predict import keep_percentiles
 from .common import (
     Images,
     add_ignore_unknown,
@@ -125,6 +126,11 @@ def load_run(path: Path, *, use_ema: bool = False, model_name: Optional[str] = N
         calibration=str(saved.get('calibration') or ''),
     )
     _read_metric(run, saved.get('metric'))
+    if saved.get('percentiles') is not None:
+        try:
+            keep_percentiles(model, saved['percentiles'])
+        except ValueError as e:
+            raise ValueError(f'{checkpoint}: {e}') from e
     return run
 
 

@@ -13,6 +13,7 @@ from ..hub.client import translated
 from ..hub.config import CONFIG, is_of_zzz_model
 from ..hub.load import from_pretrained
 from ..models.checkpoint import load_weights
+from ..models.predict import label_names
 from .common import one_line
 from .run import Run, build_for, checked_args, data_config_of_args, load_run
 
@@ -60,9 +61,7 @@ def _saved(path: Path, repo_id: Optional[str], revision: Optional[str]) -> Run:
             model = timm.create_model(f'{"hf-hub" if repo_id else "local-dir"}:{name}', pretrained=True)
         except Exception as e:  # whatever a file of anyone makes timm raise
             raise ValueError(f'{name}: {one_line(e)}') from e
-    names = model.pretrained_cfg.get('label_names') or []
-    names = list(names.values() if isinstance(names, dict) else names)
-    return Run(Path(name), model, False, {}, {}, None, None, names=names)
+    return Run(Path(name), model, False, {}, {}, None, None, names=label_names(model))
 
 
 def _fitted(path: Path, model_name: Optional[str]) -> Run:

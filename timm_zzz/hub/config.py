@@ -21,15 +21,28 @@ from torch.overrides import TorchFunctionMode
 from ..errors import CheckpointError, ConfigError, some
 from ..head import same_shape
 from ..models.attach import FIT_PREFIX, find_classifiers
+from ..models.predict import Percentiles
 from ..models.registry import SOURCE_KEYS, TAG
 
-__all__ = ['CONFIG', 'SECTION', 'WEIGHTS', 'Changed', 'Corrupt', 'check_weights', 'read_config', 'sha256']
+__all__ = [
+    'CONFIG',
+    'PERCENTILES',
+    'SECTION',
+    'WEIGHTS',
+    'Changed',
+    'Corrupt',
+    'check_weights',
+    'is_of_zzz_model',
+    'read_config',
+    'sha256',
+]
 
 _logger = logging.getLogger(__name__)
 
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
 SECTION = 'timm_zzz'  # of config.json
+PERCENTILES = 'percentiles'  # of the section
 
 _MAX_CLASSES = 1_000_000
 _MAX_INT = 10_000  # any other size that a config may ask for
@@ -111,6 +124,8 @@ def _check_config(config: Dict[str, Any]) -> None:
     digest = config.get(SECTION, {}).get('weights_sha256', '0' * 64)
     is_digest = isinstance(digest, str) and re.fullmatch('[0-9a-f]{64}', digest)
     _refuse(f'{SECTION}.weights_sha256: got {_short(digest)}', not is_digest)
+    if PERCENTILES in config.get(SECTION, {}):
+        Percentiles.checked(config[SECTION][PERCENTILES])
 
 
 def _is_zzz(args: Any, cfg: Any) -> bool:

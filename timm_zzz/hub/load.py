@@ -13,8 +13,9 @@ from torch import nn
 
 from .. import __version__
 from ..errors import CheckpointError, HubError, NotFoundError
+from ..models.predict import keep_percentiles
 from .client import TransportError, translated
-from .config import CONFIG, WEIGHTS, Changed, Corrupt, check_weights, read_config
+from .config import CONFIG, PERCENTILES, SECTION, WEIGHTS, Changed, Corrupt, check_weights, read_config
 
 __all__ = ['from_pretrained', 'load_folder']
 
@@ -100,11 +101,14 @@ def load_folder(
     """Build and fill a model from a folder whose config has been read, after checking the weights."""
     check_weights(folder, config, check_sha256=check_sha256)
     try:
-        return timm.create_model(f'local-dir:{folder}', pretrained=True, **model_args)
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True, **model_args)
     except RuntimeError as e:
         if model_args:  # which may not fit what was saved
             raise
         raise CheckpointError(f'{folder / WEIGHTS} does not hold the model of {CONFIG}: {e}') from e
+    if PERCENTILES in config.get(SECTION, {}):
+        keep_percentiles(model, config[SECTION][PERCENTILES])
+    return model
 
 
 def _locate(location: Union[str, os.PathLike], revision: Optional[str]) -> Tuple[Union[Path, str], Optional[str]]:

@@ -21,8 +21,9 @@ from ..errors import CheckpointError, ConfigError, some
 from ..head import ZZZHead
 from ..models import _timm
 from ..models.attach import find_classifiers
+from ..models.predict import percentiles_of
 from .client import translated
-from .config import CONFIG, SECTION, WEIGHTS, read_config, sha256
+from .config import CONFIG, PERCENTILES, SECTION, WEIGHTS, read_config, sha256
 from .load import load_folder
 
 __all__ = ['push_to_hub', 'save_pretrained']
@@ -64,6 +65,7 @@ def save_pretrained(
     _check_model(model)
     names = None if label_names is None else _check_labels(label_names, int(cast(Any, model).num_classes))
     described: Dict[str, Any] = dict(label_names=names, pretrained_cfg=dict(license=license) if license else {})
+    percentiles = percentiles_of(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix='.saving-') as temporary:
@@ -76,6 +78,8 @@ def save_pretrained(
         config = json.loads((new / CONFIG).read_text(encoding='utf-8'))
         config['pretrained_cfg'].update(lacking)
         config[SECTION] = dict(version=__version__, weights_sha256=sha256(new / WEIGHTS))
+        if percentiles is not None:
+            config[SECTION][PERCENTILES] = percentiles._asdict()
         (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
         shutil.copymode(new / CONFIG, new / WEIGHTS)  # the umask's: safetensors writes for the owner only
         _check_saved(model, new)
