@@ -74,7 +74,7 @@ def observe(
     densities: List[Tensor] = []
     called: Set[str] = set()
 
-    def add(images: Tensor, logits: Tensor, start: int) -> None:
+    def add(images: Tensor, logits: Tensor, _: Predictions, start: int) -> None:
         kept.add(start, logits)
         called.update(inputs)
         if inputs and all(x.shape == (len(images), heads[path].feat_dim) for path, x in inputs.items()):
@@ -297,20 +297,23 @@ def main(arguments: Optional[List[str]] = None) -> None:
 def _report(options: argparse.Namespace) -> None:
     check_extra()
     output: Path = options.output
-    check_output(output, options.force)
-    device, amp_dtype = device_of(options), amp_dtype_of(options)
+    device = device_of(options)
     run = load_run(options.checkpoint, use_ema=options.use_ema, model_name=options.model)
+    amp_dtype = amp_dtype_of(options, run.args)
     data, loader, config = open_images(options, run, device)
+    check_output(output, options.force)
     dataset = options.dataset or run.args.get('dataset') or options.data_dir.resolve().name
     title = f'{options.model or run.args["model"]} on {dataset}'
-    size, precision = ' × '.join(map(str, config['input_size'])), options.amp_dtype if options.amp else ''
+    size = ' × '.join(map(str, config['input_size']))
+    precision = 'float32' if amp_dtype is None else f'mixed precision, {amp_dtype}'.replace('torch.', '')
+    asked = options.amp is not None or options.amp_dtype is not None
+    source = ', as asked for' if asked else ', as in training' if 'amp' in run.args else ''
     about = {
         'Data': f'{dataset}, {options.split}',
         'Checkpoint': f'{run.checkpoint.resolve().parent.name}/{run.checkpoint.name}',
         'Weights': ('averaged, ' if run.averaged else '') + f'after epoch {run.epoch}, counted from 0',
         'Input': f'{size}, crop {config["crop_pct"]:g} ({config["crop_mode"]})',
-        'Run on': f'{device.type}, {f"mixed precision, {precision}" if precision else "float32"}, '
-        f'batches of {options.batch_size}',
+        'Run on': f'{device.type}, {precision}{source}; batches of {options.batch_size}',
         'Versions': f'timm_zzz {__version__}, timm {timm.__version__}, torch {torch.__version__}, '
         f'Python {platform.python_version()}',
     }
