@@ -491,7 +491,8 @@ def page_of(folder, model, images, labels, names=()):
 
 @pytest.mark.parametrize('num_classes, rank', [(2000, 2), (60, 40), (2, 1), (1, 1)])
 def test_size(tmp_path, num_classes, rank):
-    images, labels = torch.randn(320, 3, 96, 96), torch.randint(num_classes, (320,))
+    channels = 1 if num_classes == 2 else 3
+    images, labels = torch.randn(320, channels, 96, 96), torch.randint(num_classes, (320,))
     names = [f'{c} $x^{{{"long name " * 10}' for c in range(num_classes)]
     page = page_of(tmp_path, Bare(num_classes, 48, rank), images, labels, names)
     assert (tmp_path / 'report.html').stat().st_size < 800_000
