@@ -106,26 +106,26 @@ def evaluate(
     loader: Iterable[Any],
     device: torch.device,
     amp_dtype: Optional[torch.dtype] = None,
-    observe: Optional[Callable[[Tensor, Tensor, int], None]] = None,
+    observe: Optional[Callable[[Tensor, Tensor, Predictions, int], None]] = None,
 ) -> Predictions:
     """Predict the classes of a loader's images; five numbers an image are kept, not its logits.
 
     Args:
-        observe: Called after each batch with its images, its logits and the number of images before it.
+        observe: Called after each batch with its images, its logits, its predictions and the number of images before.
 
     Raises:
         ValueError: For labels that are no class indices of the model, output that is no logits, or no images.
     """
-    columns: List[Tuple[Tensor, ...]] = []
+    parts: List[Predictions] = []
     count = 0
     for images, logits, target in predict(model, loader, device, amp_dtype):
-        columns.append(_per_image(logits, target, count))
+        parts.append(Predictions(*_per_image(logits, target, count)))
         if observe is not None:
-            observe(images, logits, count)
+            observe(images, logits, parts[-1], count)
         count += len(target)
     if not count:
         raise ValueError('--data-dir: no images')
-    return Predictions(*(torch.cat(column) for column in zip(*columns, strict=True)))
+    return Predictions(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def _per_image(logits: Any, target: Tensor, start: int) -> Tuple[Tensor, ...]:

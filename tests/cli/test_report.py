@@ -16,14 +16,17 @@ import timm
 import torch
 from oracles import distinct, parts
 from PIL import Image
+from sklearn.decomposition import PCA
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 from timm.data import create_transform
 from torch.distributions import MultivariateNormal
 
-from timm_zzz.cli.report import Lowest, main, order_of, write_report
+from timm_zzz.cli import report
+from timm_zzz.cli.report import Embeddings, Lowest, main, order_of, write_report
 from timm_zzz.cli.run import Run
 from timm_zzz.head import ZZZHead, heads_of
 from timm_zzz.metrics import calibration_temperature, ece
+from timm_zzz.scores import class_gaussians_of
 
 SIZE = 32
 # In timm's order of folders
@@ -59,6 +62,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
+        data = data.replace('\xa0', ' ')
         self.text += data
         if 'td' in self.open or 'th' in self.open:
             self.tables[-1][-1][-1] += data
@@ -89,6 +93,8 @@ def new_model(name='test_vit.zzz_r4', num_classes=7, **kwargs):
     for head in heads_of(model).values():
         with torch.no_grad():
             head.weight += 0.02  # so that some classes are closer than others
+            if head.A is not None:
+                head.A[..., :1] += 3 * head.A[:1, :, :1]  # and share a direction
             head.sigma2_raw.fill_(-4.0)
             head.bias.normal_()
             if head.v_raw is not None:
@@ -144,7 +150,7 @@ def by_hand(made):
     cfg = {key: model.pretrained_cfg[key] for key in ('mean', 'std', 'interpolation')}
     transform = create_transform((3, SIZE, SIZE), crop_pct=1.0, **cfg)
     mu, cov, basis = dense_gaussians(model.get_classifier())
-    files, labels, densities = [], [], []
+    files, labels, densities, embeddings = [], [], [], []
     for label, name in enumerate(NAMES):
         for path in sorted((folder / 'birds' / 'validation' / name).iterdir()):
             with Image.open(path) as image, torch.no_grad():
@@ -153,10 +159,11 @@ def by_hand(made):
             files.append(f'{name}/{path.name}')
             labels.append(label)
             densities.append(MultivariateNormal(mu, cov).log_prob(f / f.norm()))
+            embeddings.append((f / f.norm())[0].numpy())
     densities = torch.stack(densities)
     p = (densities + model.get_classifier().bias.detach()).softmax(1).numpy()
     found = SimpleNamespace(mu=mu, cov=cov, basis=basis, files=files, labels=np.array(labels), p=p, page=made[2])
-    found.densities = densities.numpy()
+    found.densities, found.x = densities.numpy(), np.stack(embeddings)
     return found
 
 
@@ -220,26 +227,86 @@ def test_maps(by_hand):
         assert page.text.count(f'\n{name}\n') >= 4
 
 
-def test_spectra(by_hand):
-    page, labels, p, cov = by_hand.page, by_hand.labels, by_hand.p, by_hand.cov
+def tiles_of(page, count, order):
+    """The pictures of the classes beside the confusions, (C, size, size, 4), by index of the class."""
+    (source,) = [attrs['xlink:href'] for attrs in page.attributes('image') if attrs['width'] == str(36 * count)]
+    with Image.open(io.BytesIO(base64.b64decode(source.partition(',')[2]))) as image:
+        tiles = np.split(np.asarray(image), count, 1)
+    return np.stack(tiles)[np.argsort(order)]
+
+
+def test_pictures_of_confusions(made, by_hand):
+    """The most confident mistake beside the two images that suit the other class best, which the matrix shows too."""
+    folder, model, page = made
+    files, labels, p = by_hand.files, by_hand.labels, by_hand.p
+    shown = [attrs['alt'] for attrs in page.attributes('img')[:-24]]
+    typical = []
+    for c in range(7):
+        mine = np.flatnonzero(labels == c)
+        typical.append([files[i] for i in mine[np.argsort(-by_hand.densities[mine, c])][:2]])
+    for k, row in enumerate(page.table('True class', 'Predicted')[:6]):
+        t, c = (NAMES.index(name) for name in row[:2])
+        taken = np.flatnonzero((labels == t) & (p.argmax(1) == c))
+        assert shown[3 * k : 3 * k + 3] == [files[taken[p[taken, c].argmax()]], *typical[c]]
+        assert f'taken for {NAMES[c]}: {len(taken)} image' in page.text
+    assert len(shown) == 18
+    for tile, names in zip(tiles_of(page, 7, order_of(by_hand.mu)), typical, strict=True):
+        with Image.open(folder / 'birds' / 'validation' / names[0]) as image:
+            large = image.resize((36, SIZE)).crop((2, 0, 34, SIZE))
+        np.testing.assert_allclose(tile[1:-1, 1:-1, :3].mean((0, 1)), np.mean(large, (0, 1)), atol=4)
+
+
+@pytest.mark.parametrize('kept', [1, 3])
+def test_few_pictures_of_confusions_are_kept(tmp_path, monkeypatch, kept):
+    """Those of the most frequent, where the images come class by class."""
+    monkeypatch.setattr(report, 'KEPT_PAIRS', kept)
+    model, labels = Bare(6, 400, 1), torch.arange(6).repeat_interleave(30)
+    torch.nn.init.normal_(model.head.A)
+    page = page_of(tmp_path, model, torch.randn(180, 3, 12, 12), labels, 'uvwxyz')
+    first = page.table('True class', 'Predicted')[0]
+    assert f'\n{first[0]}taken for {first[1]}: {first[2]} images' in page.text
+    assert 24 + 3 <= len(page.attributes('img')) <= 24 + 3 * 2 * kept
+    assert 'Overlap' not in page.text  # as all directions are nearly orthogonal
+
+
+def test_spread(by_hand):
+    """Medians over the classes of the deviations along their directions, the neighbour's, and all but their own."""
+    page, labels, x, cov, basis = by_hand.page, by_hand.labels, by_hand.x, by_hand.cov, by_hand.basis.numpy()
+    nearest = (by_hand.mu @ by_hand.mu.T).fill_diagonal_(-2).argmax(1)
+    ratios = []
+    for c in range(7):
+        scatter = np.cov(x[labels == c].T)
+        own, other = (np.trace(basis[k].T @ scatter @ basis[k]) / 4 for k in (c, nearest[c]))
+        rest = (np.trace(scatter) - 4 * own) / (64 - 4)
+        ratios.append((math.sqrt(own / other), math.sqrt(own / rest)))
+    found = re.search(r'it is ([\d.]+) times as large .*? and ([\d.]+) times', page.text).groups()
+    assert all(close(text, value, 2) for text, value in zip(found, np.sort(ratios, 0)[3], strict=True))
+    drawn = page.text.partition('Standard deviation of the images of the widest classes')[2].partition('Reliability')[0]
     total = cov.diagonal(dim1=1, dim2=2).sum(1)
-    order = total.argsort(descending=True).tolist()
-    table = page.table('Class', 'Variance')
-    assert [row[0] for row in table] == [NAMES[c] for c in order]
-    assert [row[1] for row in table] == ['large'] * 4 + ['small'] * 3
-    for row, c in zip(table, order, strict=True):
-        assert close(row[2], float(total[c]), 3)
-        assert close(row[3], 100 * (1 - 64 * SIGMA2 / float(total[c])), 1)
-        assert row[4] == '6' and row[5] == f'{100 * (p.argmax(1) == labels)[labels == c].mean():.0f} %'
-        values = [float(text) for text in row[6].split('variances ')[1].split()]
-        np.testing.assert_allclose(values, torch.linalg.eigvalsh(cov[c]).flip(0)[:4], rtol=6e-3)
+    places = [drawn.index(f'\n{NAMES[c]}\n') for c in total.argsort(descending=True).tolist()]
+    assert places == sorted(places)
+    values = torch.linalg.eigvalsh(cov).flip(1)[:, [0, 3]].median(0)[0].tolist()
+    assert 'median {:.3g} for the first, {:.3g} for the last of 4'.format(*values) in page.text
+
+
+def test_map_of_the_embeddings():
+    """The principal components of the class means."""
+    classes = class_gaussians_of(distinct(ZZZHead(9, 16, 2)))
+    embeddings, x, target = Embeddings(classes), torch.randn(40, 16), torch.arange(40) % 9
+    for part in (slice(0, 13), slice(13, 40)):
+        embeddings.add(3 * x[part], target[part])
+    x = torch.nn.functional.normalize(x)
+    axes = torch.from_numpy(PCA(2).fit(classes.mu.numpy()).components_).T
+    torch.testing.assert_close(torch.cat(embeddings.points).abs(), (x @ axes).abs(), atol=1e-5, rtol=0)
+    assert embeddings.count.flatten().tolist() == target.bincount().tolist()
+    torch.testing.assert_close(embeddings.sum[4], x[target == 4].sum(0))
 
 
 def test_outliers(made, by_hand):
     folder, page, files, labels, p = made[0], made[2], by_hand.files, by_hand.labels, by_hand.p
     score = by_hand.densities.max(1)
     order = np.argsort(score, kind='stable')[:24]
-    shown = page.attributes('img')
+    shown = page.attributes('img')[-24:]
     alt = [f'{files[i]}: {NAMES[labels[i]]}, predicted {NAMES[p[i].argmax()]}' for i in order]
     assert [attrs['alt'] for attrs in shown] == alt
     logged = [float(text) for text in re.findall(r'log-density (-?[\d.]+)', page.text)]
@@ -274,7 +341,7 @@ def test_the_page_loads_nothing_and_is_accessible(made):
         assert link.startswith('data:image/png;base64,') or link[1:] in ids
         # A figure has the colours of the page, which its style defines
         assert not re.search('(fill|stroke): #', attrs.get('style', ''))
-    assert tags.count('title') - 1 == tags.count('svg') == 5 + 7
+    assert tags.count('title') - 1 == tags.count('svg') == 6
     assert '<script' not in text and all(name in page.text for name in NAMES)
     # Nothing of the user's folders but the names that were asked for
     assert str(folder) not in text and '/somewhere' not in text
@@ -295,6 +362,9 @@ def test_same_bytes_twice_and_no_overwriting(made, capsys):
 def test_mistakes(made, capsys, tmp_path):
     folder, model, _ = made
     fails(capsys, 'no such checkpoint', folder, run='nothing')
+    with pytest.raises(SystemExit):  # although the page exists
+        run_report(folder, 'report.html', run='nothing')
+    assert 'no such checkpoint' in capsys.readouterr().err
     fails(capsys, '--data-dir: no such folder', folder, data='nothing')
     fails(capsys, 'has no folder test, only validation', folder, '--split', 'test')
     fails(capsys, '--class-map: expected a .txt file', folder, '--class-map', 'none.txt')
@@ -304,6 +374,8 @@ def test_mistakes(made, capsys, tmp_path):
     fails(capsys, 'has no images of a split', folder, '--dataset', 'hfds/none')
     save(tmp_path / 'mapped', model, class_map='classes.txt')
     fails(capsys, '--class-map: the model was trained with one', folder, run=tmp_path / 'mapped')
+    save(tmp_path / 'amp', model, amp=True, amp_dtype='int8')
+    fails(capsys, 'amp_dtype: not a value that train.py takes', folder, run=tmp_path / 'amp')
     save(tmp_path / 'linear', timm.create_model('test_vit', num_classes=7, img_size=SIZE), 'test_vit')
     fails(capsys, 'the checkpoint has no ZZZ head', folder, run=tmp_path / 'linear')
     broken = new_model()
@@ -320,14 +392,30 @@ def test_rank_0(tmp_path):
     (tmp_path / 'birds' / 'validation' / 'd' / '0.png').write_bytes(b'no picture')  # timm takes the next one
     save(tmp_path / 'run', new_model(zzz_rank=0), model_kwargs=dict(zzz_rank=0))
     page = run_report(tmp_path, 'new/report.html', '--amp', '--amp-dtype', 'bfloat16')
+    names = [attrs['alt'] for attrs in page.attributes('img')]
+    assert "d/1.png (in the place of d/0.png, which can't be read): d, predicted" in ' '.join(names)
+    assert not any(name.startswith('d/0.png') for name in names)
     assert 'This head has rank 0: no class has directions of its own' in page.text
     assert 'Overlap' not in page.text and page.tiles()['Rank'] == '0 of 64' and page.tiles()['Images'] == '14'
     assert page.table('True class', 'Predicted', 'Images', 'Of the class', 'Place', 'Cosine of means')
-    assert 'mixed precision, bfloat16' in page.text
+    assert 'mixed precision, bfloat16, as asked for' in page.text
+
+
+def test_precision_is_that_of_the_run(tmp_path):
+    draw(tmp_path / 'birds', NAMES, 1)
+    model = new_model()
+    save(tmp_path / 'run', model, amp=True, amp_dtype='bfloat16')
+    page, whole = run_report(tmp_path, 'a.html'), run_report(tmp_path, 'b.html', '--no-amp')
+    assert 'mixed precision, bfloat16, as in training' in page.text and 'float32, as asked for' in whole.text
+    save(tmp_path / 'run', model, amp=False)
+    assert 'cpu, float32, as in training' in run_report(tmp_path, 'c.html').text
+    asked = run_report(tmp_path, 'd.html', '--amp', '--amp-dtype', 'bfloat16')
+    assert page.tiles() == asked.tiles() != whole.tiles()
 
 
 def test_classes_are_numbered_as_in_training(tmp_path, capsys):
-    save(tmp_path / 'run', new_model(num_classes=4))
+    model = new_model(num_classes=4)
+    save(tmp_path / 'run', model)
     draw(tmp_path / 'birds', 'acd', 3)
     fails(capsys, 'validation has 3 classes, the model has 4; --class-map', tmp_path)
     (tmp_path / 'classes.txt').write_text('a\nb\nc\nd\n')
@@ -335,9 +423,14 @@ def test_classes_are_numbered_as_in_training(tmp_path, capsys):
     draw(tmp_path / 'birds', 'abcd', 1, 'train')
     numbered = run_report(tmp_path, 'numbered.html')
     assert mapped.tags == numbered.tags and mapped.text == numbered.text
-    images = [attrs['alt'] for attrs in numbered.attributes('img')]
+    images = [attrs['alt'] for attrs in numbered.attributes('img')[-9:]]
     assert sorted({(alt[0], alt.split(': ')[1][0]) for alt in images}) == [('a', 'a'), ('c', 'c'), ('d', 'd')]
-    assert ['b', '–'] in [[row[0], row[5]] for row in numbered.table('Class', 'Variance')]
+    assert [tile.any() for tile in tiles_of(numbered, 4, order_of(dense_gaussians(model.get_classifier())[0]))] == [
+        1,
+        0,
+        1,
+        1,
+    ]
     for name in 'acd':
         (tmp_path / 'birds' / 'validation' / name).rename(tmp_path / 'birds' / 'validation' / f'z{name}')
     fails(capsys, 'validation has classes that train has not', tmp_path)
@@ -398,11 +491,12 @@ def page_of(folder, model, images, labels, names=()):
 
 @pytest.mark.parametrize('num_classes, rank', [(2000, 2), (60, 40), (2, 1), (1, 1)])
 def test_size(tmp_path, num_classes, rank):
-    images, labels = torch.randn(320, 3, 96, 96), torch.randint(num_classes, (320,))
+    channels = 1 if num_classes == 2 else 3
+    images, labels = torch.randn(320, channels, 96, 96), torch.randint(num_classes, (320,))
     names = [f'{c} $x^{{{"long name " * 10}' for c in range(num_classes)]
     page = page_of(tmp_path, Bare(num_classes, 48, rank), images, labels, names)
-    assert (tmp_path / 'report.html').stat().st_size < 600_000
-    assert len(page.attributes('img')) == 24
+    assert (tmp_path / 'report.html').stat().st_size < 800_000
+    assert len(page.attributes('img')) <= 24 + 6 * 3
     for headers in (('True class', 'Predicted'), ('Class', 'and')) if num_classes > 1 else ():
         assert len(page.table(*headers)) <= 30
     regions = {attrs.get('aria-label') for attrs in page.attributes('div')}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..head import heads_of, record_inputs
-from ..metrics import Calibration, KeptLogits, cross_calibrate, evaluate
+from ..metrics import Calibration, KeptLogits, Predictions, cross_calibrate, evaluate
 from ..models.predict import measure_percentiles, percentiles_of
 from ..scores import fold_temperature
 from .common import amp_dtype_of, check_output, device_of, exit_on_error, progress, written_whole
@@ -35,13 +35,13 @@ def calibrate_run(run: Run, options: argparse.Namespace) -> Calibration:
     _, loader, _ = open_images(options, run, device)
     model = run.model.to(device)
 
-    def keep(_: Tensor, logits: Tensor, start: int) -> None:
+    def keep(_: Tensor, logits: Tensor, __: Predictions, start: int) -> None:
         kept.add(start, logits)
         for path, x in inputs.items():
             features.setdefault(path, KeptLogits()).add(start, x)
 
     with record_inputs(heads) as inputs, progress(loader, 'images') as batches:
-        predictions = evaluate(model, batches, device, amp_dtype_of(options), keep)
+        predictions = evaluate(model, batches, device, amp_dtype_of(options, run.args), keep)
     if not inputs:
         raise ValueError('no ZZZ head takes part when the model is evaluated')
     calibration = cross_calibrate(kept.logits, predictions.target[:: kept.step])

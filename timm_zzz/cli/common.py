@@ -168,14 +168,15 @@ def count(text: str) -> int:
     return _at_least(0, text)
 
 
-def add_loader_arguments(parser: argparse.ArgumentParser, batch_size: int, amp_dtype: str) -> None:
+def add_loader_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
     """Add the options of a pass over images: batches, processes, device and precision."""
     add = parser.add_argument
     add('-b', '--batch-size', type=positive_int, default=batch_size, metavar='N', help='images at a time')
     add('-j', '--workers', type=count, default=4, metavar='N', help='processes that load images')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
-    add('--amp', action='store_true', help='run the backbone in mixed precision')
-    add('--amp-dtype', choices=('float16', 'bfloat16'), default=amp_dtype, help='with --amp')
+    help = "run the backbone in mixed precision, or not; as the run's validation did, if not given"
+    add('--amp', action=argparse.BooleanOptionalAction, help=help)
+    add('--amp-dtype', choices=('float16', 'bfloat16'), help='of mixed precision; that of the run, if not given')
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
@@ -191,9 +192,11 @@ def device_of(options: argparse.Namespace) -> torch.device:
         raise ValueError(f'--device: {options.device} is not available: {e}') from e
 
 
-def amp_dtype_of(options: argparse.Namespace) -> Optional[torch.dtype]:
-    """Return the dtype of mixed precision, None without ``--amp``."""
-    return getattr(torch, options.amp_dtype) if options.amp else None
+def amp_dtype_of(options: argparse.Namespace, args: Optional[Mapping[str, Any]] = None) -> Optional[torch.dtype]:
+    """Return the dtype of mixed precision, None without: of the options or, where they leave it open, of a run."""
+    args = args or {}
+    amp = args.get('amp') if options.amp is None else options.amp
+    return getattr(torch, options.amp_dtype or args.get('amp_dtype') or 'float16') if amp else None
 
 
 def data_config_of(settings: Mapping[str, Any], model: nn.Module) -> Dict[str, Any]:

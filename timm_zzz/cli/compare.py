@@ -112,8 +112,8 @@ def _evaluated(
             run.model.to(device),
             batches,
             device,
-            amp_dtype_of(options),
-            lambda _, logits, start: kept.add(start, logits),
+            amp_dtype_of(options, run.args),
+            lambda _, logits, __, start: kept.add(start, logits),
         )
     calibration = cross_calibrate(kept.logits, predictions.target[:: kept.step])
     return Result(label, predictions, calibration), _files(data.dataset), data.class_names

@@ -4,14 +4,26 @@ import html
 import io
 import math
 import re
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..metrics import Bin
 
-__all__ = ['STYLE', 'draw_bars', 'draw_histogram', 'draw_map', 'draw_reliability', 'draw_spectra', 'shorten']
+__all__ = [
+    'MAX_COLORS',
+    'STYLE',
+    'draw_map',
+    'draw_points',
+    'draw_reliability',
+    'draw_spectra',
+    'draw_spread',
+    'shorten',
+]
+
+MAX_COLORS = 20  # classes that colours tell apart, and names beside a map
 
 
 def shorten(text: str, size: int = 24) -> str:
@@ -69,41 +81,59 @@ def svg(figure: Any, title: str, **kwargs: Any) -> str:
     return text.replace('>', f' role="img"><title>{html.escape(title)}</title>', 1)
 
 
-def draw_histogram(values: Tensor, title: str, xlabel: str) -> str:
-    """Draw how many classes have which value."""
-    figure = _figure(5.2, 2, layout='constrained')
-    ax = figure.subplots()
-    ax.hist(values.numpy().round(6), 24, color=BLUE, rwidth=0.93)  # without the noise of classes that are equal
-    ax.locator_params('y', integer=True, nbins=4)
-    ax.yaxis.set_major_formatter('{x:,.0f}')
-    ax.set(xlabel=xlabel, ylabel='classes')
-    return svg(figure, f'{title}, from {values.min():.3g} to {values.max():.3g}')
+def draw_map(
+    values: Tensor,
+    labels: Sequence[str],
+    title: str,
+    pictures: Sequence[Optional[bytes]] = (),
+    shares: bool = False,
+) -> str:
+    """Draw values of all pairs of classes as shades, beside pictures of the classes if they are given.
 
-
-def draw_map(values: Tensor, labels: Sequence[str], title: str, shares: bool = False) -> str:
-    """Draw values of all pairs of classes as shades; the diagonal is left out, and so are shares of 0."""
+    The diagonal is left out, and so are shares of 0.
+    """
     from matplotlib.colors import LinearSegmentedColormap
 
-    side = len(labels) * max(11, min(24, 360 // len(labels))) / 96
+    count = len(labels)
+    cell = max(13, min(24, 360 // count))  # pixels
+    side = count * cell / 96
     figure = _figure(side, side)
     ax = figure.add_axes((0, 0, 1, 1))  # what lies outside is saved too
-    others = values[~torch.eye(len(labels), dtype=torch.bool)]
+    others = values[~torch.eye(count, dtype=torch.bool)]
     low, high = (1e-9, max(0.01, float(others.max()))) if shares else (float(others.min()), float(others.max()))
     colors = LinearSegmentedColormap.from_list('shades', _SHADES).with_extremes(bad=(0.5, 0.5, 0.5, 0.3), under='none')
     pairs = values.clone().fill_diagonal_(math.nan).numpy()
     image = ax.imshow(pairs, colors, vmin=low, vmax=high, interpolation='none')
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_ticks(range(len(labels)), labels, fontsize=7.5, parse_math=False)
+        axis.set_ticks(range(count), labels, fontsize=7.5, parse_math=False)
     ax.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     ax.tick_params('x', labelrotation=90)
     ax.grid(False)
     ax.spines[:].set(visible=True, color=LINE)
-    scale = ax.inset_axes((0, -0.25 / side, 1.5 / side, 0.1 / side))
-    ends = ['0 %', f'{100 * high:.0f} %'] if shares else [f'{low:.2f}', f'{high:.2f}']
+    if any(pictures):
+        for down, extent in ((False, (-0.5, count - 0.5, -0.6, -1.5)), (True, (-1.5, -0.6, count - 0.5, -0.5))):
+            strip = _strip(pictures, 3 * cell // 2, down)
+            ax.imshow(strip, extent=extent, interpolation='none', clip_on=False)
+        ax.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5))
+        ax.tick_params(pad=3 + 0.75 * cell)
+    scale = ax.inset_axes((0, -0.25 / side, min(1.0, 1.5 / side), 0.1 / side))
+    ends = ['0 %', f'{100 * high:.0f} %'] if shares else [f'{low:.3f}', f'{high:.3f}']
     bar = figure.colorbar(image, scale, orientation='horizontal')
     bar.set_ticks([low, high], labels=ends)
     bar.outline.set_edgecolor(LINE)
     return svg(figure, title, bbox_inches='tight', pad_inches=0.1)
+
+
+def _strip(pictures: Sequence[Optional[bytes]], size: int, down: bool) -> Any:
+    """Put pictures side by side, or one below the other, as squares; where there is none, the strip is clear."""
+    shape = (size * len(pictures), size)
+    strip = Image.new('RGBA', shape[::-1] if down else shape)
+    for i, picture in enumerate(pictures):
+        if picture is not None:
+            place = (i * size + 1, 1)
+            with Image.open(io.BytesIO(picture)) as image:
+                strip.paste(ImageOps.fit(image.convert('RGB'), (size - 2, size - 2)), place[::-1] if down else place)
+    return strip
 
 
 def draw_spectra(values: Tensor, sigma2: float) -> str:
@@ -126,15 +156,43 @@ def draw_spectra(values: Tensor, sigma2: float) -> str:
     return svg(figure, f'{title} of {rank}; s2 is {sigma2:.3g}')
 
 
-def draw_bars(values: Tensor, largest: float) -> str:
-    """Draw the variances (r,) of one class, without axes."""
-    from matplotlib.patches import StepPatch
+def draw_spread(deviations: Tensor, labels: Sequence[str]) -> str:
+    """Draw standard deviations (C, 3) along the class's own directions, those of the nearest class, and all others."""
+    figure = _figure(6.6, 0.9 + 0.24 * len(labels), layout='constrained')
+    ax = figure.subplots()
+    markers = {"the class's own directions": 'o', 'those of the nearest class': 'D', 'all but its own': '|'}
+    for column, (label, marker), color in zip(deviations.T, markers.items(), (BLUE, ORANGE, FAINT), strict=True):
+        ax.plot(column, range(len(labels)), marker, color=color, label=label, clip_on=False)
+    ax.set_yticks(range(len(labels)), labels, parse_math=False)
+    ax.grid(axis='both')
+    ax.set(xlim=(0, None), ylim=(len(labels) - 0.5, -0.5), xlabel='standard deviation per direction')
+    figure.legend(loc='outside upper left', ncols=3, handletextpad=0.2)
+    return svg(figure, 'Standard deviation of the images of the widest classes, by direction')
 
-    figure = _figure(0.07 * len(values), 0.25)
-    heights = (values / largest).clamp(min=0.02).numpy()
-    edges = torch.linspace(0, 1, len(values) + 1).numpy()
-    figure.add_artist(StepPatch(heights, edges, transform=figure.transFigure, color=BLUE))
-    return svg(figure, f'variances {" ".join(f"{value:.3g}" for value in values.tolist())}')
+
+def draw_points(points: Tensor, target: Tensor, correct: Tensor, means: Tensor, labels: Mapping[int, str]) -> str:
+    """Draw points (N, 2) by class and the means (C, 2) of the classes; ``labels`` of some stand in the margins."""
+    from matplotlib import colormaps
+
+    figure = _figure(9, 5)
+    ax = figure.add_axes((0.21, 0.01, 0.58, 0.98))
+    many = len(means) > MAX_COLORS
+    palette = colormaps['tab10' if len(means) <= 10 else 'tab20'](range(len(means)))
+    for right, marker in ((True, 'o'), (False, 'x')):
+        xy, classes = points[correct == right], target[correct == right]
+        colors = [_SHADES[1][:3] if right else (0.85, 0.45, 0.1)] if many else palette[classes.numpy()]
+        ax.scatter(*xy.T, 14, colors, marker=marker, alpha=0.7, linewidths=0 if right else 1, rasterized=True)
+    ax.scatter(*means.T, 16 if many else 60, 'gray' if many else palette, edgecolors='gray', rasterized=True)
+    ax.grid(False)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set(visible=True, color=LINE)
+    by_x = sorted(labels, key=lambda c: float(means[c, 0]))
+    for side, align, part in ((-0.02, 'right', by_x[: len(by_x) // 2]), (1.02, 'left', by_x[len(by_x) // 2 :])):
+        line = dict(arrowstyle='-', color=FAINT, linewidth=0.6, relpos=(float(side < 0), 0.5), shrinkA=2, shrinkB=0)
+        style: Any = dict(textcoords='axes fraction', ha=align, va='center', parse_math=False, arrowprops=line)
+        for i, c in enumerate(sorted(part, key=lambda c: float(means[c, 1]))):
+            ax.annotate(labels[c], means[c].tolist(), (side, (i + 0.5) / len(part)), **style)
+    return svg(figure, 'Map of the embeddings in two dimensions', dpi=150)
 
 
 def draw_reliability(bins: Sequence[Bin]) -> str:
@@ -146,7 +204,7 @@ def draw_reliability(bins: Sequence[Bin]) -> str:
     ax.plot(middle, [100 * each.confidence for each in bins], 'o', color=ORANGE, mec=PAGE, label='mean confidence')
     ax.plot((0, 100), (0, 100), '--', color=ORANGE, label='perfect calibration')
     ax.set(xlim=(0, 100), ylim=(0, 102), ylabel='correct, %')
-    ax.legend(loc='upper left')
+    figure.legend(loc='outside upper left')
     below.bar(middle, [each.count for each in bins], width, color=BLUE)
     below.locator_params('y', integer=True, nbins=2)
     below.yaxis.set_major_formatter('{x:,.0f}')

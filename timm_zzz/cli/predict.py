@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--force', action='store_true', help='replace the file if it exists')
     add('--use-ema', action='store_true', help='take the averaged weights of a checkpoint')
     add('--model', metavar='NAME', help="timm's name of the model, if a checkpoint has none")
-    add_loader_arguments(parser, batch_size=64, amp_dtype='float16')
+    add_loader_arguments(parser, batch_size=64)
     return parser
 
 
@@ -116,7 +116,7 @@ def _predict(options: argparse.Namespace) -> None:
     check_size(model, config)
     settings: Dict[str, Any] = dict(batch_size=options.batch_size, workers=options.workers)
     predictions = iterate_predictions(
-        model, files, options.top_k, names, config, amp_dtype=amp_dtype_of(options), **settings
+        model, files, options.top_k, names, config, amp_dtype=amp_dtype_of(options, run.args), **settings
     )
     rejected = 101.0 if options.reject is None else 100 * (1 - options.reject)
     broken = 0

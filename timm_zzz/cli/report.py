@@ -1,7 +1,7 @@
 """``python -m timm_zzz report``: one HTML page about a model that timm's train.py trained.
 
-The page is report.html.jinja, its figures are drawn by matplotlib. Of each image six numbers are kept, and its logits
-as far as :class:`~timm_zzz.metrics.KeptLogits` does.
+The page is report.html.jinja, its figures are drawn by matplotlib. Of each image eight numbers are kept, and its logits
+as far as :class:`~timm_zzz.metrics.KeptLogits` does; of the images to show, small JPEGs.
 """
 
 import argparse
@@ -11,29 +11,47 @@ import io
 import math
 import platform
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from .. import __version__
+from ..functional import normalize
 from ..head import ZZZHead, heads_of, record_inputs
 from ..metrics import KeptLogits, Predictions, cross_calibrate, evaluate, reliability
 from ..scores import ClassGaussians, class_gaussians_of, log_density
 from .common import amp_dtype_of, check_output, data_config_of, device_of, exit_on_error, progress
-from .figures import STYLE, draw_bars, draw_histogram, draw_map, draw_reliability, draw_spectra, shorten
+from .figures import (
+    MAX_COLORS,
+    STYLE,
+    draw_map,
+    draw_points,
+    draw_reliability,
+    draw_spectra,
+    draw_spread,
+    shorten,
+)
 from .run import Run, add_run_arguments, load_run, open_images
 
 __all__ = ['main', 'write_report']
 
 PAIRS = 30  # rows of a table of class pairs
+PICTURED = 6  # confusions that are shown in pictures
+KEPT_PAIRS = 500  # confusions that keep their picture where there are twice as many
 OUTLIERS = 24
-EXTREMES = 8  # classes of the largest, and of the smallest, variance
+WIDEST = 8  # classes whose spread is drawn
+LABELLED = 5  # closest pairs that are named on the map of many classes
 MAX_MAP = 60  # classes that a map of all pairs shows
+POINTS = 2000  # images on the map of the embeddings
 THUMBNAIL = 96  # pixels
 
 
@@ -41,62 +59,143 @@ THUMBNAIL = 96  # pixels
 
 
 class Lowest:
-    """The images with the lowest scores so far, of equal ones the first, in memory that does not grow."""
+    """The images with the lowest scores so far, of equal ones the first, in memory that does not grow.
 
-    def __init__(self, size: int):
+    Of each it has what ``keep`` makes of it, which must not be a view: that would keep all of its batch.
+    """
+
+    def __init__(self, size: int, keep: Callable[[Tensor], Any] = Tensor.clone):
         self.size = size
-        self.items: List[Tuple[float, int, Tensor]] = []  # score, place among all images, image on the CPU
+        self.keep = keep
+        self.items: List[Tuple[float, int, Any]] = []  # score, place among all images, what is kept
 
     def update(self, start: int, score: Tensor, images: Tensor) -> None:
         """Offer images (B, ...) of scores (B,); the first is the ``start``-th of all."""
-        first = score.sort(stable=True)[1][: self.size].tolist()
-        # Copies: a view would keep all of its batch
-        self.items += [(float(score[i]), start + i, images[i].cpu().clone()) for i in first]
-        self.items = sorted(self.items, key=lambda item: item[:2])[: self.size]
+        for value, i in sorted(zip(score.tolist(), range(len(score)), strict=True))[: self.size]:
+            if len(self.items) < self.size or value < self.items[-1][0]:
+                new = (value, start + i, self.keep(images[i]))
+                self.items = sorted([*self.items, new], key=lambda item: item[:2])[: self.size]
+
+
+class Embeddings:
+    """What is kept of the embeddings of one head, normalised: two coordinates of each, and moments of each class."""
+
+    def __init__(self, classes: ClassGaussians):
+        self.classes = ClassGaussians(*(t if t is None else t.float().cpu() for t in classes))  # type: ignore[arg-type]
+        mu = self.classes.mu
+        centred = (mu - mu.mean(0)).double()
+        self.axes = torch.linalg.eigh(centred.T @ centred)[1][:, -2:].flip(1).float()
+        self.points: List[Tensor] = []
+        self.nearest = (mu @ mu.T).fill_diagonal_(-math.inf).argmax(1).tolist()
+        self.sum, self.count = torch.zeros_like(mu), torch.zeros(len(mu), 1)
+        self.squares = torch.zeros(len(mu), 2)  # summed up along the bases of the class and of the nearest
+
+    def add(self, x: Tensor, target: Tensor) -> None:
+        """Take in the embeddings (B, d) of images and their classes."""
+        x = normalize(x.float().cpu())
+        self.points.append(x @ self.axes)
+        self.sum.index_add_(0, target, x)
+        self.count.index_add_(0, target, torch.ones(len(x), 1))
+        if (basis := self.classes.basis) is not None:
+            for c in target.unique().tolist():
+                self.squares[c] += (x[target == c] @ basis[[c, self.nearest[c]]]).square().sum((1, 2))
+
+    def deviations(self) -> Tensor:
+        """Compute the standard deviation of the images of each class about their mean, per direction.
+
+        Returns:
+            Shape (C, 3): along the class's directions, those of the nearest class, and all but its own; NaN for classes
+            of fewer than two images.
+        """
+        basis = self.classes.basis
+        assert basis is not None
+        (_, d, rank), mean = basis.shape, self.sum / self.count
+        means = [torch.einsum('cdr,cd->cr', each, mean) for each in (basis, basis[self.nearest])]
+        own, other = (self.squares / self.count - torch.stack(means, 1).square().sum(2)).unbind(1)
+        rest = 1 - mean.square().sum(1) - own  # embeddings have length 1
+        variances = torch.stack([own / rank, other / rank, rest / (d - rank)], 1)
+        return (variances.clamp(min=0) * self.count / (self.count - 1)).where(self.count > 1, math.nan).sqrt()
+
+
+@dataclass
+class Seen:
+    """What a model made of the images, and the pictures that are kept of them."""
+
+    predictions: Predictions
+    kept: KeptLogits
+    heads: Dict[str, ZZZHead]  # those that take part
+    classes: ClassGaussians  # of the first
+    # Both None if a head is not given one embedding per image
+    density: Optional[Tensor]  # the largest log-density of a class, averaged over the heads, in nats
+    embeddings: Optional[Embeddings]  # that the first head is given
+    outliers: Lowest  # for which it is lowest
+    # By class, the images of it with its largest logits, which are its log-densities up to a constant
+    typical: Mapping[int, Lowest]
+    mistaken: Mapping[Tuple[int, int], Lowest]  # by true and predicted class, the image that it is most confident of
 
 
 def observe(
-    model: nn.Module, loader: Iterable[Any], device: torch.device, amp_dtype: Optional[torch.dtype]
-) -> Tuple[Predictions, KeptLogits, Optional[Tensor], Lowest, Dict[str, ZZZHead]]:
+    model: nn.Module,
+    loader: Iterable[Any],
+    device: torch.device,
+    amp_dtype: Optional[torch.dtype],
+    picture: Callable[[Tensor], Optional[bytes]],
+) -> Seen:
     """Evaluate a model, and how well each image fits the classes of its heads.
 
-    Returns:
-        The predictions; the logits that are kept; for each image the largest log-density of a class, averaged over the
-        heads, in nats, or None if a head is not given one embedding per image; the images for which it is lowest; the
-        heads that take part.
+    Args:
+        picture: Makes what is kept of an image.
 
     Raises:
         ValueError: As :func:`timm_zzz.metrics.evaluate`, and if no ZZZ head takes part.
     """
     heads = heads_of(model)
     classes = {path: class_gaussians_of(head) for path, head in heads.items()}
-    lowest, kept = Lowest(OUTLIERS), KeptLogits()
+    outliers, kept = Lowest(OUTLIERS, picture), KeptLogits()
+    typical: Dict[int, Lowest] = defaultdict(lambda: Lowest(2, picture))
+    mistaken: Dict[Tuple[int, int], Lowest] = defaultdict(lambda: Lowest(1, picture))
+    embeddings = {path: Embeddings(each) for path, each in classes.items()}
+    counts = Counter[Tuple[int, int]]()
     densities: List[Tensor] = []
     called: Set[str] = set()
 
-    def add(images: Tensor, logits: Tensor, start: int) -> None:
+    def add(images: Tensor, logits: Tensor, batch: Predictions, start: int) -> None:
         kept.add(start, logits)
+        fit = -logits.cpu().gather(1, batch.target[:, None])[:, 0]
+        for i, pair in enumerate(zip(batch.target.tolist(), batch.prediction.tolist(), strict=True)):
+            typical[pair[0]].update(start + i, fit[i : i + 1], images[i : i + 1])
+            if pair[0] != pair[1]:
+                counts[pair] += 1
+                mistaken[pair].update(start + i, -batch.confidence[i : i + 1], images[i : i + 1])
+        if len(mistaken) > 2 * KEPT_PAIRS:
+            for pair in sorted(mistaken, key=lambda pair: counts[pair])[:-KEPT_PAIRS]:
+                del mistaken[pair]
         called.update(inputs)
         if inputs and all(x.shape == (len(images), heads[path].feat_dim) for path, x in inputs.items()):
             scores = [log_density(classes[path], x).amax(1) for path, x in inputs.items()]
             densities.append(torch.stack(scores).mean(0).cpu())
-            lowest.update(start, densities[-1], images)
+            outliers.update(start, densities[-1], images)
+            first = next(path for path in heads if path in inputs)
+            embeddings[first].add(inputs[first], batch.target)
         inputs.clear()
 
     with record_inputs(heads) as inputs, progress(loader, 'images') as batches:
         predictions = evaluate(model, batches, device, amp_dtype, observe=add)
     if not called:
         raise ValueError('no ZZZ head takes part when the model is evaluated')
-    density = torch.cat([torch.empty(0), *densities])
     heads = {path: head for path, head in heads.items() if path in called}
-    return predictions, kept, density if len(density) == len(predictions.target) else None, lowest, heads
+    density = torch.cat([torch.empty(0), *densities])
+    first = embeddings[next(iter(heads))]
+    seen = Seen(predictions, kept, heads, first.classes, density, first, outliers, typical, mistaken)
+    return seen if len(density) == len(predictions.target) else replace(seen, density=None, embeddings=None)
 
 
 # What the page says
 
 
-def pairs_of(classes: ClassGaussians, predictions: Predictions, names: Sequence[str]) -> Dict[str, Any]:
+def pairs_of(seen: Seen, names: Sequence[str], dataset: Any) -> Dict[str, Any]:
     """Compare classes, at least two: by the confusions between them, and by their means."""
+    classes, predictions = seen.classes, seen.predictions
     cosine = (classes.mu @ classes.mu.T).fill_diagonal_(-math.inf)
     images = predictions.target.bincount(minlength=len(names))
     taken = torch.stack(predictions[:2], 1)[~predictions.correct].tolist()
@@ -112,22 +211,32 @@ def pairs_of(classes: ClassGaussians, predictions: Predictions, names: Sequence[
         )
         row.update(place=places.get((a, b)), cosine=cosine[a, b])
         if classes.basis is not None:  # mean squared cosine between the subspaces, 0 to 1
-            row['overlap'] = (classes.basis[a].T @ classes.basis[b]).square().sum() / classes.basis.shape[2]
+            row['overlap'] = float((classes.basis[a].T @ classes.basis[b]).square().sum() / classes.basis.shape[2])
         return row
+
+    def pictured(row: Dict[str, Any]) -> Dict[str, Any]:
+        items = [*seen.mistaken[row['first'], row['second']].items, *seen.typical.get(row['second'], Lowest(0)).items]
+        pictures = [dict(jpeg=jpeg, name=name_of(dataset, i)) for _, i, jpeg in items if jpeg]
+        return dict(row, pictures=pictures)
 
     similarity, nearest = cosine.max(1)
     order = similarity.sort(descending=True, stable=True)[1].tolist()
     closest = dict.fromkeys((min(c, int(nearest[c])), max(c, int(nearest[c]))) for c in order)  # each pair once
     errors = len(taken)
+    confused = [row(*pair) for pair in list(confusions)[:PAIRS]]
+    similar = [row(*pair) for pair in list(closest)[:PAIRS]]
     context: Dict[str, Any] = dict(
         errors=errors,
         near={k: sum(n for pair, n in confusions.items() if places[pair] <= k) / max(1, errors) for k in (1, 5)},
-        confused=[row(*pair) for pair in list(confusions)[:PAIRS]],
-        similar=[row(*pair) for pair in list(closest)[:PAIRS]],
+        confused=confused,
+        pictured=[pictured(each) for each in confused[:PICTURED] if (each['first'], each['second']) in seen.mistaken],
+        similar=similar,
+        overlap=any(each.get('overlap', 0) >= 0.1 for each in confused + similar),
+        points=draw_embeddings(seen, similar, names) if seen.embeddings and classes.mu.shape[1] > 1 else None,
+        maps=None,
     )
     if len(names) > MAX_MAP:
-        title = 'Number of classes by the cosine between their mean and the nearest other mean'
-        return dict(context, maps=None, neighbours=draw_histogram(similarity, title, 'cosine to the nearest mean'))
+        return context
     shares = torch.zeros_like(cosine)
     for (a, b), count in confusions.items():
         shares[a, b] = count / images[a]
@@ -136,7 +245,20 @@ def pairs_of(classes: ClassGaussians, predictions: Predictions, names: Sequence[
     title = 'Cosines between the means of all pairs of classes; the closest pairs are in the table below'
     maps = [draw_map(cosine[order][:, order], labels, title)]
     title = 'Share of the images of each class taken for each other class; the table above has the most frequent'
-    return dict(context, maps=[*maps, draw_map(shares[order][:, order], labels, title, shares=True)])
+    pictures = [next((item[2] for item in seen.typical[c].items), None) if c in seen.typical else None for c in order]
+    return dict(context, maps=[*maps, draw_map(shares[order][:, order], labels, title, pictures, shares=True)])
+
+
+def draw_embeddings(seen: Seen, similar: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """Draw the map of at most :data:`POINTS` embeddings, with the names of the classes or, of many, of the closest."""
+    assert seen.embeddings is not None
+    points, predictions = torch.cat(seen.embeddings.points), seen.predictions
+    means = seen.embeddings.sum @ seen.embeddings.axes / seen.embeddings.count  # NaN without images
+    closest = [c for row in similar[:LABELLED] for c in (row['first'], row['second'])]
+    labels = range(len(names)) if len(names) <= MAX_COLORS else closest
+    step = math.ceil(len(points) / POINTS)
+    shown = (points[::step], predictions.target[::step], predictions.correct[::step])
+    return draw_points(*shown, means, {c: shorten(names[c]) for c in labels if not means[c].isnan().any()})
 
 
 def order_of(mu: Tensor) -> List[int]:
@@ -153,50 +275,60 @@ def order_of(mu: Tensor) -> List[int]:
     return order if order[0] < order[-1] else order[::-1]
 
 
-def spectra_of(classes: ClassGaussians, predictions: Predictions) -> Dict[str, Any]:
-    """Describe the eigenvalues of the class covariances along their bases, for rank >= 1."""
+def spectra_of(seen: Seen, names: Sequence[str]) -> Dict[str, Any]:
+    """Describe the variances of the classes along their bases, for rank >= 1, and the spread of the images there."""
+    classes = seen.classes
     assert classes.v is not None
-    sigma2 = classes.sigma2.double()
-    values = classes.v.double().sort(1, descending=True)[0] + sigma2
-    beyond = classes.v.double().sum(1)
-    total = beyond + classes.mu.shape[1] * sigma2
-    order = total.sort(descending=True, stable=True)[1].tolist()
-    each = min(EXTREMES, (len(order) + 1) // 2)
-    rows = []
-    for i, c in enumerate(order[:each] + order[each:][-each:]):
-        correct = predictions.correct[predictions.target == c].double()
-        row = dict(index=c, size='large' if i < each else 'small', total=total[c], share=beyond[c] / total[c])
-        row.update(images=len(correct), accuracy=correct.mean() if len(correct) else None)
-        rows.append(dict(row, bars=draw_bars(values[c], float(values.max()))))
-    histogram = draw_histogram(total, 'Number of classes by total variance', 'total variance (trace of the covariance)')
-    return dict(rows=rows, directions=draw_spectra(values, float(sigma2)), total=histogram)
+    values = classes.v.double().sort(1, descending=True)[0] + classes.sigma2
+    total = values.sum(1)
+    context: Dict[str, Any] = dict(directions=draw_spectra(values, float(classes.sigma2)), spread=None)
+    context['alike'] = bool(total.max() < 1.05 * total.min())
+    if seen.embeddings is None or len(names) < 2 or classes.mu.shape[1] == classes.v.shape[1]:
+        return context
+    deviations = seen.embeddings.deviations()
+    measured = [c for c in total.sort(descending=True, stable=True)[1].tolist() if deviations[c].isfinite().all()]
+    if not measured:
+        return context
+    own, other, rest = deviations[measured].clamp(min=1e-12).unbind(1)
+    widest = measured[:WIDEST]
+    spread = draw_spread(deviations[widest], [shorten(names[c]) for c in widest])
+    return dict(context, spread=spread, ratios=[float((own / each).median()) for each in (other, rest)])
 
 
-def outliers_of(
-    lowest: Lowest, predictions: Predictions, config: Mapping[str, Any], dataset: Any
-) -> List[Dict[str, Any]]:
+def name_of(dataset: Any, i: int) -> str:
+    """Name the file of an image, as far as there are files: that which timm takes where the ``i``-th can't be read."""
+    try:
+        name = str(dataset.filename(i))
+    except (AttributeError, NotImplementedError, AssertionError, KeyError):  # data that is in no files
+        return f'image {i}'
+    with suppress(Exception):  # what is not read by a reader and PIL
+        for j in range(i, i + len(dataset)):
+            with suppress(OSError), Image.open(dataset.reader[j % len(dataset)][0]) as image:
+                image.load()
+                other = str(dataset.filename(j % len(dataset)))
+                return name if j == i else f"{other} (in the place of {name}, which can't be read)"
+    return name
+
+
+def outliers_of(seen: Seen, dataset: Any) -> List[Dict[str, Any]]:
     rows = []
-    for density, i, image in lowest.items:
-        target, prediction, confidence = (t[i].item() for t in predictions[:3])
-        try:
-            name = str(dataset.filename(i))
-        except (AttributeError, NotImplementedError, AssertionError, KeyError):  # data that is in no files
-            name = f'image {i}'
-        row = dict(target=target, prediction=prediction, confidence=confidence, density=density, name=name)
-        rows.append(dict(row, picture=picture_of(image, config['mean'], config['std'])))
+    for density, i, jpeg in seen.outliers.items:
+        target, prediction, confidence = (t[i].item() for t in seen.predictions[:3])
+        row = dict(target=target, prediction=prediction, confidence=confidence, density=density)
+        rows.append(dict(row, name=name_of(dataset, i), jpeg=jpeg))
     return rows
 
 
-def picture_of(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Optional[str]:
-    """Undo the normalisation of what the model was given: a small JPEG in Base64; None if neither grey nor RGB."""
+def picture_of(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Optional[bytes]:
+    """Undo the normalisation of what the model was given: a small JPEG; None if neither grey nor RGB."""
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         return None
-    image = image.float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    image = image.cpu().float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     picture = to_pil_image((image.clamp(0, 1) * 255).round().byte())
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
     picture.save(file, 'JPEG', quality=80, optimize=True)
-    return base64.b64encode(file.getvalue()).decode()
+    return file.getvalue()
 
 
 # The page
@@ -235,13 +367,14 @@ def write_report(
     from jinja2 import Environment, StrictUndefined
     from matplotlib import style
 
-    predictions, kept, density, lowest, heads = observe(run.model.to(device), loader, device, amp_dtype)
-    head = next(iter(heads.values()))
-    classes = ClassGaussians(*(t if t is None else t.cpu() for t in class_gaussians_of(head)))  # type: ignore[arg-type]
-    names = names or [f'class {c}' for c in range(head.num_classes)]
     config, dataset = data_config_of(run.data_config, run.model), getattr(loader, 'dataset', None)
+    picture = partial(picture_of, mean=config['mean'], std=config['std'])
+    seen = observe(run.model.to(device), loader, device, amp_dtype, picture)
+    predictions, head = seen.predictions, next(iter(seen.heads.values()))
+    names = names or [f'class {c}' for c in range(head.num_classes)]
     bins, ece = reliability(predictions.confidence, predictions.correct)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters['base64'] = lambda data: base64.b64encode(data).decode()
     template = environment.from_string(Path(__file__).with_name('report.html.jinja').read_text(encoding='utf-8'))
     with style.context(['default', STYLE]), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph')  # the browser has other fonts
@@ -252,16 +385,18 @@ def write_report(
             predictions=predictions,
             top5=predictions.in_top5.double().mean() if len(names) > 5 else None,
             head=head,
-            heads=list(heads),
-            sigma2=classes.sigma2,
-            pairs=pairs_of(classes, predictions, names) if len(names) > 1 else None,
-            spectra=spectra_of(classes, predictions) if head.rank else None,
+            heads=list(seen.heads),
+            sigma2=seen.classes.sigma2,
+            pairs=pairs_of(seen, names, dataset) if len(names) > 1 else None,
+            spectra=spectra_of(seen, names) if head.rank else None,
+            colors=MAX_COLORS,
+            most=POINTS,
             bins=bins,
             ece=ece,
-            calibration=cross_calibrate(kept.logits, predictions.target[:: kept.step]),
+            calibration=cross_calibrate(seen.kept.logits, predictions.target[:: seen.kept.step]),
             diagram=draw_reliability([each for each in bins if each.count]),
-            median_density=None if density is None else density.double().median(),
-            outliers=outliers_of(lowest, predictions, config, dataset),
+            median_density=None if seen.density is None else seen.density.double().median(),
+            outliers=outliers_of(seen, dataset),
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding='utf-8')
@@ -297,20 +432,23 @@ def main(arguments: Optional[List[str]] = None) -> None:
 def _report(options: argparse.Namespace) -> None:
     check_extra()
     output: Path = options.output
-    check_output(output, options.force)
-    device, amp_dtype = device_of(options), amp_dtype_of(options)
+    device = device_of(options)
     run = load_run(options.checkpoint, use_ema=options.use_ema, model_name=options.model)
+    amp_dtype = amp_dtype_of(options, run.args)
     data, loader, config = open_images(options, run, device)
+    check_output(output, options.force)
     dataset = options.dataset or run.args.get('dataset') or options.data_dir.resolve().name
     title = f'{options.model or run.args["model"]} on {dataset}'
-    size, precision = ' × '.join(map(str, config['input_size'])), options.amp_dtype if options.amp else ''
+    size = ' × '.join(map(str, config['input_size']))
+    precision = 'float32' if amp_dtype is None else f'mixed precision, {amp_dtype}'.replace('torch.', '')
+    asked = options.amp is not None or options.amp_dtype is not None
+    source = ', as asked for' if asked else ', as in training' if 'amp' in run.args else ''
     about = {
         'Data': f'{dataset}, {options.split}',
         'Checkpoint': f'{run.checkpoint.resolve().parent.name}/{run.checkpoint.name}',
         'Weights': ('averaged, ' if run.averaged else '') + f'after epoch {run.epoch}, counted from 0',
         'Input': f'{size}, crop {config["crop_pct"]:g} ({config["crop_mode"]})',
-        'Run on': f'{device.type}, {f"mixed precision, {precision}" if precision else "float32"}, '
-        f'batches of {options.batch_size}',
+        'Run on': f'{device.type}, {precision}{source}; batches of {options.batch_size}',
         'Versions': f'timm_zzz {__version__}, timm {timm.__version__}, torch {torch.__version__}, '
         f'Python {platform.python_version()}',
     }

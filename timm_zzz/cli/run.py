@@ -32,7 +32,7 @@ from .common import (
     tensors_of,
     warn_left_out,
 )
-from .recipe import NEWEST, Option
+from .recipe import FACTS, NEWEST, Option
 
 __all__ = [
     'CARD_OPTIONS',
@@ -58,7 +58,7 @@ _USED = (
     *(*_DATA_OPTIONS, *CARD_OPTIONS),
     *('model', 'model_kwargs', 'gp', 'bn_momentum', 'bn_eps', 'model_ema', 'model_ema_force_cpu'),
     *('dataset', 'data_dir', 'class_map', 'train_split', 'val_split', 'eval_metric'),
-    *('pretrained', 'pretrained_path', 'initial_checkpoint'),
+    *('pretrained', 'pretrained_path', 'initial_checkpoint', 'amp', 'amp_dtype'),
 )
 _POSITIVE = ('input_size', 'img_size', 'in_chans', 'crop_pct')
 _TYPES: Dict[str, Any] = {'str': str, 'int': int, 'float': (int, float), 'flag': bool, 'mapping': dict}
@@ -177,6 +177,7 @@ def checked_args(args: Any, source: Path) -> Dict[str, Any]:
         value, option = args[key], NEWEST.options.get(key, Option())
         sizes = value if isinstance(value, (list, tuple)) else [value]
         right = _is(option, value) and not (key in _POSITIVE and any(size <= 0 for size in sizes))
+        right = right and value in FACTS['words'].get(key, [value])
         if not right or (isinstance(value, dict) and not all(isinstance(name, str) for name in value)):
             raise ValueError(f'{source}: {key}: not a value that train.py takes: {value!r:.60}')
     return args
@@ -296,7 +297,7 @@ def add_images_arguments(parser: Any) -> None:
     add('--dataset', metavar='NAME', help="timm's TYPE/NAME of the data, if not that of the run")
     add('--split', '--val-split', default='validation', metavar='NAME', help='which images')
     add_ignore_unknown(parser)
-    add_loader_arguments(parser, batch_size=256, amp_dtype='float16')
+    add_loader_arguments(parser, batch_size=256)
 
 
 def open_images(options: argparse.Namespace, run: Run, device: torch.device) -> Tuple[Split, Images, Dict[str, Any]]:
