@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import weakref
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, cast
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -658,7 +658,7 @@ def _idle(wrapper: Any) -> List[nn.Module]:
 
 
 @contextlib.contextmanager
-def record_inputs(heads: Dict[str, ZZZHead]) -> Iterator[Dict[str, Tensor]]:
+def record_inputs(heads: Mapping[str, nn.Module]) -> Iterator[Dict[str, Tensor]]:
     """Record each head's most recent input, keyed by module path. Clear the dict before each forward pass.
 
     The (B, d, 1, 1) that a head in place of a 1x1 convolution gets after pooling is recorded as (B, d).

@@ -176,7 +176,7 @@ def test_checkpoints(caller, command, monkeypatch):
     caller.save(saved, state_dict_ema=[1])
     caller.fails(call('--use-ema'))
     file.unlink()
-    caller.fails(call(), 'no such checkpoint')
+    caller.fails(call(), 'no such ')
     file.mkdir()
     caller.fails(call(), 'no such checkpoint')
     caller.restore()

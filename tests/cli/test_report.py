@@ -21,6 +21,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_ac
 from timm.data import create_transform
 from torch.distributions import MultivariateNormal
 
+import timm_zzz
 from timm_zzz.cli import report
 from timm_zzz.cli.report import Embeddings, Lowest, main, order_of, write_report
 from timm_zzz.cli.run import Run
@@ -361,10 +362,10 @@ def test_same_bytes_twice_and_no_overwriting(made, capsys):
 
 def test_mistakes(made, capsys, tmp_path):
     folder, model, _ = made
-    fails(capsys, 'no such checkpoint', folder, run='nothing')
+    fails(capsys, 'no such file or folder', folder, run='nothing')
     with pytest.raises(SystemExit):  # although the page exists
         run_report(folder, 'report.html', run='nothing')
-    assert 'no such checkpoint' in capsys.readouterr().err
+    assert 'no such file or folder' in capsys.readouterr().err
     fails(capsys, '--data-dir: no such folder', folder, data='nothing')
     fails(capsys, 'has no folder test, only validation', folder, '--split', 'test')
     fails(capsys, '--class-map: expected a .txt file', folder, '--class-map', 'none.txt')
@@ -376,8 +377,6 @@ def test_mistakes(made, capsys, tmp_path):
     fails(capsys, '--class-map: the model was trained with one', folder, run=tmp_path / 'mapped')
     save(tmp_path / 'amp', model, amp=True, amp_dtype='int8')
     fails(capsys, 'amp_dtype: not a value that train.py takes', folder, run=tmp_path / 'amp')
-    save(tmp_path / 'linear', timm.create_model('test_vit', num_classes=7, img_size=SIZE), 'test_vit')
-    fails(capsys, 'the checkpoint has no ZZZ head', folder, run=tmp_path / 'linear')
     broken = new_model()
     torch.nn.init.constant_(broken.get_classifier().bias, math.nan)
     save(tmp_path / 'broken', broken)
@@ -385,6 +384,28 @@ def test_mistakes(made, capsys, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, 'matplotlib', None)
         fails(capsys, 'report needs matplotlib: pip install "timm_zzz[report]"', folder, run='nothing')
+
+
+def test_linear_heads(made, tmp_path):
+    """The page leaves out what only Gaussians have; similar classes are those of similar rows."""
+    folder, _, _ = made
+    model = distinct(timm.create_model('test_vit', num_classes=7, img_size=SIZE)).eval()
+    save(tmp_path / 'run', model, 'test_vit')
+    page = run_report(folder, tmp_path / 'page.html', run=tmp_path / 'run')
+    assert page.tiles().keys() == {'Images', 'Classes', 'Top-1', 'Top-5', 'NLL', 'ECE'}
+    assert 'has no ZZZ head' in page.text and 'log-density' not in page.text and 'Variance spectra' not in page.text
+    rows = torch.nn.functional.normalize(model.head.weight.detach(), dim=1)
+    cosine = (rows @ rows.T).fill_diagonal_(-1)
+    closest = page.table('Class', 'and')[0]
+    assert f'{cosine.max():.4f}' in closest, closest
+
+
+def test_a_saved_folder(made, tmp_path):
+    folder, model, page = made
+    config = dict(input_size=(3, SIZE, SIZE), crop_pct=1.0)
+    timm_zzz.save_pretrained(model, tmp_path / 'bird-zzz', label_names=NAMES, data_config=config)
+    again = run_report(folder, tmp_path / 'page.html', run=tmp_path / 'bird-zzz')
+    assert again.tiles() == page.tiles() and 'bird-zzz' in again.text and 'epoch' not in again.text
 
 
 def test_rank_0(tmp_path):

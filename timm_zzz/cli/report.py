@@ -1,4 +1,4 @@
-"""``python -m timm_zzz report``: one HTML page about a model that timm's train.py trained.
+"""``python -m timm_zzz report``: one HTML page about a trained model.
 
 The page is report.html.jinja, its figures are drawn by matplotlib. Of each image eight numbers are kept, and its logits
 as far as :class:`~timm_zzz.metrics.KeptLogits` does; of the images to show, small JPEGs.
@@ -13,7 +13,7 @@ import platform
 import warnings
 from collections import Counter, defaultdict
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
@@ -26,8 +26,9 @@ from torchvision.transforms.functional import to_pil_image
 
 from .. import __version__
 from ..functional import normalize
-from ..head import ZZZHead, heads_of, record_inputs
+from ..head import heads_of, record_inputs
 from ..metrics import KeptLogits, Predictions, cross_calibrate, evaluate, reliability
+from ..models.attach import find_classifiers
 from ..scores import ClassGaussians, class_gaussians_of, log_density
 from .common import amp_dtype_of, check_output, data_config_of, device_of, exit_on_error, progress
 from .figures import (
@@ -40,7 +41,8 @@ from .figures import (
     draw_spread,
     shorten,
 )
-from .run import Run, add_run_arguments, load_run, open_images
+from .run import Run, add_run_arguments, open_images
+from .trained import SOURCES, load_trained
 
 __all__ = ['main', 'write_report']
 
@@ -123,8 +125,9 @@ class Seen:
 
     predictions: Predictions
     kept: KeptLogits
-    heads: Dict[str, ZZZHead]  # those that take part
-    classes: ClassGaussians  # of the first
+    heads: Sequence[str]  # those that take part
+    rank: Optional[int]  # of the first; None if it is no ZZZ head
+    classes: ClassGaussians  # of the first; of another head only the normalised rows, as means
     # Both None if a head is not given one embedding per image
     density: Optional[Tensor]  # the largest log-density of a class, averaged over the heads, in nats
     embeddings: Optional[Embeddings]  # that the first head is given
@@ -147,10 +150,11 @@ def observe(
         picture: Makes what is kept of an image.
 
     Raises:
-        ValueError: As :func:`timm_zzz.metrics.evaluate`, and if no ZZZ head takes part.
+        ValueError: As :func:`timm_zzz.metrics.evaluate`, and if none of the heads takes part.
     """
-    heads = heads_of(model)
-    classes = {path: class_gaussians_of(head) for path, head in heads.items()}
+    zzz_heads = heads_of(model)
+    heads: Dict[str, Any] = {**(zzz_heads or find_classifiers(model))}
+    classes = {path: class_gaussians_of(head) if zzz_heads else _rows_of(head) for path, head in heads.items()}
     outliers, kept = Lowest(OUTLIERS, picture), KeptLogits()
     typical: Dict[int, Lowest] = defaultdict(lambda: Lowest(2, picture))
     mistaken: Dict[Tuple[int, int], Lowest] = defaultdict(lambda: Lowest(1, picture))
@@ -171,10 +175,11 @@ def observe(
             for pair in sorted(mistaken, key=lambda pair: counts[pair])[:-KEPT_PAIRS]:
                 del mistaken[pair]
         called.update(inputs)
-        if inputs and all(x.shape == (len(images), heads[path].feat_dim) for path, x in inputs.items()):
-            scores = [log_density(classes[path], x).amax(1) for path, x in inputs.items()]
-            densities.append(torch.stack(scores).mean(0).cpu())
-            outliers.update(start, densities[-1], images)
+        if inputs and all(x.shape == (len(images), classes[path].mu.shape[1]) for path, x in inputs.items()):
+            if zzz_heads:
+                scores = [log_density(classes[path], x).amax(1) for path, x in inputs.items()]
+                densities.append(torch.stack(scores).mean(0).cpu())
+                outliers.update(start, densities[-1], images)
             first = next(path for path in heads if path in inputs)
             embeddings[first].add(inputs[first], batch.target)
         inputs.clear()
@@ -182,12 +187,30 @@ def observe(
     with record_inputs(heads) as inputs, progress(loader, 'images') as batches:
         predictions = evaluate(model, batches, device, amp_dtype, observe=add)
     if not called:
-        raise ValueError('no ZZZ head takes part when the model is evaluated')
-    heads = {path: head for path, head in heads.items() if path in called}
-    density = torch.cat([torch.empty(0), *densities])
-    first = embeddings[next(iter(heads))]
-    seen = Seen(predictions, kept, heads, first.classes, density, first, outliers, typical, mistaken)
-    return seen if len(density) == len(predictions.target) else replace(seen, density=None, embeddings=None)
+        raise ValueError(f'no {"ZZZ head" if zzz_heads else "classifier"} takes part when the model is evaluated')
+    taking_part = [path for path in heads if path in called]
+    first = embeddings[taking_part[0]]
+    rank = zzz_heads[taking_part[0]].rank if zzz_heads else None
+    density, points = torch.cat([torch.empty(0), *densities]), sum(map(len, first.points))
+    every = len(predictions.target)
+    return Seen(
+        predictions=predictions,
+        kept=kept,
+        heads=taking_part,
+        rank=rank,
+        classes=first.classes,
+        density=density if len(density) == every else None,
+        embeddings=first if points == every else None,
+        outliers=outliers,
+        typical=typical,
+        mistaken=mistaken,
+    )
+
+
+def _rows_of(classifier: nn.Module) -> ClassGaussians:
+    """Take the normalised rows of a linear layer or 1x1 convolution for means of classes without a covariance."""
+    rows = classifier.weight.detach().flatten(1)  # type: ignore[operator]
+    return ClassGaussians(normalize(rows.float()), None, None, rows.new_tensor(math.nan), rows.new_zeros(len(rows)))
 
 
 # What the page says
@@ -370,8 +393,8 @@ def write_report(
     config, dataset = data_config_of(run.data_config, run.model), getattr(loader, 'dataset', None)
     picture = partial(picture_of, mean=config['mean'], std=config['std'])
     seen = observe(run.model.to(device), loader, device, amp_dtype, picture)
-    predictions, head = seen.predictions, next(iter(seen.heads.values()))
-    names = names or [f'class {c}' for c in range(head.num_classes)]
+    predictions, (count, width) = seen.predictions, seen.classes.mu.shape
+    names = names or [f'class {c}' for c in range(count)]
     bins, ece = reliability(predictions.confidence, predictions.correct)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters['base64'] = lambda data: base64.b64encode(data).decode()
@@ -384,11 +407,12 @@ def write_report(
             names=names,
             predictions=predictions,
             top5=predictions.in_top5.double().mean() if len(names) > 5 else None,
-            head=head,
-            heads=list(seen.heads),
+            rank=seen.rank,
+            width=width,
+            heads=seen.heads,
             sigma2=seen.classes.sigma2,
             pairs=pairs_of(seen, names, dataset) if len(names) > 1 else None,
-            spectra=spectra_of(seen, names) if head.rank else None,
+            spectra=spectra_of(seen, names) if seen.rank else None,
             colors=MAX_COLORS,
             most=POINTS,
             bins=bins,
@@ -408,14 +432,14 @@ def write_report(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m timm_zzz report',
-        description='Write an HTML page about a model with a ZZZ head that train.py trained: its confusions, '
+        description='Write an HTML page about a trained model: its confusions, '
         'the variances and the similarity of its classes, its calibration, and the images most unlike every class. '
         'One file without scripts, which loads nothing. Images are prepared as train.py did for validation. '
         'It needs matplotlib: pip install "timm_zzz[report]".',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add_run_arguments(parser)
+    add_run_arguments(parser, SOURCES)
     add('--output', type=Path, default=Path('report.html'), metavar='FILE', help='the page')
     add('--force', action='store_true', help='replace the page if it exists')
     return parser
@@ -433,20 +457,22 @@ def _report(options: argparse.Namespace) -> None:
     check_extra()
     output: Path = options.output
     device = device_of(options)
-    run = load_run(options.checkpoint, use_ema=options.use_ema, model_name=options.model)
+    run = load_trained(str(options.checkpoint), use_ema=options.use_ema, model_name=options.model)
     amp_dtype = amp_dtype_of(options, run.args)
     data, loader, config = open_images(options, run, device)
     check_output(output, options.force)
     dataset = options.dataset or run.args.get('dataset') or options.data_dir.resolve().name
-    title = f'{options.model or run.args["model"]} on {dataset}'
+    cfg: Any = run.model.pretrained_cfg
+    title = f'{options.model or run.args.get("model") or cfg["architecture"]} on {dataset}'
     size = ' × '.join(map(str, config['input_size']))
     precision = 'float32' if amp_dtype is None else f'mixed precision, {amp_dtype}'.replace('torch.', '')
     asked = options.amp is not None or options.amp_dtype is not None
     source = ', as asked for' if asked else ', as in training' if 'amp' in run.args else ''
     about = {
         'Data': f'{dataset}, {options.split}',
-        'Checkpoint': f'{run.checkpoint.resolve().parent.name}/{run.checkpoint.name}',
-        'Weights': ('averaged, ' if run.averaged else '') + f'after epoch {run.epoch}, counted from 0',
+        'Weights': '/'.join(run.checkpoint.parts[-2:])
+        + (', averaged' if run.averaged else '')
+        + ('' if run.epoch is None else f', after epoch {run.epoch}, counted from 0'),
         'Input': f'{size}, crop {config["crop_pct"]:g} ({config["crop_mode"]})',
         'Run on': f'{device.type}, {precision}{source}; batches of {options.batch_size}',
         'Versions': f'timm_zzz {__version__}, timm {timm.__version__}, torch {torch.__version__}, '

@@ -280,10 +280,12 @@ def class_names(run: Run, class_map: Optional[Path], data_dir: Optional[Path]) -
 # Images to evaluate a run on
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the run and the images that a command evaluates it on."""
+def add_run_arguments(
+    parser: argparse.ArgumentParser, what: str = "e.g. output/train/NAME/model_best.pth.tar, or the run's folder"
+) -> None:
+    """Add the run, ``what`` says which, and the images that a command evaluates it on."""
     add = parser.add_argument
-    add('checkpoint', type=Path, help="e.g. output/train/NAME/model_best.pth.tar, or the run's folder")
+    add('checkpoint', type=Path, help=what)
     add('--data-dir', type=Path, required=True, metavar='DIR', help='the ImageFolder')
     add('--class-map', type=Path, metavar='FILE.txt', help='class names by index, one per line')
     add('--use-ema', action='store_true', help='take the averaged weights')
