@@ -31,9 +31,7 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-SCORE = (
-    'relative_mahalanobis'  # after the usual starts, a fit or a flat one, means share a direction; it takes that off
-)
+SCORE = 'relative_mahalanobis'  # takes off the direction that all means share after a flat start or a fit
 STEPS = 100  # between the quantiles that are kept
 _MAX_QUANTILES = 1001
 _ATTRIBUTE = 'zzz_percentiles'  # of a model
