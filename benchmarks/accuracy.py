@@ -256,7 +256,8 @@ class Worker:
             far = {name: images for name, images in self.far.items() if name != job['data']}
             keep = self.options.keep and self.options.keep / _name(job)
             found = yield from run(runner, images, job, far, keep)
-            return dict(job, **found, environment=environment_line(self.device))
+            made = dict(min_steps=self.options.min_steps, compiled=self.options.compile)
+            return dict(job, **found, **made, environment=environment_line(self.device))
         except Exception as e:
             return dict(job, error=f'{type(e).__name__}: {e}')
 

@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from timm.data import create_transform
 
 import timm_zzz
-from timm_zzz.cli.compare import difference, main
+from timm_zzz.cli.compare import difference, labels, main
 
 SIZE, NAMES, EACH = 32, ['ant', 'bee', 'cicada', 'dragonfly', 'earwig', 'fly', 'gnat'], 6
 MODELS = {'linear': 'test_resnet', 'zzz': 'test_vit.zzz_r4'}
@@ -107,9 +107,25 @@ def test_difference_is_mcnemars():
         found = difference(first, second)
         assert found[:2] == (b, c) and found.top1 == pytest.approx(100 * (c - b) / count)
         assert found.p_value == pytest.approx(binomtest(b, b + c).pvalue if b + c else 1.0, rel=1e-9)
-        per_image = second.double() - first.double()  # the standard error of a mean
-        if count > 1:
-            assert found.error == pytest.approx(100 * float(per_image.std(correction=0)) / math.sqrt(count), abs=1e-9)
+        low, high = found.interval
+        assert low <= found.top1 <= high or count < 3
+        per_image = torch.cat(
+            [second.double() - first.double(), torch.tensor([0.0, 0.0])]
+        )  # half an image in each cell
+        variance = ((second ^ first).double().sum() + 1) / (count + 2) - per_image.mean() ** 2
+        expected = [per_image.mean() + sign * 1.96 * math.sqrt(variance / (count + 2)) for sign in (-1, 1)]
+        assert [low, high] == pytest.approx([100 * max(-1, min(1, float(e))) for e in expected], abs=1e-9)
+    none, all_ = torch.zeros(6, dtype=torch.bool), torch.ones(6, dtype=torch.bool)
+    assert difference(none, all_).interval[0] < 90 and difference(none, none).interval[1] > 10  # wide, of six images
+
+
+def test_labels():
+    """What paths do not share, or as they are given where that would not tell them apart."""
+    assert labels(['out/train/a/best.tar', 'out/train/b/best.tar']) == ['a', 'b']
+    assert labels(['a/x', 'b']) == ['a/x', 'b']
+    assert labels(['.', '..']) == ['.', '..']
+    with pytest.raises(ValueError, match='a model is named twice'):
+        labels(['out/lin', 'out/lin/'])
 
 
 def test_folders_and_several_models(made, capsys, tmp_path):

@@ -14,7 +14,7 @@ import timm
 import torch
 from oracles import distinct
 from PIL import Image
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
 
 import timm_zzz
 from timm_zzz import scores
@@ -158,7 +158,7 @@ def test_broken_images(folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         predict(capsys, tmp_path / 'model', *images[1:3], '--format', 'jsonl')
     out, err = capsys.readouterr()
-    assert e.value.code == 2 and 'none of the 2 images can be read' in err
+    assert e.value.code == 2 and 'none of the 2 images has a prediction' in err
     assert [list(json.loads(line)) for line in out.splitlines()] == [['image', 'error']] * 2
 
 
@@ -206,10 +206,10 @@ def test_percentiles(folder, calibrated, tmp_path, capsys):
     file, model, held_out, score = calibrated
     kept = torch.load(file, weights_only=False)['percentiles']
     assert kept['score'] == 'relative_mahalanobis'
-    quantiles = np.quantile(held_out, np.linspace(0, 1, 101))
+    quantiles = np.sort(held_out)  # all of them, as there are fewer than a thousand
     assert kept['quantiles'] == pytest.approx(quantiles.tolist(), rel=1e-4, abs=1e-4)
     paths = [folder / 'photos' / name for name in FILES]
-    percentiles = np.interp(score(paths), quantiles, np.arange(101.0))
+    percentiles = np.interp(score(paths), quantiles, np.linspace(0, 100, len(quantiles)))
     out = predict(capsys, file, folder / 'photos', '--format', 'jsonl').out
     assert [json.loads(line)['percentile'] for line in out.splitlines()] == pytest.approx(percentiles, abs=0.1)
     torch.save(
@@ -306,3 +306,35 @@ def test_from_python(folder, tmp_path):
     with torch.no_grad():
         grey.get_classifier().bias.fill_(float('nan'))
     assert 'NaN' in timm_zzz.predict(grey, paths)[0].error
+
+
+def test_grey_checkpoint_of_train_py(folder, tmp_path, capsys):
+    """Three means of RGB become one, as timm's loader does it."""
+    model = distinct(timm.create_model('test_resnet.zzz_r4', num_classes=3, in_chans=1)).eval()
+    args = argparse.Namespace(model='test_resnet.zzz_r4', in_chans=1, input_size=[1, SIZE, SIZE], crop_pct=1.0)
+    torch.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'grey.pth.tar')
+    paths = [folder / 'photos' / name for name in FILES]
+    out = predict(capsys, tmp_path / 'grey.pth.tar', *paths, '--format', 'jsonl', '-k', 3).out
+    config = resolve_data_config(dict(crop_pct=1.0, in_chans=1, input_size=(1, SIZE, SIZE)), model=model)
+    keys = ('interpolation', 'crop_pct')
+    means = {key: sum(config[key]) / len(config[key]) for key in ('mean', 'std')}
+    transform = create_transform((1, SIZE, SIZE), **means, **{key: config[key] for key in keys})
+    with torch.no_grad():
+        probabilities = model(torch.stack([transform(Image.open(path).convert('L')) for path in paths])).softmax(1)
+    for line, row in zip(out.splitlines(), probabilities, strict=True):
+        assert json.loads(line)['probabilities'] == pytest.approx(row.sort(descending=True)[0].tolist(), abs=1e-4)
+
+
+def test_output_and_shares_that_say_too_little(folder, calibrated, tmp_path, capsys):
+    saved(tmp_path / 'model')
+    for arguments, what in (
+        ((tmp_path / 'model', folder / 'photos', '-o', tmp_path / 'x.parquet'), '--output: give --format, x.parquet'),
+        ((calibrated[0], folder / 'photos', '--reject', 1e-4), 'too few for a share of 0.0001; calibrate with more'),
+    ):
+        with pytest.raises(SystemExit):
+            predict(capsys, *arguments)
+        assert what in capsys.readouterr().err
+    (tmp_path / 'names.txt').write_text('\n'.join(NAMES[::-1]))
+    with pytest.raises(SystemExit):
+        predict(capsys, tmp_path / 'model', folder / 'photos', '--class-map', tmp_path / 'names.txt')
+    assert '--class-map: it has the classes of the model in another order' in capsys.readouterr().err

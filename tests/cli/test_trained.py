@@ -9,6 +9,7 @@ import torch
 import yaml
 from oracles import distinct
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import timm_zzz
@@ -57,6 +58,19 @@ def test_another_architecture_is_an_error(tmp_path):
     torch.save(dict(state_dict=state, args=argparse.Namespace(model='test_resnet')), tmp_path / 'a.pth.tar')
     with pytest.raises(ValueError, match='the checkpoint has no classifier: was it trained as test_resnet'):
         load_trained(str(tmp_path / 'a.pth.tar'))
+
+
+def test_a_checkpoint_names_no_other_files(tmp_path, x):
+    """Arguments of create_model that open files or addresses have no effect; how images are prepared has."""
+    model = new_model('test_resnet.zzz_r4')
+    elsewhere = dict(file='/nowhere/x.pth', url='http://127.0.0.1:9/x.pth')
+    kwargs = dict(any_head=True, pretrained=True, pretrained_path='/nowhere/y.pth', checkpoint_path='/nowhere/z.pth')
+    kwargs.update(pretrained_cfg=elsewhere, pretrained_cfg_overlay=dict(elsewhere, mean=[0.1, 0.2, 0.3]))
+    args = argparse.Namespace(model='test_resnet.zzz_r4', model_kwargs=kwargs)
+    torch.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'model_best.pth.tar')
+    run = load_trained(str(tmp_path))
+    same(run, model, x)
+    assert run.model.pretrained_cfg['mean'] == [0.1, 0.2, 0.3] and not run.model.pretrained_cfg.get('file')
 
 
 def test_folders_of_weights(tmp_path, x):
@@ -108,6 +122,8 @@ def test_outputs_of_fit(tmp_path, backbone, x):
     expected.load_state_dict(load_file(file))
     same(run, expected.eval(), x)
     assert run.names == NAMES and run.data_config == dict(img_size=SIZE, crop_pct=1.0)
+    with safe_open(file, 'pt') as opened:
+        assert str(tmp_path) not in str(opened.metadata()) and str(backbone) not in str(opened.metadata())
     save_file(load_file(file), file)  # without what fit says about it
     with pytest.raises(ValueError, match='start.safetensors does not name the model'):
         load_trained(str(file))
@@ -120,7 +136,12 @@ def test_outputs_of_fit(tmp_path, backbone, x):
         load_trained(str(file))
 
 
-def test_what_is_not_there(tmp_path):
+def test_what_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'output').mkdir()
+    for path in ('output/mine', './output', '../nothing/here', str(tmp_path / 'x/y')):  # none of them a repository
+        with pytest.raises(ValueError, match='no such file or folder|no such checkpoint'):
+            load_trained(path)
     with pytest.raises(ValueError, match='no such file or folder; expected a checkpoint or run of train.py'):
         load_trained(str(tmp_path / 'a/b/c.pth.tar'))
     with pytest.raises(ValueError, match='no such checkpoint'):

@@ -8,7 +8,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, Iterator, Mapping, NoReturn, Optional
+from typing import Any, Dict, Iterator, Mapping, NoReturn, Optional, Sequence
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -23,6 +23,7 @@ __all__ = [
     'add_loader_arguments',
     'amp_dtype_of',
     'check_count',
+    'check_order',
     'check_output',
     'check_size',
     'count',
@@ -47,6 +48,10 @@ def exit_on_error(parser: argparse.ArgumentParser, interrupted: str = 'interrupt
     """End a command as all do: an error that a user can mend is one line and status 2, an interrupt status 130."""
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a shell reports SIGPIPE
     except (HubError, ValueError, OSError, torch.OutOfMemoryError) as e:
         fail(one_line(e))
     except KeyboardInterrupt:
@@ -97,7 +102,8 @@ def open_known(options: argparse.Namespace, name: str, class_map: Any, known: st
         split = open_split(options.data_dir, name, class_map=class_map, **settings)
     except UnknownClassesError as e:
         unknown = counted(e.left_out.unknown)
-        raise ValueError(f'{name} has classes that {known} has not, and no others: {unknown}') from e
+        hint = '; --class-map FILE.txt names those of the model' if known == 'the model' else ''
+        raise ValueError(f'{name} has classes that {known} has not, and no others: {unknown}{hint}') from e
     left_out = find_left_out(split)
     if left_out.unknown and not options.ignore_unknown_classes:
         unknown, way = counted(left_out.unknown), '--ignore-unknown-classes leaves them out'
@@ -131,6 +137,12 @@ def check_count(where: str, found: int, count: Any) -> None:
     if found != count:
         hint = '' if where == '--class-map' else '; --class-map FILE.txt numbers them'
         raise ValueError(f'{where} has {found} classes, the model has {count}{hint}')
+
+
+def check_order(names: Sequence[str], own: Sequence[str]) -> None:
+    """Raise a ValueError if a class map has the classes that the model names, in another order."""
+    if list(names) != list(own) and sorted(names) == sorted(own):
+        raise ValueError('--class-map: it has the classes of the model in another order; leave the option out')
 
 
 def tensors_of(state: Any, source: str) -> Dict[str, Tensor]:

@@ -3,24 +3,26 @@
 import argparse
 import csv
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
+from ..data import Split
 from ..metrics import Calibration, KeptLogits, Predictions, cross_calibrate, evaluate, reliability
-from .common import amp_dtype_of, check_output, device_of, exit_on_error, positive_int, progress, written_whole
-from .run import add_images_arguments, open_images
+from .common import Images, amp_dtype_of, check_output, device_of, exit_on_error, positive_int, progress, written_whole
+from .run import Run, add_images_arguments, open_images
 from .trained import SOURCES, load_trained
 
-__all__ = ['Difference', 'difference', 'main']
+__all__ = ['Difference', 'difference', 'labels', 'main']
 
 BINS = 5  # of the reliability table
 
 
 class Result(NamedTuple):
-    """What a model makes of the images."""
+    """Hold the predictions of one model."""
 
     name: str
     predictions: Predictions
@@ -28,26 +30,29 @@ class Result(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How a model does on the images of another."""
+    """Compare the second of two models with the first, on the same images."""
 
     only_first: int  # images that only the first classifies correctly
     only_second: int
     top1: float  # second minus first, percentage points
-    error: float  # standard error of top1
+    interval: Tuple[float, float]  # of 95 %
     p_value: float  # of McNemar's exact test that both are right equally often
 
 
 def difference(first: Tensor, second: Tensor) -> Difference:
     """Compare two models by which of the same N images they classify correctly, masks (N,).
 
-    The standard error is that of a difference of paired proportions (Agresti 2002, Categorical Data Analysis, 10.1.1).
+    The interval is that of Agresti and Min 2005 (doi:10.1002/sim.1781): Wald's, after half an image has been added to
+    each of the four cells, so that it is not too short where few images differ.
     """
     count, b, c = len(first), int((first & ~second).sum()), int((second & ~first).sum())
     n, most = b + c, min(b, c)
     logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(most + 1)]
     p_value = min(1.0, 2 * math.fsum(map(math.exp, logs)))
-    error = math.sqrt(max(0.0, n - (b - c) ** 2 / count)) / count
-    return Difference(b, c, 100 * (c - b) / count, 100 * error, p_value)
+    middle = (c - b) / (count + 2)
+    error = math.sqrt((n + 1) / (count + 2) - middle**2) / math.sqrt(count + 2)
+    interval = tuple(100 * max(-1.0, min(1.0, middle + sign * 1.96 * error)) for sign in (-1, 1))
+    return Difference(b, c, 100 * (c - b) / count, interval, p_value)  # type: ignore[arg-type]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,16 +88,22 @@ def main(arguments: Optional[List[str]] = None) -> None:
 def _compare(options: argparse.Namespace) -> None:
     if options.output:
         check_output(options.output, options.force, '.csv')
+        options.output.parent.mkdir(parents=True, exist_ok=True)
     device = device_of(options)
-    files: List[str] = []
-    names: List[str] = []
-    results: List[Result] = []
-    for label, source in zip(_labels(options.models), options.models, strict=True):
-        result, own_files, own_names = _evaluated(source, label, options, device)
-        if results and (own_files, own_names) != (files, names):
+    opened = [_open(source, options, device) for source in options.models]
+    first, names = opened[0][1], opened[0][1].class_names
+    files = _files(first.dataset)
+    for source, (_, data, _) in zip(options.models, opened, strict=True):
+        if data.class_names != names or _files(data.dataset) != files:
             raise ValueError(f'{source}: its classes are others than those of {options.models[0]}, or in another order')
-        results.append(result)
-        files, names = own_files, own_names
+    results = []
+    for label, (run, _, loader) in zip(labels(options.models), opened, strict=True):
+        kept = KeptLogits()
+        keep = partial(_keep, kept)
+        with progress(loader, label) as batches:
+            predictions = evaluate(run.model.to(device), batches, device, amp_dtype_of(options, run.args), keep)
+        run.model.cpu()
+        results.append(Result(label, predictions, cross_calibrate(kept.logits, predictions.target[:: kept.step])))
     _print(results, names, files, options)
     if options.output:
         with written_whole(options.output) as draft:
@@ -100,32 +111,30 @@ def _compare(options: argparse.Namespace) -> None:
         print(options.output)
 
 
-def _evaluated(
-    source: str, label: str, options: argparse.Namespace, device: torch.device
-) -> Tuple[Result, List[str], List[str]]:
-    """Evaluate a model; returns also the files of the images, and the class names."""
+def _open(source: str, options: argparse.Namespace, device: torch.device) -> Tuple[Run, Split, Images]:
     run = load_trained(source, use_ema=options.use_ema, model_name=options.model)
     data, loader, _ = open_images(options, run, device)
-    kept = KeptLogits()
-    with progress(loader, label) as batches:
-        predictions = evaluate(
-            run.model.to(device),
-            batches,
-            device,
-            amp_dtype_of(options, run.args),
-            lambda _, logits, __, start: kept.add(start, logits),
-        )
-    calibration = cross_calibrate(kept.logits, predictions.target[:: kept.step])
-    return Result(label, predictions, calibration), _files(data.dataset), data.class_names
+    return run, data, loader
 
 
-def _labels(sources: Sequence[str]) -> List[str]:
-    """Shorten the sources to what tells them apart: of paths, what they do not share."""
+def _keep(kept: KeptLogits, images: Tensor, logits: Tensor, batch: Predictions, start: int) -> None:
+    kept.add(start, logits)
+
+
+def labels(sources: Sequence[str]) -> List[str]:
+    """Shorten the sources to what tells them apart: of paths, what they do not share.
+
+    Raises:
+        ValueError: If one is there twice.
+    """
     paths = [Path(source).parts for source in sources]
+    if len({*paths}) < len(paths):
+        raise ValueError(f'compare: a model is named twice: {", ".join(sources)}')
     shared = min(map(len, paths)) - 1
-    start = next((i for i in range(shared) if len({path[i] for path in paths}) > 1), shared)
-    end = next((i for i in range(shared - start) if len({path[-1 - i] for path in paths}) > 1), shared - start)
-    return ['/'.join(path[start : len(path) - end]) for path in paths]
+    start = next((i for i in range(shared) if len({path[i] for path in paths}) > 1), max(0, shared))
+    end = next((i for i in range(shared - start) if len({path[-1 - i] for path in paths}) > 1), max(0, shared - start))
+    found = ['/'.join(path[start : len(path) - end]) for path in paths]
+    return found if all(found) and len({*found}) == len(found) else list(sources)
 
 
 def _files(dataset: Any) -> List[str]:
@@ -164,7 +173,7 @@ def _print(results: Sequence[Result], names: Sequence[str], files: Sequence[str]
 def _print_difference(first: Result, other: Result, names: Sequence[str], files: Sequence[str], show: int) -> None:
     right, new = first.predictions.correct, other.predictions.correct
     found = difference(right, new)
-    low, high = found.top1 - 1.96 * found.error, found.top1 + 1.96 * found.error
+    low, high = found.interval
     print(
         f'\n{other.name} against {first.name}: top-1 {found.top1:+.2f} (95 % interval {low:+.2f} to {high:+.2f}), '
         f"McNemar's test p = {found.p_value:.2g}"

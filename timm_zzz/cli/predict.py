@@ -18,6 +18,7 @@ from .common import (
     add_loader_arguments,
     amp_dtype_of,
     check_count,
+    check_order,
     check_output,
     check_size,
     data_config_of,
@@ -95,6 +96,8 @@ def _predict(options: argparse.Namespace) -> None:
     output: Optional[Path] = options.output
     if output:
         check_output(output, options.force)
+        if not options.format and output.suffix[1:].lower() not in ('txt', *_WRITERS):
+            raise ValueError(f'--output: give --format, {output.name} does not say which')
     device = device_of(options)
     files = find_images(options.images)
     if not files:
@@ -105,12 +108,20 @@ def _predict(options: argparse.Namespace) -> None:
     if options.class_map:
         names = read_class_map(options.class_map)
         check_count('--class-map', len(names), count)
+        check_order(names, run.names)
     model = run.model.to(device)
-    percentiles = percentiles_of(model) is not None
+    known = percentiles_of(model)
+    percentiles = known is not None
     if options.reject is not None and not percentiles:
         raise ValueError(
             f'--reject: {options.source} has no percentiles of validation images: take what python -m timm_zzz '
             'calibrate makes of a checkpoint'
+        )
+    steps = len(known.quantiles) - 1 if known else 0
+    if options.reject is not None and options.reject * steps < 1:
+        raise ValueError(
+            f'--reject: the percentiles have {steps} steps, too few for a share of {options.reject:g}; calibrate with '
+            'more images'
         )
     config = data_config_of(run.data_config, model)
     check_size(model, config)
@@ -140,7 +151,7 @@ def _predict(options: argparse.Namespace) -> None:
     else:
         write(sys.stdout, rows(), layout)
     if broken == len(files):
-        raise ValueError(f'none of the {len(files)} images can be read: their rows say why')
+        raise ValueError(f'none of the {len(files)} images has a prediction: their rows say why')
     if broken:
         warn(f'{broken} of {len(files)} images have an error in their row')
 

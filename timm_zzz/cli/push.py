@@ -131,6 +131,7 @@ def push_run(
             info = push_to_hub(run.model, repo_id, card=card, files=files, **saving, **commit)
             return str(info.pr_url or info.commit_url)
         card.save(save_pretrained(run.model, output, license=license_of(card.data), **saving) / 'README.md')
+        (output / 'model.onnx').unlink(missing_ok=True)  # of other weights
         for name, path in files.items():
             shutil.copyfile(path, output / name)
     return str(output)

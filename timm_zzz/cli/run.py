@@ -24,6 +24,7 @@ from .common import (
     add_ignore_unknown,
     add_loader_arguments,
     check_count,
+    check_order,
     check_size,
     data_config_of,
     loader_of,
@@ -60,6 +61,12 @@ _USED = (
     *('dataset', 'data_dir', 'class_map', 'train_split', 'val_split', 'eval_metric'),
     *('pretrained', 'pretrained_path', 'initial_checkpoint', 'amp', 'amp_dtype'),
 )
+_PREPARED = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'num_classes')
+# Arguments of create_model that say which files to open: of no use where all weights come from the checkpoint
+_NOT_FROM_FILES = {
+    *('pretrained', 'pretrained_path', 'pretrained_cfg', 'pretrained_cfg_overlay'),
+    *('checkpoint_path', 'cache_dir', 'any_head', 'name', 'model_name'),
+}
 _POSITIVE = ('input_size', 'img_size', 'in_chans', 'crop_pct')
 _TYPES: Dict[str, Any] = {'str': str, 'int': int, 'float': (int, float), 'flag': bool, 'mapping': dict}
 
@@ -151,12 +158,16 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
 
 
 def data_config_of_args(args: Mapping[str, Any]) -> Dict[str, Any]:
+    """Of the options of train.py return those that say how images are prepared."""
     return {key: args[key] for key in _DATA_OPTIONS if args.get(key) not in (None, '')}
 
 
 def args_of(settings: Mapping[str, Any]) -> Dict[str, Any]:
-    """Of the options of train.py those that a run is read by."""
-    return {key: settings[key] for key in _USED if settings.get(key) is not None}
+    """Of the options of train.py return those that a model is built and images are prepared by."""
+    keys = (*_DATA_OPTIONS, 'model_kwargs', 'gp', 'bn_momentum', 'bn_eps')
+    found = {key: settings[key] for key in keys if settings.get(key) is not None}
+    kwargs = {key: value for key, value in found.get('model_kwargs', {}).items() if key not in _NOT_FROM_FILES}
+    return {**found, 'model_kwargs': kwargs}
 
 
 def _is(option: Option, value: Any) -> bool:
@@ -199,8 +210,14 @@ def build_for(name: str, args: Mapping[str, Any], state: Mapping[str, Any], any_
     options: Dict[str, Any] = dict(bn_momentum=args.get('bn_momentum'), bn_eps=args.get('bn_eps'))
     options.update(num_classes=counts.pop(), in_chans=args.get('in_chans') or (size[0] if size else 3))
     model_kwargs = {
-        key: value for key, value in (args.get('model_kwargs') or {}).items() if not key.startswith(FIT_PREFIX)
+        key: value
+        for key, value in (args.get('model_kwargs') or {}).items()
+        if not key.startswith(FIT_PREFIX) and key not in _NOT_FROM_FILES
     }
+    overlay = (args.get('model_kwargs') or {}).get('pretrained_cfg_overlay')
+    if isinstance(overlay, dict):  # how images are prepared
+        prepared = {key: value for key, value in overlay.items() if key in ('input_size', *_PREPARED)}
+        model_kwargs['pretrained_cfg_overlay'] = prepared
     options.update({'global_pool': args.get('gp'), **model_kwargs})
     model = build_model(name, any_head=any_head, **options)
     if any(key in state and not same_shape(key, state[key].shape, t.shape) for key, t in model.state_dict().items()):
@@ -318,6 +335,7 @@ def open_images(options: argparse.Namespace, run: Run, device: torch.device) -> 
     names, known = mapped_names(run, options.class_map), '--class-map'
     if names:
         check_count(known, len(names), count)
+        check_order(names, run.names)
     elif run.names and not dataset:
         names, known = run.names, 'the model'
     elif not dataset and any((options.data_dir / name).is_dir() for name in (train, *SPLIT_FOLDERS[0])):

@@ -1,4 +1,4 @@
-"""Trained models wherever they lie: what train.py and fit wrote, folders of weights, repositories of the Hub."""
+"""Load trained models from checkpoints of train.py, outputs of fit, folders of weights and the Hub."""
 
 import json
 import re
@@ -40,7 +40,8 @@ def load_trained(source: str, *, use_ema: bool = False, model_name: Optional[str
         return _fitted(path, model_name)
     if path.is_file() or path.is_dir() and not (path / CONFIG).is_file():
         return load_run(path, use_ema=use_ema, model_name=model_name, any_head=True)
-    repository = None if path.is_dir() else _REPOSITORY.fullmatch(source)
+    is_path = path.is_dir() or path.is_absolute() or Path(path.parts[0]).exists() or path.parts[0] in ('.', '..')
+    repository = None if is_path else _REPOSITORY.fullmatch(source)
     if repository is None and not path.is_dir():
         raise ValueError(f'{source}: no such file or folder; expected {SOURCES}')
     return _saved(path, repository and repository[2], repository and (repository[3] or '')[1:] or None)

@@ -119,8 +119,8 @@ class ZZZClassifier:
         sklearn.utils.multiclass.check_classification_targets(y)
         encoder = sklearn.preprocessing.LabelEncoder().fit(y)
         options: Dict[str, Any] = dict(self.get_params(), dtype=torch.float64)
-        if isinstance(self.rank, int):
-            options['rank'] = min(self.rank, X.shape[1])
+        if hasattr(self.rank, '__index__') and not isinstance(self.rank, bool):  # of NumPy too
+            options['rank'] = min(int(self.rank), X.shape[1])
         estimator = ZZZFit(len(encoder.classes_), **options)
         self.head_, self.classes_ = estimator.fit(X, encoder.transform(y)).to_head(), encoder.classes_
         return self

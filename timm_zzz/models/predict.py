@@ -9,6 +9,7 @@ from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Se
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.loader import adapt_to_chs
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -32,7 +33,6 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 SCORE = 'relative_mahalanobis'  # takes off the direction that all means share after a flat start or a fit
-STEPS = 100  # between the quantiles that are kept
 _MAX_QUANTILES = 1001
 _ATTRIBUTE = 'zzz_percentiles'  # of a model
 
@@ -40,12 +40,12 @@ Images = Union[str, 'os.PathLike[str]', Image.Image]
 
 
 class Prediction(NamedTuple):
-    """What a model makes of an image.
+    """Hold the most probable classes of an image.
 
     Attributes:
-        names: The most probable classes, the first most so.
-        probabilities: Theirs, of all classes.
-        percentile: Percentage of the held-out images that are less outlying; None if the model has no percentiles.
+        names: The classes, the most probable first.
+        probabilities: Of these classes, by the softmax over all classes.
+        percentile: Percentage of the held-out images that are not more outlying; None without percentiles.
         error: Why there is no prediction, for an image that can't be read; then the others are empty.
     """
 
@@ -102,22 +102,23 @@ def _digest(model: nn.Module) -> str:
 
 
 def keep_percentiles(model: nn.Module, found: Any) -> None:
-    """Let a model carry the percentiles that a file holds, unless its heads are others than those they are of."""
+    """Attach the percentiles that a file holds to a model, unless they are of other weights of its heads."""
     percentiles = Percentiles.checked(found)
     if percentiles.head_sha256 == _digest(model):
         setattr(model, _ATTRIBUTE, percentiles)
 
 
 def measure_percentiles(model: nn.Module, features: Dict[str, Tensor]) -> None:
-    """Let a model carry the percentiles of held-out images, by what its heads were given for them: (N, d) by path."""
+    """Measure percentiles of held-out images and attach them to the model; features are (N, d) by the head's path."""
     scores = _Outlyingness(model, SCORE)(features)
     if scores is not None and scores.isfinite().all():
-        quantiles = torch.quantile(scores.double(), torch.linspace(0, 1, STEPS + 1).to(scores.device, torch.float64))
+        count = min(max(len(scores), 2), _MAX_QUANTILES)  # all of them, if there are no more
+        quantiles = torch.quantile(scores.double(), torch.linspace(0, 1, count).to(scores.device, torch.float64))
         setattr(model, _ATTRIBUTE, Percentiles(SCORE, tuple(quantiles.tolist()), _digest(model)))
 
 
 def percentiles_of(model: nn.Module) -> Optional[Percentiles]:
-    """Return the percentiles that a model carries, None if there are none of the heads that it has now."""
+    """Return the percentiles attached to a model; None without, or if its heads have changed since."""
     found: Optional[Percentiles] = getattr(model, _ATTRIBUTE, None)
     if found is not None and found.head_sha256 != _digest(model):
         _logger.warning('The outlier percentiles are of other weights than the heads have now: they are left out.')
@@ -154,7 +155,7 @@ class _Outlyingness:
 
 
 class _Prepared(Dataset):
-    """Images as a model takes them, or why there is none."""
+    """Prepare images as a model takes them; in place of one that can't be read stands its error."""
 
     def __init__(self, images: Sequence[Images], config: Dict[str, Any]):
         self.images = images
@@ -257,6 +258,8 @@ def iterate_predictions(
     if len(names) != count:
         raise ValueError(f'class_names: got {len(names)} names for {count} classes')
     config = {**input_config(plain), **(data_config or {})}
+    channels = config['input_size'][0]
+    config.update({key: adapt_to_chs(config[key], channels) for key in ('mean', 'std')})
     loader = DataLoader(
         cast(Any, _Prepared(images, config)),
         batch_size,
