@@ -365,7 +365,6 @@ def test_errors_name_the_option(create, colours, broken, tmp_path):
             'zzz_fit: y: expected class indices from 0',
         ),
         (dict(zzz_fit=[]), 'zzz_fit: no examples yet'),
-        (dict(zzz_fit='torch/cifar10:train'), 'zzz_fit: torch/cifar10 has no images of a split train'),
         (dict(zzz_fit_preset='best'), "zzz_fit: preset: expected one of frozen, finetune, got 'best'"),
         (dict(num_classes=0), 'zzz_fit: num_classes=0 leaves the model no classifier to fit'),
         (dict(features_only=True), 'zzz_fit: it needs a classifier, features_only=True leaves none'),
