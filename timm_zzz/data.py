@@ -29,6 +29,7 @@ __all__ = [
     'UnknownClassesError',
     'counted',
     'eval_loader',
+    'file_of',
     'find_left_out',
     'open_split',
     'read_class_map',
@@ -76,6 +77,14 @@ class LeftOut(NamedTuple):
             unread = counted(self.unread, 'file')
             notes.append(f'{name}: left out files of formats that timm does not look for: {unread}')
         return notes
+
+
+def file_of(dataset: Any, i: int) -> str:
+    """Return the file of the ``i``-th image as timm names it, ``image i`` where it lies in none."""
+    try:
+        return str(dataset.filename(i))
+    except (AttributeError, NotImplementedError, AssertionError, KeyError):
+        return f'image {i}'
 
 
 class MissingSplitError(ValueError):

@@ -120,7 +120,7 @@ def test_difference_is_mcnemars():
 
 
 def test_labels():
-    """What paths do not share, or as they are given where that would not tell them apart."""
+    """Shorten paths to the parts they do not share; leave them whole where the rest would be the same."""
     assert labels(['out/train/a/best.tar', 'out/train/b/best.tar']) == ['a', 'b']
     assert labels(['a/x', 'b']) == ['a/x', 'b']
     assert labels(['.', '..']) == ['.', '..']

@@ -81,7 +81,7 @@ class Terminal(io.StringIO):
         return True
 
     def lines(self):
-        """What a terminal shows in the end."""
+        """List the lines that a terminal shows in the end."""
         for line in self.getvalue().split('\n'):
             shown = ''
             for text in line.split('\r'):

@@ -230,7 +230,7 @@ def test_percentiles(folder, calibrated, tmp_path, capsys):
 
 
 def test_interpolation_between_quantiles():
-    """As NumPy's, and at the ends 0 and 100, with equal quantiles too."""
+    """Interpolate as NumPy does, with 0 and 100 at the ends, also between equal quantiles."""
     quantiles = [-1.0, 0.0, 2.0, 2.5, 7.0]
     where = torch.tensor([-5.0, -1.0, -0.5, 0.0, 1.9, 2.2, 6.9, 7.0, 8.0])
     expected = np.interp(where.numpy(), quantiles, [0, 25, 50, 75, 100])

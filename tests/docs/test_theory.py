@@ -1,4 +1,4 @@
-"""What docs/theory.md claims and no other test checks, most of it in float64 against dense matrices."""
+"""Check the claims of docs/theory.md that no other test covers, most in float64 against dense matrices."""
 
 import ast
 import math

@@ -17,7 +17,7 @@ INTERNAL = {'not arithmetic', 'fuse'}
 
 
 def texts(node):
-    """What an expression may print, with … for what is only known when it runs."""
+    """List the texts that an expression may print, with … for parts known only when it runs."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return [node.value]
     if isinstance(node, ast.JoinedStr):

@@ -686,7 +686,7 @@ def precision(head):
 
 
 def largest_variance(head):
-    """Of v / sigma2."""
+    """Find the largest v / sigma2."""
     return class_gaussians_of(head).v.max().item() * precision(head)
 
 

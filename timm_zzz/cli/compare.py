@@ -3,17 +3,16 @@
 import argparse
 import csv
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from ..data import Split
+from ..data import file_of
 from ..metrics import Calibration, KeptLogits, Predictions, cross_calibrate, evaluate, reliability
 from .common import Images, amp_dtype_of, check_output, device_of, exit_on_error, positive_int, progress, written_whole
-from .run import Run, add_images_arguments, open_images
+from .run import Run, add_run_arguments, open_images
 from .trained import SOURCES, load_trained
 
 __all__ = ['Difference', 'difference', 'labels', 'main']
@@ -64,15 +63,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add('models', nargs='+', metavar='MODEL', help=SOURCES)
-    add('--data-dir', type=Path, required=True, metavar='DIR', help='the ImageFolder')
-    add('--class-map', type=Path, metavar='FILE.txt', help='class names by index, one per line')
-    add('--use-ema', action='store_true', help='take the averaged weights of checkpoints')
-    add('--model', metavar='NAME', help="timm's name of the models, if a checkpoint has none")
+    add_run_arguments(parser, 'models', nargs='+', metavar='MODEL', help=SOURCES)
     add('--show', type=positive_int, default=5, metavar='N', help='classes, and images, that are listed')
     add('-o', '--output', type=Path, metavar='FILE.csv', help='every image with the prediction of each model')
     add('--force', action='store_true', help='replace the file if it exists')
-    add_images_arguments(parser)
     return parser
 
 
@@ -90,20 +84,21 @@ def _compare(options: argparse.Namespace) -> None:
         check_output(options.output, options.force, '.csv')
         options.output.parent.mkdir(parents=True, exist_ok=True)
     device = device_of(options)
-    opened = [_open(source, options, device) for source in options.models]
-    first, names = opened[0][1], opened[0][1].class_names
-    files = _files(first.dataset)
-    for source, (_, data, _) in zip(options.models, opened, strict=True):
-        if data.class_names != names or _files(data.dataset) != files:
+    runs = [load_trained(source, use_ema=options.use_ema, model_name=options.model) for source in options.models]
+    opened = [open_images(options, run, device) for run in runs]
+    images = [
+        (split.class_names, [file_of(split.dataset, i) for i in range(len(split.dataset))]) for split, *_ in opened
+    ]
+    names, files = images[0]
+    for source, each in zip(options.models, images, strict=True):
+        if each != (names, files):
             raise ValueError(f'{source}: its classes are others than those of {options.models[0]}, or in another order')
-    results = []
-    for label, (run, _, loader) in zip(labels(options.models), opened, strict=True):
-        kept = KeptLogits()
-        keep = partial(_keep, kept)
-        with progress(loader, label) as batches:
-            predictions = evaluate(run.model.to(device), batches, device, amp_dtype_of(options, run.args), keep)
-        run.model.cpu()
-        results.append(Result(label, predictions, cross_calibrate(kept.logits, predictions.target[:: kept.step])))
+    results = [
+        _evaluated(label, run, loader, options, device)
+        for label, run, (_, loader, _) in zip(labels(options.models), runs, opened, strict=True)
+    ]
+    model: Any = runs[0].model
+    names = names or [f'class {c}' for c in range(model.num_classes)]
     _print(results, names, files, options)
     if options.output:
         with written_whole(options.output) as draft:
@@ -111,14 +106,14 @@ def _compare(options: argparse.Namespace) -> None:
         print(options.output)
 
 
-def _open(source: str, options: argparse.Namespace, device: torch.device) -> Tuple[Run, Split, Images]:
-    run = load_trained(source, use_ema=options.use_ema, model_name=options.model)
-    data, loader, _ = open_images(options, run, device)
-    return run, data, loader
-
-
-def _keep(kept: KeptLogits, images: Tensor, logits: Tensor, batch: Predictions, start: int) -> None:
-    kept.add(start, logits)
+def _evaluated(label: str, run: Run, loader: Images, options: argparse.Namespace, device: torch.device) -> Result:
+    kept, amp_dtype = KeptLogits(), amp_dtype_of(options, run.args)
+    with progress(loader, label) as batches:
+        predictions = evaluate(
+            run.model.to(device), batches, device, amp_dtype, lambda _, logits, __, start: kept.add(start, logits)
+        )
+    run.model.cpu()
+    return Result(label, predictions, cross_calibrate(kept.logits, predictions.target[:: kept.step]))
 
 
 def labels(sources: Sequence[str]) -> List[str]:
@@ -135,14 +130,6 @@ def labels(sources: Sequence[str]) -> List[str]:
     end = next((i for i in range(shared - start) if len({path[-1 - i] for path in paths}) > 1), max(0, shared - start))
     found = ['/'.join(path[start : len(path) - end]) for path in paths]
     return found if all(found) and len({*found}) == len(found) else list(sources)
-
-
-def _files(dataset: Any) -> List[str]:
-    """List the files of the images; numbers where they lie in none."""
-    try:
-        return [str(name) for name in dataset.filenames(absolute=False)]
-    except (AttributeError, NotImplementedError, AssertionError, KeyError):
-        return [f'image {i}' for i in range(len(dataset))]
 
 
 def _print(results: Sequence[Result], names: Sequence[str], files: Sequence[str], options: argparse.Namespace) -> None:
@@ -178,16 +165,16 @@ def _print_difference(first: Result, other: Result, names: Sequence[str], files:
         f'\n{other.name} against {first.name}: top-1 {found.top1:+.2f} (95 % interval {low:+.2f} to {high:+.2f}), '
         f"McNemar's test p = {found.p_value:.2g}"
     )
-    target, count = first.predictions.target, len(names) or int(first.predictions.target.max()) + 1
+    target, count = first.predictions.target, len(names)
     images = target.bincount(minlength=count)
     gain = target.bincount(new.double() - right.double(), minlength=count).long()
     for what, sign in (('gained', 1), ('lost', -1)):
         order = (sign * gain).sort(descending=True, stable=True)[1][:show].tolist()
-        classes = [f'{_name(names, c)} {int(gain[c]):+d} of {int(images[c])}' for c in order if sign * gain[c] > 0]
+        classes = [f'{names[c]} {int(gain[c]):+d} of {int(images[c])}' for c in order if sign * gain[c] > 0]
         _print_items(f'classes that {what} most', classes)
     for result, rest, mask in ((other, first, new & ~right), (first, other, right & ~new)):
         which = mask.nonzero()[:, 0].tolist()
-        shown = [f'{files[i]} (not {_name(names, int(rest.predictions.prediction[i]))})' for i in which[:show]]
+        shown = [f'{files[i]} (not {names[int(rest.predictions.prediction[i])]})' for i in which[:show]]
         if len(which) > show:
             shown.append(f'and {len(which) - show} more')
         _print_items(f'{len(which)} images that only {result.name} gets right', shown)
@@ -195,10 +182,6 @@ def _print_difference(first: Result, other: Result, names: Sequence[str], files:
 
 def _print_items(title: str, items: Sequence[str]) -> None:
     print(f'  {title}:' if items else f'  {title}: none', *items, sep='\n    ')
-
-
-def _name(names: Sequence[str], c: int) -> str:
-    return names[c] if names else f'class {c}'
 
 
 def _write(path: Path, results: Sequence[Result], names: Sequence[str], files: Sequence[str]) -> None:
@@ -209,7 +192,7 @@ def _write(path: Path, results: Sequence[Result], names: Sequence[str], files: S
             ['image', 'class', *(f'{each.name}{what}' for each in results for what in ('', ' probability'))]
         )
         for i, target in enumerate(results[0].predictions.target.tolist()):
-            row = [files[i], _name(names, target)]
+            row = [files[i], names[target]]
             for result in results:
-                row += [_name(names, int(result.predictions.prediction[i])), f'{result.predictions.confidence[i]:.6g}']
+                row += [names[int(result.predictions.prediction[i])], f'{result.predictions.confidence[i]:.6g}']
             writer.writerow(row)

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from .. import __version__
+from ..data import file_of
 from ..functional import normalize
 from ..head import heads_of, record_inputs
 from ..metrics import KeptLogits, Predictions, cross_calibrate, evaluate, reliability
 from ..models.attach import find_classifiers
 from ..scores import ClassGaussians, class_gaussians_of, log_density
-from .common import amp_dtype_of, check_output, data_config_of, device_of, exit_on_error, progress
+from .common import amp_dtype_of, check_output, data_config_of, device_of, exit_on_error, progress, written_whole
 from .figures import (
     MAX_COLORS,
     STYLE,
@@ -320,15 +321,12 @@ def spectra_of(seen: Seen, names: Sequence[str]) -> Dict[str, Any]:
 
 def name_of(dataset: Any, i: int) -> str:
     """Name the file of an image, as far as there are files: that which timm takes where the ``i``-th can't be read."""
-    try:
-        name = str(dataset.filename(i))
-    except (AttributeError, NotImplementedError, AssertionError, KeyError):  # data that is in no files
-        return f'image {i}'
+    name = file_of(dataset, i)
     with suppress(Exception):  # what is not read by a reader and PIL
         for j in range(i, i + len(dataset)):
             with suppress(OSError), Image.open(dataset.reader[j % len(dataset)][0]) as image:
                 image.load()
-                other = str(dataset.filename(j % len(dataset)))
+                other = file_of(dataset, j % len(dataset))
                 return name if j == i else f"{other} (in the place of {name}, which can't be read)"
     return name
 
@@ -422,8 +420,8 @@ def write_report(
             median_density=None if seen.density is None else seen.density.double().median(),
             outliers=outliers_of(seen, dataset),
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding='utf-8')
+    with written_whole(output) as draft:
+        draft.write_text(page, encoding='utf-8')
 
 
 # The command
@@ -439,7 +437,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add_run_arguments(parser, SOURCES)
+    add_run_arguments(parser, help=SOURCES)
     add('--output', type=Path, default=Path('report.html'), metavar='FILE', help='the page')
     add('--force', action='store_true', help='replace the page if it exists')
     return parser
@@ -457,7 +455,7 @@ def _report(options: argparse.Namespace) -> None:
     check_extra()
     output: Path = options.output
     device = device_of(options)
-    run = load_trained(str(options.checkpoint), use_ema=options.use_ema, model_name=options.model)
+    run = load_trained(options.checkpoint, use_ema=options.use_ema, model_name=options.model)
     amp_dtype = amp_dtype_of(options, run.args)
     data, loader, config = open_images(options, run, device)
     check_output(output, options.force)

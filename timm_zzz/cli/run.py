@@ -16,6 +16,7 @@ from torch import nn
 
 from ..data import SPLIT_FOLDERS, Split, find_left_out, open_split, read_class_map
 from ..head import same_shape
+from ..hub.config import BUILDER_ARGS
 from ..models.attach import FIT_PREFIX
 from ..models.checkpoint import build_model, load_weights
 from ..models.predict import keep_percentiles
@@ -61,27 +62,21 @@ _USED = (
     *('dataset', 'data_dir', 'class_map', 'train_split', 'val_split', 'eval_metric'),
     *('pretrained', 'pretrained_path', 'initial_checkpoint', 'amp', 'amp_dtype'),
 )
-_PREPARED = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode', 'num_classes')
-# Arguments of create_model that say which files to open: of no use where all weights come from the checkpoint
-_NOT_FROM_FILES = {
-    *('pretrained', 'pretrained_path', 'pretrained_cfg', 'pretrained_cfg_overlay'),
-    *('checkpoint_path', 'cache_dir', 'any_head', 'name', 'model_name'),
-}
 _POSITIVE = ('input_size', 'img_size', 'in_chans', 'crop_pct')
 _TYPES: Dict[str, Any] = {'str': str, 'int': int, 'float': (int, float), 'flag': bool, 'mapping': dict}
 
 
 @dataclass
 class Run:
-    """A model that train.py trained, and what it wrote about it."""
+    """A trained model, and what train.py wrote about it."""
 
     checkpoint: Path
     model: nn.Module
-    averaged: bool  # the weights, by EMA
-    args: Mapping[str, Any]  # of train.py; empty if not known
-    data_config: Dict[str, Any]  # preprocessing at test time, as of save_pretrained
-    epoch: Optional[int]  # counted from 0
-    summary: Optional[Path]  # summary.csv
+    averaged: bool = False  # the weights, by EMA
+    args: Mapping[str, Any] = field(default_factory=dict)  # of train.py; empty if not known
+    data_config: Dict[str, Any] = field(default_factory=dict)  # preprocessing at test time, as of save_pretrained
+    epoch: Optional[int] = None  # counted from 0
+    summary: Optional[Path] = None  # summary.csv
     top1: Optional[float] = None  # on the validation images, in percent
     notes: List[str] = field(default_factory=list)  # why there is no top1
     calibration: str = ''  # what was folded into the heads, a line each time
@@ -166,8 +161,17 @@ def args_of(settings: Mapping[str, Any]) -> Dict[str, Any]:
     """Of the options of train.py return those that a model is built and images are prepared by."""
     keys = (*_DATA_OPTIONS, 'model_kwargs', 'gp', 'bn_momentum', 'bn_eps')
     found = {key: settings[key] for key in keys if settings.get(key) is not None}
-    kwargs = {key: value for key, value in found.get('model_kwargs', {}).items() if key not in _NOT_FROM_FILES}
-    return {**found, 'model_kwargs': kwargs}
+    return {**found, 'model_kwargs': _model_kwargs(found)}
+
+
+def _model_kwargs(args: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return the arguments of a model's class: all weights are at hand, so none may say what else to open."""
+    kwargs: Dict[str, Any] = args.get('model_kwargs') or {}
+    others = {'any_head', 'pretrained_path', *BUILDER_ARGS}  # of build_model and timm's own functions
+    found = {key: value for key, value in kwargs.items() if not key.startswith(FIT_PREFIX) and key not in others}
+    if isinstance(overlay := kwargs.get('pretrained_cfg_overlay'), dict):  # of which the preprocessing stays
+        found['pretrained_cfg_overlay'] = {key: value for key, value in overlay.items() if key in _DATA_OPTIONS}
+    return found
 
 
 def _is(option: Option, value: Any) -> bool:
@@ -209,16 +213,7 @@ def build_for(name: str, args: Mapping[str, Any], state: Mapping[str, Any], any_
     size = args.get('input_size')
     options: Dict[str, Any] = dict(bn_momentum=args.get('bn_momentum'), bn_eps=args.get('bn_eps'))
     options.update(num_classes=counts.pop(), in_chans=args.get('in_chans') or (size[0] if size else 3))
-    model_kwargs = {
-        key: value
-        for key, value in (args.get('model_kwargs') or {}).items()
-        if not key.startswith(FIT_PREFIX) and key not in _NOT_FROM_FILES
-    }
-    overlay = (args.get('model_kwargs') or {}).get('pretrained_cfg_overlay')
-    if isinstance(overlay, dict):  # how images are prepared
-        prepared = {key: value for key, value in overlay.items() if key in ('input_size', *_PREPARED)}
-        model_kwargs['pretrained_cfg_overlay'] = prepared
-    options.update({'global_pool': args.get('gp'), **model_kwargs})
+    options.update({'global_pool': args.get('gp'), **_model_kwargs(args)})
     model = build_model(name, any_head=any_head, **options)
     if any(key in state and not same_shape(key, state[key].shape, t.shape) for key, t in model.state_dict().items()):
         # Newer versions of train.py build models of a fixed input size for the size that they train at.
@@ -297,12 +292,10 @@ def class_names(run: Run, class_map: Optional[Path], data_dir: Optional[Path]) -
 # Images to evaluate a run on
 
 
-def add_run_arguments(
-    parser: argparse.ArgumentParser, what: str = "e.g. output/train/NAME/model_best.pth.tar, or the run's folder"
-) -> None:
-    """Add the run, ``what`` says which, and the images that a command evaluates it on."""
+def add_run_arguments(parser: argparse.ArgumentParser, name: str = 'checkpoint', **run: Any) -> None:
+    """Add the run and the images that a command evaluates it on; ``run`` are the arguments of add_argument for it."""
     add = parser.add_argument
-    add('checkpoint', type=Path, help=what)
+    add(name, **(run or dict(type=Path, help="e.g. output/train/NAME/model_best.pth.tar, or the run's folder")))
     add('--data-dir', type=Path, required=True, metavar='DIR', help='the ImageFolder')
     add('--class-map', type=Path, metavar='FILE.txt', help='class names by index, one per line')
     add('--use-ema', action='store_true', help='take the averaged weights')

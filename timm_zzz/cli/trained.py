@@ -62,7 +62,7 @@ def _saved(path: Path, repo_id: Optional[str], revision: Optional[str]) -> Run:
             model = timm.create_model(f'{"hf-hub" if repo_id else "local-dir"}:{name}', pretrained=True)
         except Exception as e:  # whatever a file of anyone makes timm raise
             raise ValueError(f'{name}: {one_line(e)}') from e
-    return Run(Path(name), model, False, {}, {}, None, None, names=label_names(model))
+    return Run(Path(name), model, names=label_names(model))
 
 
 def _fitted(path: Path, model_name: Optional[str]) -> Run:
@@ -80,4 +80,4 @@ def _fitted(path: Path, model_name: Optional[str]) -> Run:
         raise ValueError(f'--model: {path} does not name the model')
     model = build_for(name, args, state, any_head=True)
     load_weights(model, state, str(path))
-    return Run(path, model, False, args, data_config_of_args(args), None, None, names=[str(name) for name in names])
+    return Run(path, model, args=args, data_config=data_config_of_args(args), names=[str(name) for name in names])

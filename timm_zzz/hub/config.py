@@ -25,6 +25,7 @@ from ..models.predict import Percentiles
 from ..models.registry import SOURCE_KEYS, TAG
 
 __all__ = [
+    'BUILDER_ARGS',
     'CONFIG',
     'PERCENTILES',
     'SECTION',
@@ -55,7 +56,7 @@ _MAX_BUFFER = 2**24  # elements of what is not saved, e.g. indices of relative p
 
 # What timm's functions that build a model act on; the others go to the model's class, where sizes are held against the
 # weights.
-_BUILDER_ARGS = set('features_only out_indices feature_cls pruned device dtype'.split()).union(
+BUILDER_ARGS = set('features_only out_indices feature_cls pruned device dtype'.split()).union(
     *(signature(function).parameters for function in (timm.create_model, timm.models.build_model_with_cfg))
 )
 _CONFIG_KEYS = {SECTION}.union(
@@ -101,7 +102,7 @@ def _check_config(config: Dict[str, Any]) -> None:
     is_model = isinstance(name, str) and '.' not in name and timm.is_model(name)
     _refuse(f'architecture: timm knows no {_short(name)}', not is_model)
     _refuse('model_args: expected an object', not isinstance(args, dict))
-    builders = some(sorted(key for key in args if key in _BUILDER_ARGS or key.startswith(FIT_PREFIX)))
+    builders = some(sorted(key for key in args if key in BUILDER_ARGS or key.startswith(FIT_PREFIX)))
     _refuse(f'model_args: {builders} is not allowed there', builders)
     _refuse('no zzz_rank: not a model with a ZZZ head', not _is_zzz(args, cfg))
     for key, value in args.items():
