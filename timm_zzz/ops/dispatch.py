@@ -1,6 +1,6 @@
-"""The functions that choose an implementation: PyTorch's operations, or the Triton kernels where they can run.
+"""Choose the implementation of the head's functions: PyTorch operations, or the Triton kernels where they can run.
 
-The kernels are imported where they can run, and not before they do.
+The kernels are imported when they are first used.
 """
 
 import functools
@@ -29,15 +29,15 @@ __all__ = [
 
 IMPLS = ('auto', 'torch', 'triton')
 
-# The largest rank and width that the kernels were made for: a class's r x r matrix and a whole row in one program
+# Limits of the kernels: one program holds the r x r matrix of a class, or a whole row
 MAX_RANK, MAX_WIDTH = 32, 16384
-MIN_TRITON = (3, 6)  # the oldest that they were tested with on a GPU, which comes with torch 2.10
+MIN_TRITON = (3, 6)  # the oldest version tested on a GPU, which comes with torch 2.10
 
 _logger = logging.getLogger(__name__)
 
 
 def check_impl(impl: str) -> str:
-    """Return the name of an implementation, or raise a ValueError."""
+    """Return ``impl``, or raise a ValueError if there is no implementation of that name."""
     if impl not in IMPLS:
         raise ValueError(f'impl: expected one of {", ".join(IMPLS)}, got {impl!r}')
     return impl
@@ -48,13 +48,13 @@ def choose(impl: str, tensors: Sequence[Tensor], width: int, rank: int, refusal:
 
     Args:
         impl: 'auto', 'torch' or 'triton'.
-        tensors: All that the kernels would read.
-        width: d.
-        rank: r.
-        refusal: Why the kernels can't do what is asked, if the caller knows a reason.
+        tensors: All tensors that the kernels would read.
+        width: Width d of the embeddings.
+        rank: Rank r.
+        refusal: Reason why the kernels can't be used, if the caller knows one.
 
     Raises:
-        ValueError: If ``impl`` is unknown, or 'triton' where the kernels can't run, with the reason.
+        ValueError: If ``impl`` is unknown, or if it is 'triton' and the kernels can't run; the message has the reason.
     """
     if check_impl(impl) == 'torch':
         return 'torch'
@@ -72,7 +72,7 @@ def choose(impl: str, tensors: Sequence[Tensor], width: int, rank: int, refusal:
 
 
 def choose_for_head(impl: str, features: Tensor, p: Parameters) -> str:
-    """:func:`choose` for the logits of a head."""
+    """Resolve an ``impl`` argument for the logits of a head, by :func:`choose`."""
     C, d = p.weight.shape
     if p.A is None or p.v_raw is None:
         return choose(impl, [features], d, 0)
@@ -130,20 +130,20 @@ def _cached_device_refusal(device_type: str, index: Optional[int]) -> Optional[s
 
 
 def _half_products(features: Tensor) -> bool:
-    """Whether large matrix products may round their factors to 16 bits: autocast is on, or the features have 16."""
+    """Tell whether large matrix products may round factors to 16 bits: under autocast, or for 16-bit features."""
     return features.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(features.device.type)
 
 
 def orthonormal_basis(A: Tensor, impl: str = 'auto') -> Tensor:
     """Compute an orthonormal basis of the column spaces: the Q factor of A = Q R with a positive diagonal in R.
 
-    Differentiable once and twice, and batched. By Cholesky QR for well-conditioned matrices, on the CPU in eager mode
-    and on NVIDIA GPUs with Triton; otherwise by Gram-Schmidt. Precise under autocast too, and without synchronising
-    with the device.
+    It is twice differentiable. Autocast does not lower the precision, and nothing synchronises with the device.
+    Well-conditioned matrices take Cholesky QR, on the CPU in eager mode and on NVIDIA GPUs with Triton; all others take
+    Gram-Schmidt. See docs/theory.md, sections 5 and 6.
 
-    Scaling a column by a positive factor, or multiplying A from the right by an upper-triangular matrix with a positive
-    diagonal, changes nothing. Columns that depend on the earlier ones (zero columns among them) are completed to an
-    orthonormal basis and receive a zero gradient.
+    The basis stays the same if a column is multiplied by a positive factor, or A from the right by an upper-triangular
+    matrix with a positive diagonal. Columns that depend linearly on earlier ones (such as zero columns) are replaced by
+    vectors that complete an orthonormal basis, and receive a zero gradient.
 
     Args:
         A: Matrices of shape (..., d, r), r <= d.
@@ -153,7 +153,7 @@ def orthonormal_basis(A: Tensor, impl: str = 'auto') -> Tensor:
         Matrices of shape (..., d, r) with orthonormal columns.
 
     Raises:
-        ValueError: If ``impl`` is unknown, or ``'triton'`` where that can't run.
+        ValueError: If ``impl`` is unknown, or if it is ``'triton'`` and the kernels can't run.
 
     Example:
         >>> A = torch.tensor([[[2., 1.], [0., 1.], [0., 0.]]])
@@ -187,8 +187,11 @@ def class_gaussians(
     Arguments and shapes as in :func:`zzz_logits`.
 
     Returns:
-        Class means mu (C, d), orthonormal bases (C, d, r) and variances v (C, r), both None for rank 0, and sigma2 (),
-        which :func:`gaussian_logits` and :func:`log_density` take.
+        Class means mu (C, d), orthonormal bases (C, d, r) and variances v (C, r), both None for rank 0, and sigma2 ():
+        the arguments of :func:`gaussian_logits` and :func:`log_density`.
+
+    Raises:
+        ValueError: As in :func:`orthonormal_basis`.
     """
     basis = None if A is None else orthonormal_basis(A, impl)
     return reference.class_gaussians(weight, basis, v_raw, sigma2_raw, v_min, sigma2_min)
@@ -212,9 +215,10 @@ def zzz_logits(
     ``v_c = softplus(v_raw_c) + v_min`` and ``sigma2 = softplus(sigma2_raw) + sigma2_min``, the logit of class c is
     :func:`gaussian_logits` plus bias_c.
 
-    Computed in float32, or in float64 if the features or the weight are, whatever autocast says. Triton rounds the
-    factors of the largest matrix products, which are unit vectors, to float16 if autocast is on or the features have 16
-    bits, and adds in float32. It gives first derivatives only; higher ones, and torch.func, take ``impl='torch'``.
+    The computation is in float32, or in float64 if the features or the weight are, also under autocast. If autocast is
+    on or the features have 16 bits, the Triton kernels round the factors of the largest matrix products, which are unit
+    vectors, to float16, and accumulate in float32. They give first derivatives only: use ``impl='torch'`` for higher
+    derivatives and torch.func.
 
     Args:
         features: Pooled embeddings, shape (..., d).
@@ -226,22 +230,23 @@ def zzz_logits(
         v_min: Lower bound of the variances along the basis.
         sigma2_min: Lower bound of the isotropic variance.
         impl: ``'torch'``, ``'triton'`` or ``'auto'``, which takes Triton where it can run: on an NVIDIA GPU of compute
-            capability 8.0 or higher, for ranks 1 to 32, and no float64. Traced, scripted and exported code is torch's.
-        log_density: Give log N(x; mu_c, Sigma_c) + d/2 log(2 pi) + bias_c instead, which has the same softmax. The term
-            that all classes share is hundreds of nats: not for sigmoids, 16 bits or int8.
+            capability 8.0 or higher, for ranks 1 to 32, and not in float64. Traced, scripted and exported code uses
+            torch.
+        log_density: Return log N(x; mu_c, Sigma_c) + d/2 log(2 pi) + bias_c instead. It has the same softmax, but the
+            term that all classes share is hundreds of nats: do not use it with sigmoids, 16-bit floats or int8.
 
     Returns:
         Logits, shape (..., C), float32 or float64.
 
     Raises:
-        ValueError: If the last dimension of the features is not d, if ``impl`` is unknown, or ``'triton'`` where that
-            can't run.
+        ValueError: If the last dimension of the features is not d, if ``impl`` is unknown, or if it is ``'triton'`` and
+            the kernels can't run.
     """
     _check_width(features, weight.shape[-1])
     p = Parameters(weight, bias, A, v_raw, sigma2_raw)
     logits: Optional[Tensor] = None
     if torch.jit.is_scripting():
-        if not torch.is_grad_enabled():  # TorchScript would save for a backward pass, in inference mode too
+        if not torch.is_grad_enabled():  # TorchScript would save tensors for a backward pass, even in inference mode
             p = _detached(p)
     else:
         if choose_for_head(impl, features, p) == 'triton':
@@ -265,17 +270,17 @@ def _detached(p: Parameters) -> Parameters:
 
 
 def _kernel_logits(features: Tensor, p: Parameters, v_min: float, sigma2_min: float) -> Tensor:
-    from . import triton_ops  # apart, since TorchScript, which never gets here, can't compile an import
+    from . import triton_ops  # in a function of its own: TorchScript can't compile an import
 
-    parameters: Any = p  # all there: the kernels refuse rank 0
+    parameters: Any = p  # none of them is None: the kernels refuse rank 0
     return triton_ops.logits(features, parameters, v_min, sigma2_min, not _half_products(features))
 
 
 def fused_embeddings(features: Tensor, width: int, like: Tensor) -> Tensor:
-    """Normalise embeddings (..., d) in at least float32, and give them the dtype of another tensor.
+    """Normalise embeddings (..., d) in at least float32, and convert them to the dtype of ``like``.
 
     Raises:
-        ValueError: If the last dimension of the features is not the width.
+        ValueError: If the last dimension of the features is not ``width``.
     """
     _check_width(features, width)
     wide = features.dtype == torch.float64 or like.dtype == torch.float64
@@ -283,9 +288,9 @@ def fused_embeddings(features: Tensor, width: int, like: Tensor) -> Tensor:
 
 
 def fused_logits(outputs: Tensor, features: Tensor, sigma2: Tensor, num_classes: int, rank: int) -> Tensor:
-    """Sum up the outputs of a fused head's linear layer, see ``timm_zzz.ops.reference.fused_logits``.
+    """Compute logits from the outputs of a fused head's linear layer, in float64 if the features are float64.
 
-    In float64 if the features are.
+    Shapes as in ``timm_zzz.ops.reference.fused_logits``.
     """
     logits = reference.fused_logits(outputs, sigma2, num_classes, rank)
     return logits.to(torch.float64) if features.dtype == torch.float64 else logits
@@ -294,13 +299,16 @@ def fused_logits(outputs: Tensor, features: Tensor, sigma2: Tensor, num_classes:
 def fused_plan(
     features: Tensor, rows: Tensor, offsets: Tensor, sigma2: Tensor, num_classes: int, impl: str = 'auto'
 ) -> Any:
-    """Make what computes a fused head's logits by the kernels, as a function of features like these.
+    """Prepare the kernels to compute a fused head's logits for features of the same device and dtype as these.
 
     Args:
-        rows, offsets: See ``timm_zzz.ops.reference.fuse``.
+        rows, offsets: As ``timm_zzz.ops.reference.fuse`` returns them.
 
     Returns:
-        A function of features, see :class:`timm_zzz.ops.triton_ops.FusedLogits`; None where the kernels can't run.
+        A function of features, see :class:`timm_zzz.ops.triton_ops.FusedLogits`; None if the kernels can't run.
+
+    Raises:
+        ValueError: If the last dimension of the features is not d, and as in :func:`choose`.
     """
     rank, d = rows.shape[0] // num_classes - 1, rows.shape[1]
     _check_width(features, d)
@@ -317,6 +325,6 @@ def _check_width(features: Tensor, width: int) -> None:
 
 
 def autocasts(features: Tensor) -> bool:
-    """Tell whether autocast is on where the features are."""
-    # Asking autocast whether it knows the meta device would break the graph of torch.compile in torch 2.11.
+    """Tell whether autocast is on for the device of the features."""
+    # Asking autocast about the meta device breaks the graph of torch.compile in torch 2.11.
     return features.device.type != 'meta' and torch.is_autocast_enabled(features.device.type)

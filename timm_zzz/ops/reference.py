@@ -1,16 +1,16 @@
-"""The mathematics of the ZZZ head in plain PyTorch: what every other implementation is held against.
+"""The mathematics of the ZZZ head in plain PyTorch: the reference for every other implementation.
 
 A class ``c`` is a Gaussian over L2-normalised embeddings with mean ``mu_c`` and covariance::
 
     Sigma_c = U_c diag(v_c) U_c^T + sigma2 I,        U_c^T U_c = I,
 
 of which only ``U_c`` (d x r), ``v_c`` (r) and the scalar ``sigma2`` are stored. No d x d matrix and no tensor of shape
-(batch, classes, d) is ever formed: with ``a = 1 / sigma2``, ``delta = x - mu_c``, ``t = U_c^T delta``::
+(batch, classes, d) is formed: with ``a = 1 / sigma2``, ``delta = x - mu_c``, ``t = U_c^T delta``::
 
     delta^T Sigma_c^-1 delta = a |delta|^2 - a sum_i t_i^2 (a v_i) / (1 + a v_i)       (Woodbury identity)
     log |Sigma_c|            = d log sigma2 + sum_i log(1 + a v_i)                      (matrix determinant lemma)
 
-Functions of tensors in the dtype of their arguments, and differentiable in all of them, unless they say otherwise.
+Unless they say otherwise, functions compute in the dtype of their arguments and are differentiable in all of them.
 """
 
 import math
@@ -53,7 +53,7 @@ class Parameters(NamedTuple):
 def normalize(x: Tensor) -> Tensor:
     """Divide vectors by their Euclidean norm; zero vectors stay zero.
 
-    Exact over the whole range of the dtype (``|x|^2`` may overflow or underflow), and with a finite gradient at zero.
+    The result is accurate even where ``|x|^2`` overflows or underflows, and the gradient at zero is finite.
 
     Args:
         x: Vectors, shape (..., d).
@@ -66,25 +66,25 @@ def normalize(x: Tensor) -> Tensor:
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
-    # The result does not depend on the scale, so its gradient needs no term for it.
+    # The result does not depend on the scale, so the gradient needs no term for it.
     x = x / _scale(x)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.where(norm > 0, norm, torch.ones_like(norm))
 
 
 def _gram_schmidt(rows: Tensor) -> Tuple[Tensor, Tensor]:
-    """Gram-Schmidt with one re-orthogonalisation, which is enough (Giraud et al. 2005, doi:10.1007/s00211-005-0615-4).
+    """Orthonormalise by Gram-Schmidt with one re-orthogonalisation.
 
-    Element-wise products and sums instead of matrix products: neither autocast nor TF32 can lower their precision, and
-    there is no factorisation that raises or synchronises with the device.
+    One is enough (Giraud et al. 2005, doi:10.1007/s00211-005-0615-4). Element-wise products and sums take the place of
+    matrix products, whose precision autocast or TF32 would lower. No step raises or synchronises with the device.
 
     Args:
         rows: Vectors to orthonormalise in order, shape (..., r, d), r <= d.
 
     Returns:
         Orthonormal rows q of shape (..., r, d) and upper-triangular R of shape (..., r, r) with rows = R^T q. A row
-        that depends on those before it is replaced by a unit vector orthogonal to them and gets a huge diagonal entry
-        in R, so that no gradient flows back to it.
+        that depends linearly on earlier ones is replaced by a unit vector orthogonal to them and gets a huge diagonal
+        entry in R, so that no gradient flows back to it.
     """
     r, d = rows.shape[-2], rows.shape[-1]
     eps = 2.3e-16 if rows.dtype == torch.float64 else 1.2e-7
@@ -102,7 +102,7 @@ def _gram_schmidt(rows: Tensor) -> Tuple[Tensor, Tensor]:
             coef = (basis * a.unsqueeze(-2)).sum(-1)
             a = a - (basis * coef.unsqueeze(-1)).sum(-2)
         dependent = torch.linalg.vector_norm(a, dim=-1, keepdim=True) <= 4 * eps * size
-        # The coordinate axis that the rows so far cover least keeps a distance of at least sqrt(1 / d) from their span.
+        # The coordinate axis with the least leverage is at least sqrt(1 / d) away from the span of the rows so far.
         axis = (coordinate == leverage.argmin(-1, keepdim=True)).to(a.dtype)
         a = torch.where(dependent, axis, a)
         if j > 0:
@@ -120,7 +120,7 @@ def _gram_schmidt(rows: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def _inverse_cholesky(gram: Tensor) -> Tuple[Tensor, Tensor]:
-    """The inverse of the Cholesky factor, and its squared Frobenius norm, infinite where there is no factor."""
+    """Compute the inverse of the Cholesky factor and its squared Frobenius norm, infinite if there is no factor."""
     factor, info = torch.linalg.cholesky_ex(gram)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
@@ -128,7 +128,7 @@ def _inverse_cholesky(gram: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def _cholesky_qr(rows: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """Cholesky QR, done twice where once is not enough (Yamamoto et al. 2015, ETNA 44, 306-326).
+    """Orthonormalise by Cholesky QR, twice where once is not accurate (Yamamoto et al. 2015, ETNA 44, 306-326).
 
     The error of q is that of the unit-diagonal Gram matrix, a few eps, times the squared norm of its inverse factor.
 
@@ -137,7 +137,7 @@ def _cholesky_qr(rows: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         Orthonormal rows q of shape (n, r, d), the upper-triangular X = R^-1 of shape (n, r, r), with rows = R^T q, and
-        a mask of shape (n,) of the matrices that are conditioned well enough; q and X of the others are meaningless.
+        a mask of shape (n,) of the well-conditioned matrices; q and X of the others are meaningless.
     """
     limits = torch.finfo(rows.dtype)
     gram = rows @ rows.mT
@@ -155,13 +155,13 @@ def _cholesky_qr(rows: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
 
 
 def _scale(x: Tensor) -> Tensor:
-    """The largest magnitude of each vector, 1 for zero vectors, as a constant."""
+    """Return the largest magnitude of each vector, 1 for zero vectors, as a constant."""
     scale = x.detach().abs().amax(-1, keepdim=True)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def _scaled_gram_schmidt(rows: Tensor) -> Tuple[Tensor, Tensor]:
-    """q and the inverse of R by Gram-Schmidt, for rows of any magnitude."""
+    """Compute q and the inverse of R by Gram-Schmidt, for rows of any magnitude."""
     scale = _scale(rows)
     q, R = _gram_schmidt(rows / scale)
     R = R.to(torch.promote_types(R.dtype, torch.float32))
@@ -172,7 +172,7 @@ def _scaled_gram_schmidt(rows: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def _may_branch(x: Tensor) -> bool:
-    """Whether Python may look at the values: not on an accelerator, and not while something records or batches."""
+    """Tell whether Python may read the values: on the CPU, and while nothing traces or batches the tensor."""
     return x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64) and is_plain([x])
 
 
@@ -187,9 +187,9 @@ def _orthonormalize_backward(q: Tensor, X: Tensor, grad_q: Optional[Tensor], gra
 
 
 class _Orthonormalize(torch.autograd.Function):
-    """q and X = R^-1 of A = q^T R, shapes (n, d, r) to (n, r, d) and (n, r, r).
+    """Autograd function from A = q^T R, shape (n, d, r), to q (n, r, d) and X = R^-1 (n, r, r).
 
-    The backward is in closed form, from q and X alone (Walter et al., arXiv:1009.6112).
+    The backward pass has a closed form in q and X (Walter et al., arXiv:1009.6112; docs/theory.md, section 6).
     """
 
     @staticmethod
@@ -221,25 +221,29 @@ class _Orthonormalize(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, A, factorize):
-        # By hand, so that forward never sees a batched tensor, whose values Python can't look at.
+        # Written out so that forward never gets a batched tensor, whose values Python can't read.
         A = A.movedim(in_dims[0], 0)
         q, X = _Orthonormalize.apply(A.flatten(0, 1), factorize)
         return (q.unflatten(0, A.shape[:2]), X.unflatten(0, A.shape[:2])), (0, 0)
 
 
 def orthonormal_rows(A: Tensor) -> Tensor:
-    """Orthonormalise the columns of A (..., d, r), r >= 1; returns them as rows, shape (..., r, d)."""
+    """Orthonormalise the columns of A (..., d, r), r >= 1; return them as rows, shape (..., r, d)."""
     rows = A.transpose(-1, -2)
-    if torch.jit.is_scripting():  # TorchScript knows no autograd.Function
+    if torch.jit.is_scripting():  # TorchScript does not support autograd.Function
         return _gram_schmidt(rows / _scale(rows))[0]
-    elif torch.onnx.is_in_onnx_export():  # ONNX knows no triangular solver
+    elif torch.onnx.is_in_onnx_export():  # ONNX has no triangular solver
         return _gram_schmidt(rows / _scale(rows))[0]
     else:
         return factorized_rows(A, None)
 
 
 def factorized_rows(A: Tensor, factorize: Optional[Callable[[Tensor], Tuple[Tensor, Tensor]]]) -> Tensor:
-    """Orthonormalise, with q (n, r, d) and R^-1 (n, r, r) of A = q^T R (n, d, r) from a function unless it is None."""
+    """Orthonormalise the columns of A (..., d, r); return them as rows, shape (..., r, d).
+
+    Args:
+        factorize: Function from A (n, d, r) to q (n, r, d) and R^-1 (n, r, r), where A = q^T R; PyTorch's if None.
+    """
     flat = A.reshape((-1,) + A.shape[-2:])
     return _Orthonormalize.apply(flat, factorize)[0].reshape(A.transpose(-1, -2).shape)
 
@@ -251,10 +255,10 @@ def gaussian_logits(
     v: Optional[Tensor],
     sigma2: Tensor,
 ) -> Tensor:
-    """Compare Gaussians with the isotropic one about the origin: log N(x; mu_c, Sigma_c) - log N(x; 0, sigma2 I).
+    """Compute log N(x; mu_c, Sigma_c) - log N(x; 0, sigma2 I) for each class c (docs/theory.md, eq. 6).
 
-    The log-densities of the classes less a term that all of them share, hundreds of nats or more: with the same
-    softmax, and small enough for a sigmoid, for 16 bits and for int8.
+    These are the log-densities of the classes minus a term that all of them share, hundreds of nats or more. The
+    softmax is the same, and the values are small enough for sigmoids, 16-bit floats and int8.
 
     Args:
         x: Embeddings, shape (..., d).
@@ -264,7 +268,7 @@ def gaussian_logits(
         sigma2: Isotropic variance, shape (), > 0.
 
     Returns:
-        Nats, shape (..., C).
+        Log-density ratios in nats, shape (..., C).
 
     Example:
         >>> x, sigma2 = torch.tensor([[1., 0.]]), torch.tensor(0.5)
@@ -292,24 +296,24 @@ def log_density(
     v: Optional[Tensor],
     sigma2: Tensor,
 ) -> Tensor:
-    """Log-densities log N(x; mu_c, Sigma_c) in nats. Arguments and shapes as in :func:`gaussian_logits`."""
+    """Compute log-densities log N(x; mu_c, Sigma_c) in nats; arguments and shapes as in :func:`gaussian_logits`."""
     shared = (x * x).sum(-1, keepdim=True) / sigma2 + mu.shape[-1] * torch.log(2 * math.pi * sigma2)
     return gaussian_logits(x, mu, basis, v, sigma2) - 0.5 * shared
 
 
 def shared_log_density(features: Tensor, sigma2: Tensor) -> Tensor:
     """Compute log N(x; 0, sigma2 I) + d/2 log(2 pi) of the normalised embeddings (..., d), as a column (..., 1)."""
-    norm2 = (features.abs().amax(-1, keepdim=True) > 0).to(sigma2.dtype)  # 0 only where the embedding is
+    norm2 = (features.abs().amax(-1, keepdim=True) > 0).to(sigma2.dtype)  # |x|^2, 0 for a zero embedding
     return -0.5 * (norm2 / sigma2 + features.shape[-1] * torch.log(sigma2))
 
 
 def inverse_softplus(x: Tensor) -> Tensor:
-    """Invert softplus for values > 0."""
+    """Compute the inverse of softplus, for values > 0."""
     return x + (-torch.expm1(-x)).log()
 
 
 def sigma2_of(sigma2_raw: Tensor, sigma2_min: float) -> Tensor:
-    """Compute sigma2, shape (), from the unconstrained one of shape (1,) or ()."""
+    """Compute sigma2, shape (), from the unconstrained parameter of shape (1,) or ()."""
     return F.softplus(sigma2_raw).reshape(()) + sigma2_min
 
 
@@ -345,13 +349,13 @@ def logits(features: Tensor, p: Parameters, v_min: float, sigma2_min: float) -> 
 def fuse(
     mu: Tensor, basis: Optional[Tensor], v: Optional[Tensor], sigma2: Tensor, bias: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """Fold the classes' Gaussians and offsets into a linear layer and a sum of squares.
+    """Fold the classes' Gaussians and offsets into a linear layer and a sum of squares (docs/theory.md, eq. 6).
 
     With ``a = 1 / sigma2``, x normalised and ``s_ci = a (a v_ci) / (1 + a v_ci)``, the logit of class c is::
 
         sqrt(2 a) [sqrt(a / 2) mu_c^T x + constant_c] + sum_i [sqrt(s_ci / 2) (u_ci^T x - u_ci^T mu_c)]^2
 
-    No row is longer than ``sqrt(a / 2)``, which the means' are: one scale serves them all in int8.
+    The rows of the means have length ``sqrt(a / 2)``, and no row is longer: one scale suits all of them in int8.
 
     Returns:
         rows ((1 + r) C, d) and offsets ((1 + r) C,) of the linear layer, first the C means, then direction by direction
@@ -374,12 +378,12 @@ def fuse(
 
 
 def fused_scale(sigma2: Tensor) -> Tensor:
-    """Compute sqrt(2 / sigma2), by which the outputs for the means are multiplied."""
+    """Compute sqrt(2 / sigma2), the factor on the outputs for the means."""
     return torch.sqrt(2 / sigma2)
 
 
 def fused_logits(outputs: Tensor, sigma2: Tensor, num_classes: int, rank: int) -> Tensor:
-    """Sum up the logits (..., C) from the outputs (..., (1 + r) C) of the linear layer that :func:`fuse` describes."""
+    """Compute logits (..., C) from the outputs (..., (1 + r) C) of the linear layer that :func:`fuse` returns."""
     scale = fused_scale(sigma2).to(outputs.dtype)
     if rank == 0:
         return outputs * scale

@@ -11,10 +11,10 @@ __all__ = ['is_plain', 'raw_stream']
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors have values, and only they are to be computed with.
+    """Tell whether tensors have plain values that may be read.
 
-    Not where they are traced, exported, compiled, transformed by torch.func, differentiated forward or faked: there a
-    kernel, a look at a value or a kept result would be wrong.
+    They have not while they are traced, exported, compiled, transformed by torch.func, differentiated in forward mode
+    or fake: a kernel, a read of a value or a cached result would be wrong there.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
@@ -27,5 +27,5 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
 
 
 def raw_stream(device: torch.device) -> int:
-    """The address of a GPU's current stream, without making an object for it."""
+    """Return the handle of a GPU's current stream, without creating a Stream object."""
     return torch._C._cuda_getCurrentRawStream(device.index)

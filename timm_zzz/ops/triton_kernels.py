@@ -1,23 +1,35 @@
-"""Triton kernels of the ZZZ head: everything but the large matrix products of the backward pass, which are cuBLAS's.
+"""Triton kernels of the ZZZ head; the large matrix products of the backward pass are left to cuBLAS.
 
 Notation as in :mod:`timm_zzz.functional`: x (B, d) unit embeddings, mu_c unit class means, U_c (r, d) orthonormal rows,
-a = 1 / sigma2, t = U_c (x - mu_c), rho = a v / (1 + a v). r is padded to R, a power of two, with zero rows; d to a
-multiple of 8 and C to a multiple of 16 with zeros, so that every matrix product is aligned.
+a = 1 / sigma2, t = U_c (x - mu_c), rho = a v / (1 + a v). Zeros pad r to R, a power of two, d to dp, a multiple of 8,
+and C to cp, a multiple of 16, so that every matrix product is aligned.
 
-Products that need float32's precision are 'ieee' where float32 is asked for (SPLIT), or TF32 ones of the parts of
-their factors. The matrix units cut off the digits that a sum has no room for, so a long sum is made of short ones, each
-with its small terms first. (With TF32 products in factor_kernel at R = 4, Triton 3.6 and an H200, M is wrong in every
-second class; there too they are 'ieee'.)
+Products that need float32 precision are 'ieee' if SPLIT, which stands for float32 precision throughout; otherwise they
+are sums of TF32 products of parts of their factors. The matrix units truncate the digits for which a sum has no room,
+so a long sum is made of short ones, each with its small terms first. (TF32 products in factor_kernel at R = 4 give a
+wrong M for every second class with Triton 3.6 on an H200, so they are 'ieee' there, too.)
 
-Unit vectors are at most 1 in size, so they are kept in float16, which rounds them 8 times finer than bfloat16: scaled
-by 16 (SCALE), away from its subnormals, and where float32's precision is asked for as a sum of two of them, hi + lo, of
-whose four products three count (lo lo is 2^-22 of the whole).
+Unit vectors are stored in float16, which rounds numbers up to 1 eight times finer than bfloat16. They are multiplied by
+16 (SCALE) to avoid subnormals. For float32 precision they are sums hi + lo of two float16 numbers; of the four products
+of two such sums, lo lo is left out (2^-22 of the whole).
 
-Per class the kernels share float32 coefficients in one buffer, COEF, with the sections (C, R) offset U_c mu_c,
-(C, R) rho, (C,) |mu_c|^2, (C,) bias_c - 1/2 sum log(1 + a v), (C,) flag of an ill-conditioned A_c, (C,) and (C,) two
-factors of |weight_c|, (C, R, R) M with U_c = M A_c^T; and for the backward pass in another, PARTIAL: (C, R)
-h = sum_b g rho t with the gradients g of the logits, (C, R) M^T h, (C, R, R) M^T sym (see logits_grad_kernel),
-(C,) sum_b g, (C,) mu dL/dmu.
+COEF is a float32 buffer with the coefficients of the classes, in these sections:
+
+- (C, R) offset U_c mu_c
+- (C, R) rho
+- (C,) |mu_c|^2
+- (C,) bias_c - 1/2 sum log(1 + a v)
+- (C,) flag of an ill-conditioned A_c
+- (C,) and (C,) two factors of |weight_c|
+- (C, R, R) M, with U_c = M A_c^T
+
+PARTIAL is a float32 buffer of the backward pass, with the gradients g of the logits:
+
+- (C, R) h = sum_b g rho t
+- (C, R) M^T h
+- (C, R, R) M^T sym, see logits_grad_kernel
+- (C,) sum_b g
+- (C,) mu dL/dmu
 """
 
 import triton
@@ -32,10 +44,10 @@ _AMAX_PROGRAMS = tl.constexpr(AMAX_PROGRAMS)
 
 @triton.jit
 def _wait(OVERLAP: tl.constexpr):
-    """Wait for the kernel before; with OVERLAP this one was launched while that one ran, to hide what a launch costs.
+    """Wait for the previous kernel: with OVERLAP, this one is launched while that one runs, to hide the launch time.
 
-    A kernel waits before it reads or writes, so that it also comes after all that the kernel before waited for; for the
-    one exception see rows_kernel.
+    A kernel waits before it reads or writes, so it also runs after all that the previous kernel waited for. The one
+    exception is in rows_kernel.
     """
     if OVERLAP:
         cuda.gdc_wait()
@@ -44,7 +56,7 @@ def _wait(OVERLAP: tl.constexpr):
 
 @triton.jit
 def _log1p(y):
-    # Kahan's: exact to rounding for small y, where log(1 + y) is not
+    # Kahan's formula, which is accurate for small y, unlike log(1 + y)
     u = 1.0 + y
     return tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
 
@@ -61,13 +73,13 @@ def _sigmoid(raw):
 
 @triton.jit
 def _tf32(x):
-    """Rounded to the nearest TF32 number; the matrix units would cut the digits off."""
+    """Round to the nearest TF32 number; the matrix units would truncate."""
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _dot(a, b, acc, SPLIT: tl.constexpr):
-    """acc + a b in float32 precision, if b is exact in TF32 or with SPLIT."""
+    """Compute acc + a b in float32 precision; without SPLIT, b has to be exact in TF32."""
     if SPLIT:
         return tl.dot(a, b, acc, input_precision='ieee')
     hi = _tf32(a)
@@ -77,7 +89,7 @@ def _dot(a, b, acc, SPLIT: tl.constexpr):
 
 @triton.jit
 def _dot3(a, b, SPLIT: tl.constexpr):
-    """a b in float32 precision."""
+    """Compute a b in float32 precision."""
     if SPLIT:
         return tl.dot(a, b, input_precision='ieee')
     a_hi, b_hi = _tf32(a), _tf32(b)
@@ -88,7 +100,7 @@ def _dot3(a, b, SPLIT: tl.constexpr):
 
 @triton.jit
 def _gram(rows, G, half, SPLIT: tl.constexpr):
-    """(G, half) with a a^T added to G + half + half^T, in float32 precision."""
+    """Add rows rows^T to G + half + half^T in float32 precision; return (G, half)."""
     if SPLIT:
         return G + tl.dot(rows, tl.trans(rows), input_precision='ieee'), half
     hi = _tf32(rows)
@@ -98,13 +110,13 @@ def _gram(rows, G, half, SPLIT: tl.constexpr):
 
 @triton.jit
 def _precision(S2RAW, s2_min):
-    """1 / sigma2."""
+    """Compute a = 1 / sigma2."""
     return 1.0 / (_softplus(tl.load(S2RAW).to(tl.float32)) + s2_min)
 
 
 @triton.jit
 def _unit(x):
-    """A vector divided by its norm, and the two factors of that norm; the zero vector stays as it is."""
+    """Divide a vector by its norm, unless it is zero; return it and two factors of the norm."""
     largest = tl.max(tl.abs(x), 0)
     largest = tl.where(largest > 0, largest, 1.0)
     x = x / largest
@@ -115,16 +127,16 @@ def _unit(x):
 
 @triton.jit
 def _scale_to_8(x):
-    """The power of two that brings a number > 0 to between 8 and 16."""
+    """Compute the power of two that scales a number > 0 to between 8 and 16."""
     exponent = x.to(tl.int32, bitcast=True) >> 23
     return ((257 - tl.maximum(exponent, 3)) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _embed(F, XH, XL, XF, b, d, dp, EXACT: tl.constexpr, BLOCK: tl.constexpr):
-    """Normalise one embedding: hi and lo halves of SCALE x.
+    """Normalise one embedding, and store SCALE x as hi + lo.
 
-    EXACT, for features of 16 bits: in XH the features times a power of two, which float16 holds to 2^-28 of
+    With EXACT, for 16-bit features, store in XH the features times a power of two, which float16 represents to 2^-28 of
     their norm, and in XF the factor that makes them SCALE x.
     """
     i = tl.arange(0, BLOCK)
@@ -148,9 +160,10 @@ def _embedding_grad(
     F, XF, DX, S2RAW, AMAX, DPREC, DF, DS2, s2_min, grad_top, b, B, C, d, dp, EXACT: tl.constexpr,
     BLOCK: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
-    """The gradient of embedding b from that of its normalised form, DX = SCALE s / a dL/dx, EXACT: times its factor XF.
+    """Compute the gradient of embedding b from that of its normalised form, DX = SCALE s / a dL/dx.
 
-    At b = B, the sum of the classes' parts of dL/da gives the gradient of sigma2_raw.
+    With EXACT, DX also has the factor XF of the embedding. At b = B, compute the gradient of sigma2_raw from the sum of
+    the classes' parts of dL/da.
     """
     a = _precision(S2RAW, s2_min)
     if b < B:
@@ -172,14 +185,14 @@ def _embedding_grad(
 
 @triton.jit
 def _grad_scale(AMAX, grad_top):
-    """The factor s that brings the largest gradient of a logit to grad_top, inside float16's range; see amax_kernel."""
+    """Compute the factor s that scales the largest gradient of a logit to grad_top, within float16's range."""
     amax = tl.max(tl.load(AMAX + tl.arange(0, _AMAX_PROGRAMS)), 0)
     return tl.where(amax > 0, tl.minimum(grad_top / amax, 1e30), 1.0)
 
 
 @triton.jit
 def _rows(pid, NC: tl.constexpr, R: tl.constexpr, r: tl.constexpr, C):
-    """Which class and basis vector each row of a program's tile is, and whether there is one."""
+    """Return the rows of a program's tile, the class and basis vector of each, and whether it is no padding."""
     row = tl.arange(0, NC * R)
     c = pid * NC + row // R
     j = row % R
@@ -188,16 +201,16 @@ def _rows(pid, NC: tl.constexpr, R: tl.constexpr, r: tl.constexpr, C):
 
 @triton.jit
 def _load_tile(BASE, at_row, row_ok, i, d, stride: tl.constexpr):
-    """A float32 tile at 32-bit offsets from BASE, the program's own part of a tensor; zero outside."""
+    """Load a float32 tile at 32-bit offsets from BASE, the program's own part of a tensor; zero outside."""
     at = at_row[:, None] + (i * stride)[None, :]
     return tl.load(BASE + at, mask=row_ok[:, None] & (i < d)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _inverse_factor(G, row, R: tl.constexpr, NC: tl.constexpr, r: tl.constexpr):
-    """Inverse of the Cholesky factor of every R x R block on G's diagonal, and the smallest pivot of each row's block.
+    """Invert the Cholesky factor of every R x R block on G's diagonal; return it and each block's smallest pivot.
 
-    Gauss-Jordan elimination on [G | I], all blocks at once; a row beyond r has pivot 1.
+    By Gauss-Jordan elimination on [G | I], all blocks at once; a row beyond r has pivot 1.
     """
     N: tl.constexpr = NC * R
     col = tl.arange(0, N)
@@ -226,7 +239,7 @@ def _inverse_factor(G, row, R: tl.constexpr, NC: tl.constexpr, r: tl.constexpr):
 
 @triton.jit
 def _store_split(HI, LO, at, value, mask, SPLIT: tl.constexpr):
-    """SCALE times the value as float16, with SPLIT as the sum of two of them."""
+    """Store SCALE times the value as float16, with SPLIT as the sum of two of them."""
     value = value * _S
     hi = value.to(tl.float16)
     tl.store(HI + at, hi, mask=mask)
@@ -239,7 +252,7 @@ def factor_kernel(
     A, W, VRAW, BIAS, S2RAW, COEF, v_min, s2_min, C, cp, d, r: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr,
     BASIS_ONLY: tl.constexpr, NC: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
-    """Coefficients of NC classes: M by Cholesky-QR of the Gram matrix, norms, variances; see the module's docstring.
+    """Compute the coefficients of NC classes, see COEF above; M by Cholesky-QR of the Gram matrix.
 
     A class whose A_c is too ill-conditioned for that is flagged, for rows_kernel.
     """
@@ -263,7 +276,7 @@ def factor_kernel(
     w2 = tl.zeros([N, BLOCK], tl.float32)
     aw = tl.zeros([N, BLOCK], tl.float32)
     i = tl.arange(0, BLOCK)
-    # Tiles are asked for two rounds before they are used
+    # Tiles are loaded two rounds before they are used
     rows_1, rows_2 = _load_tile(A, at_a, ok, i, d, r), _load_tile(A, at_a, ok, i + BLOCK, d, r)
     w_1 = _load_tile(W, at_w, c_ok & (not BASIS_ONLY), i, d, 1)
     w_2 = _load_tile(W, at_w, c_ok & (not BASIS_ONLY), i + BLOCK, d, 1)
@@ -279,7 +292,7 @@ def factor_kernel(
     w2, aw = tl.sum(w2, 1), tl.sum(aw, 1)
     G += half + tl.trans(half)
 
-    # Columns of A_c scaled to unit length, then one round of Cholesky-QR, or two where one would not be accurate.
+    # Scale the columns of A_c to unit length, then do one round of Cholesky-QR, or two where one is not accurate.
     norm2 = tl.sum(tl.where(eye, G, 0.0), 1)
     # float32's range with room for the products of the elimination; NaN compares false
     in_range = ((norm2 > 1e-30) & (norm2 < 1e30)) | (ok == 0)
@@ -305,7 +318,7 @@ def factor_kernel(
     MM = COEF + 2 * cp * R
     first, inside = (j == 0) & (c < cp), c < cp
     FACTOR = MM + 5 * cp
-    # M of class c is (R, R): a row of the tile holds it at the columns of its own class
+    # M of class c is (R, R), and lies in the columns of that class
     tl.store(FACTOR + (c * (R * R) + j * R)[:, None] + (col % R)[None, :], M, mask=same & inside[:, None])
     tl.store(MM + 2 * cp + c, tl.where(good, 0.0, 1.0), mask=first)
     if not BASIS_ONLY:
@@ -327,7 +340,7 @@ def factor_kernel(
         wnorm = tl.sqrt(w2)
         wnorm = tl.where(wnorm == 0, 1.0, wnorm)
         aw = tl.sum(tl.where(eye, tl.where(good, aw, 0.0)[:, None], 0.0), 0)
-        # Not one class's NaN to another: 0 NaN is NaN
+        # Masked, since a product with 0 would pass one class's NaN on to others
         offset = tl.sum(tl.where(same, M * aw[None, :], 0.0), 1) / wnorm
         av = tl.where(ok, a * (_softplus(raw) + v_min), 0.0)
         logdet = _class_sum(_log1p(av), same, eye)
@@ -341,7 +354,7 @@ def factor_kernel(
 
 @triton.jit
 def _whole_class(good, same, eye):
-    """False for every row of a class of which one row is not good."""
+    """Tell, for each row, whether all rows of its class are good."""
     return _class_sum(tl.where(good, 0.0, 1.0), same, eye) == 0
 
 
@@ -350,7 +363,7 @@ def basis_kernel(
     A, W, COEF, OUT, C, cp, d, dp, r: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, BASIS_ONLY: tl.constexpr,
     NC: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
-    """A tile of the operand: bases U_c = M A_c^T and normalised means. BASIS_ONLY: OUT is float32 (C, R, dp)."""
+    """Compute a tile of bases U_c = M A_c^T and normalised means. With BASIS_ONLY, OUT is float32 (C, R, dp)."""
     _wait(OVERLAP)
     pid = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -395,7 +408,7 @@ def _repair(
     A, W, OUT, COEF, SCRATCH, pid, C, cp, d, dp, r, R: tl.constexpr, CLASSES: tl.constexpr, SPLIT: tl.constexpr,
     BASIS_ONLY: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The bases of the classes that factor_kernel flagged, by Gram-Schmidt as in timm_zzz.ops.reference."""
+    """Compute the bases of flagged classes by Gram-Schmidt, as in timm_zzz.ops.reference."""
     OFFSET = COEF
     FLAG = COEF + 2 * cp * R + 2 * cp
     FACTOR = FLAG + 3 * cp
@@ -425,7 +438,7 @@ def _repair(
                         x -= coef * q
                         factor -= coef * tl.load(FACTOR + (c * R + n) * R + k)
                     dependent = tl.sqrt(tl.sum(x * x, 0)) <= 4 * 1.2e-7 * size
-                    # The axis that the rows so far cover least is far from their span.
+                    # The axis with the least leverage is far from the span of the rows so far.
                     x = tl.where(
                         dependent,
                         tl.where(i == tl.argmin(tl.where(leverage == leverage, leverage, float('inf')), 0), 1.0, 0.0),
@@ -456,9 +469,9 @@ def rows_kernel(
     A, W, OUT, COEF, SCRATCH, F, XH, XL, XF, programs, C, cp, d, dp, r, R: tl.constexpr, CLASSES: tl.constexpr,
     SPLIT: tl.constexpr, BASIS_ONLY: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
-    """Whole rows: the bases of flagged classes in the first programs, one embedding in each of the others.
+    """Process whole rows: the bases of flagged classes in the first programs, one embedding in each of the others.
 
-    Behind basis_kernel, which has waited for all before it, embeddings need not wait: they share nothing with it.
+    Embeddings need not wait for basis_kernel: they share no data with it, and it has waited for all kernels before.
     """
     pid = tl.program_id(0).to(tl.int64)
     if pid < programs or programs == 0:
@@ -475,7 +488,7 @@ def logits_kernel(
     SAVE: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
     OVERLAP: tl.constexpr
 ):  # fmt: skip
-    """A tile of logits: t and x mu by matrix products, then squares, weights and the sum over r in registers."""
+    """Compute a tile of logits: t and x mu by matrix products, then squares, weights and sums over r in registers."""
     _wait(OVERLAP)
     BN: tl.constexpr = BC * R
     b = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -513,7 +526,7 @@ def logits_kernel(
             t += tl.dot(xh, uh, tl.dot(xl, uh, tl.dot(xh, ul)))
             ml = tl.load(MEANS + start + cp.to(tl.int64) * dp + m_at, mask=c_ok & k_ok[:, None], other=0.0)
             x, mu = xh.to(tl.float32) + xl.to(tl.float32), mh.to(tl.float32) + ml.to(tl.float32)
-            # What tells near classes apart is small
+            # Similar classes differ by small amounts only
             m += tl.dot(x, mu, input_precision='ieee')
         else:
             mhl = tl.load(MEANS + start + m2_at, mask=m2_ok & k_ok[:, None], other=0.0)
@@ -540,8 +553,8 @@ def logits_kernel(
 
 @triton.jit
 def amax_kernel(G, AMAX, n, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    """The largest size of n numbers, by parts of them."""
-    if OVERLAP:  # programs that wait for this small kernel would slow it down by more than the launch costs
+    """Compute the largest magnitude of n numbers, for each program's part of them."""
+    if OVERLAP:  # without launching dependents: while they wait they slow this small kernel by more than a launch
         cuda.gdc_wait()
     pid = tl.program_id(0).to(tl.int64)
     largest = tl.zeros([BLOCK], tl.float32)
@@ -560,11 +573,12 @@ def logits_grad_kernel(
     ldg, ldk, r: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, BB: tl.constexpr,
     BC: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
-    """From the gradients g of the logits: the operands s g rho t and s g of the matrix products, and what has no width.
+    """Compute the operands s g rho t and s g of the matrix products, and all sums over b that do not depend on d.
 
-    The gradient of the basis is dq = a (sum_b g rho t x - h mu); that of A_c^T is M^T (dq + sym q), where sym mirrors
-    the lower triangle of -dq q^T (Walter et al., arXiv:1009.6112). dq q^T is a rho sum_b g t t^T, since
-    U (x - mu) is t. DPREC: each class's part of dL/da. EXACT: the operands have the embedding's factor, see _embed.
+    g are the gradients of the logits. The gradient of the basis is dq = a (sum_b g rho t x - h mu); that of A_c^T is
+    M^T (dq + sym q), where sym mirrors the lower triangle of -dq q^T (Walter et al., arXiv:1009.6112), and
+    dq q^T = a rho sum_b g t t^T, since U (x - mu) = t. DPREC is each class's part of dL/da. With EXACT, the operands
+    include the embedding's factor, see _embed.
     """
     _wait(OVERLAP)
     BN: tl.constexpr = BC * R
@@ -608,7 +622,7 @@ def logits_grad_kernel(
         if not SPLIT:
             tl.store(MEANS + 2 * cp + at, hi, mask=b_ok)
         gt = t * tl.reshape(tl.broadcast_to(g[:, :, None], [BB, BC, R]), [BB, BN])
-        # t, which was float16, is exact in TF32 unless SPLIT
+        # Unless SPLIT, t was stored as float16, which is exact in TF32
         outer = _dot(tl.trans(gt), t, outer, SPLIT)
         grt = gt * rho[None, :]
         h += tl.sum(grt, 0)
@@ -617,7 +631,7 @@ def logits_grad_kernel(
         tl.store(GRADS + at, hi, mask=b_ok)
         if SPLIT:
             tl.store(GRADS + cp * R + at, (grt * s - hi.to(tl.float32)).to(tl.float16), mask=b_ok)
-            # Without rho, which may be tiny and would leave float16's range; class_grad_kernel multiplies by it
+            # Stored without rho, which may be too small for float16; class_grad_kernel multiplies by it
             hi = (gt * s).to(tl.float16)
             tl.store(MEANS + 2 * cp + at, hi, mask=b_ok)
             tl.store(MEANS + 2 * cp + cp * R + at, (gt * s - hi.to(tl.float32)).to(tl.float16), mask=b_ok)
@@ -651,9 +665,9 @@ def product_kernel(
     GH, GL, XH, XL, OUT, B, N, dp, ldk, EXACT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BB: tl.constexpr,
     OVERLAP: tl.constexpr
 ):  # fmt: skip
-    """OUT = (GH + GL)^T (XH + XL) in float32 precision: (N, dp) from (B, N) with row stride ldk and (B, dp).
+    """Compute OUT = (GH + GL)^T (XH + XL) in float32 precision: (N, dp) from (B, N) with row stride ldk and (B, dp).
 
-    EXACT: without XL.
+    With EXACT, there is no XL.
     """
     _wait(OVERLAP)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -681,15 +695,15 @@ def _class_grad(
     S2RAW, AMAX, CLS, COEF, PARTIAL, DU, P, DA, DW, s2_min, grad_top, pid, tile, C, cp, d, dp, r: tl.constexpr,
     R: tl.constexpr, NC: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A tile of the gradients of NC classes' A and weight; see logits_grad_kernel.
+    """Compute a tile of the gradients of A and weight for NC classes; see logits_grad_kernel.
 
-    DU = SCALE s sum_b g rho t x, or without rho if SPLIT, P = SCALE s sum_b g x.
+    DU = SCALE s sum_b g rho t x, without rho if SPLIT, and P = SCALE s sum_b g x.
     """
     i = tile * BLOCK + tl.arange(0, BLOCK)
     N: tl.constexpr = NC * R
     NM: tl.constexpr = 16
     row, c, j, ok = _rows(pid, NC, R, r, C)
-    # The NC classes' own rows, padded to 16
+    # The means of the NC classes, padded to 16 rows
     m = tl.arange(0, NM)
     cm = pid * NC + m
     m_ok = (m < NC) & (cm < C)
@@ -719,7 +733,7 @@ def _class_grad(
     a = _precision(S2RAW, s2_min)
     unscale = a / (_S * _grad_scale(AMAX, grad_top))
 
-    # dU and q, which were float16, are exact in TF32 unless SPLIT
+    # Unless SPLIT, dU and q were stored as float16, which is exact in TF32
     Mh = tl.where((row // R)[:, None] == m[None, :], (Mh * (-a / _S))[:, None], 0.0)
     dA = _dot(Mh, mu if SPLIT else _tf32(mu), tl.zeros([N, BLOCK], tl.float32), SPLIT)
     dA = _dot(Mt * unscale, dU, dA, SPLIT)
@@ -739,7 +753,7 @@ def class_grad_kernel(
     all_classes, cp, d, dp, r: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
     WIDTH: tl.constexpr, NC: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
-    """Gradients of the classes in the first programs, then of one embedding in each, at last of sigma2_raw."""
+    """Compute gradients of the classes in the first programs, of one embedding in each other, last of sigma2_raw."""
     _wait(OVERLAP)
     pid = tl.program_id(0).to(tl.int64)
     per_row = tl.cdiv(d, BLOCK)
@@ -757,6 +771,6 @@ def class_grad_kernel(
 
 @triton.jit
 def _class_sum(x, same, eye):
-    """The sum over a class's rows, in each of them."""
+    """Sum over the rows of each class; return the sum in each of its rows."""
     x = tl.sum(tl.where(same, x[:, None], 0.0), 0)
     return tl.sum(tl.where(eye, x[None, :], 0.0), 1)

@@ -1,9 +1,9 @@
-"""The ZZZ head's logits and their gradients through the Triton kernels, as one differentiable function.
+"""Compute the ZZZ head's logits and gradients with the Triton kernels, as one differentiable function.
 
 Forward: coefficients of the classes, their bases and means, normalised embeddings, then one kernel for the logits.
-Backward: one pass over the gradients of the logits, three matrix products, one kernel for the gradients of the classes
-and the embeddings. Nothing synchronises with the device, adds atomically or holds a tensor of shape (batch, classes,
-width).
+Backward: one pass over the gradients of the logits, three matrix products, then one kernel for the gradients of the
+classes and the embeddings. Nothing synchronises with the device, uses atomic additions or allocates a tensor of shape
+(batch, classes, width).
 """
 
 import contextvars
@@ -19,31 +19,31 @@ from .reference import fused_scale
 
 __all__ = ['FusedLogits', 'logits', 'orthonormalize']
 
-CHUNK_BYTES = 64 * 2**20  # of bases made at a time, where all of them are too large to be kept
+CHUNK_BYTES = 64 * 2**20  # size of the bases computed at a time, if all of them are too large to keep
 _REPAIR_PROGRAMS = 256
-MAX_REPEATED = 16  # shapes of features whose launches a fused head keeps
-MAX_COMPILED = 1024  # launches whose compiled kernels are kept
+MAX_REPEATED = 16  # number of feature shapes whose launches a fused head caches
+MAX_COMPILED = 1024  # number of launches whose compiled kernels are cached
 _FP16, _FP32 = torch.float16, torch.float32
 Options = Dict[str, int]  # a kernel's tile sizes and compiler options
 
 
 class Classes(NamedTuple):
-    """What the kernels need of some classes; see triton_kernels."""
+    """What the kernels read about some classes; triton_kernels describes the layouts."""
 
-    # float16 (rows, dp): bases, means (hi, lo, hi); with split, the bases' hi and lo, the means' hi and lo
+    # float16 (rows, dp): bases, then means as hi, lo, hi; with split, bases as hi, lo, then means as hi, lo
     operand: Tensor
     coef: Tensor  # float32
     num_classes: int
-    padded: int  # number of classes with padding
-    R: int  # rank with padding
-    split: bool  # float32 precision
+    padded: int  # number of classes, padded
+    R: int  # rank, padded
+    split: bool  # keep float32 precision
 
 
 class Embeddings(NamedTuple):
-    """Normalised embeddings as sums of two halves, float16 (B, dp).
+    """Normalised embeddings as the sum of ``hi`` and ``lo``, float16 (B, dp).
 
-    From features of 16 bits, unless float32's precision is asked for, ``hi`` alone times a float32 factor (B,), which
-    is exact; see triton_kernels._embed.
+    16-bit features, unless float32 precision is asked for, are ``hi`` times a float32 ``factor`` (B,), which is exact,
+    and ``lo`` is empty; see triton_kernels._embed.
     """
 
     hi: Tensor
@@ -65,18 +65,18 @@ class Parameters(NamedTuple):
     sigma2_raw: Tensor
 
     def part(self, start: int, stop: int) -> 'Parameters':
-        """Those of some classes."""
+        """Return the parameters of the classes from ``start`` to ``stop``."""
         weight, bias, A, v_raw = (p[start:stop] for p in self[:4])
         return Parameters(weight, bias, A, v_raw, self.sigma2_raw)
 
 
-# Triton's own cost the CPU as much as a launch
+# Triton's own functions take the CPU as long as a launch
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
 def _power_of_2(n: int) -> int:
-    """The next one, for n >= 1."""
+    """Return the smallest power of 2 that is >= n, for n >= 1."""
     return 1 << (n - 1).bit_length()
 
 
@@ -85,7 +85,7 @@ def _pad(n: int, multiple: int) -> int:
 
 
 def _coef_size(cp: int, R: int) -> int:
-    """Numbers in the sections of COEF; see triton_kernels."""
+    """Return the number of values in COEF; see triton_kernels."""
     return cp * (R * R + 2 * R + 5)
 
 
@@ -94,7 +94,7 @@ def _coef_size(cp: int, R: int) -> int:
 
 @functools.lru_cache(MAX_COMPILED)
 def _factor_options(R: int, cp: int, split: bool) -> Options:
-    if R == 8 and cp >= 2048 and not split:  # on an H100; fewer classes need the larger tile
+    if R == 8 and cp >= 2048 and not split:  # measured on an H100; fewer classes need the larger tile
         return dict(NC=2, BLOCK=32, num_warps=1)
     return dict(NC=max(1, 16 // R), BLOCK=64 if R <= 16 else 32, num_warps=2)
 
@@ -130,10 +130,11 @@ def _logits_options(device: torch.device, B: int, C: int, R: int, split: bool, e
 
 @functools.cache
 def keep_bytes(device: torch.device) -> int:
-    """Size of bases up to which they are kept for the backward pass; larger ones are made by chunks, again in it.
+    """Return the size in bytes up to which bases are kept for the backward pass.
 
-    Keeping 21843 classes of rank 8 (256 MiB of bases) takes 0.6 GiB more and makes a step a sixth shorter on an H100,
-    for which the launches of the chunks would keep the CPU busier than the GPU.
+    Larger ones are computed in chunks, and again in the backward pass. Keeping those of 21843 classes of rank 8 (256
+    MiB) takes 0.6 GiB more and makes a step a sixth shorter on an H100, where launching chunks would keep the CPU
+    busier than the GPU.
     """
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else 0
     return max(128 * 2**20, memory // 256)
@@ -141,7 +142,7 @@ def keep_bytes(device: torch.device) -> int:
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use."""
+    """Return the bytes of shared memory that one program may use."""
     if device.type != 'cuda':
         return 2**16
     properties: Any = torch.cuda.get_device_properties(device)
@@ -164,15 +165,15 @@ def _row_warps(width: int) -> int:
     return min(16, max(1, width // 256))
 
 
-# Kernels that have been launched, by all that they were launched with but the addresses
+# Compiled kernels, keyed by all that they were launched with except addresses
 compiled: Dict[Any, Any] = {}
-# Where launches are noted, for _Repeated
+# The list that records launches for _Repeated, if there is one
 _record: contextvars.ContextVar[Any] = contextvars.ContextVar('record', default=None)
 
 
 @functools.cache
 def _overlaps(device: torch.device) -> bool:
-    """Whether a kernel may be launched while the one before it runs; see triton_kernels._wait."""
+    """Tell whether a kernel may be launched while the previous one runs; see triton_kernels._wait."""
     return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -180,21 +181,21 @@ _INTERPRETED = not isinstance(kernels.rows_kernel, triton.JITFunction)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> List[Any]:
-    """What compiled kernels take for tensors; Triton's interpreter takes the tensors."""
+    """Return the addresses of tensors, for compiled kernels; Triton's interpreter takes the tensors."""
     return list(tensors) if _INTERPRETED else [t.data_ptr() for t in tensors]
 
 
 def _launch(
     kernel: Any, grid: Tuple[int, ...], tensors: Sequence[Tensor], numbers: Tuple[Any, ...], options: Options
 ) -> None:
-    """Launch a Triton kernel; after the first time without its checks of arguments, which cost more than a launch.
+    """Launch a Triton kernel; from the second time on without checks of arguments, which take longer than a launch.
 
     Args:
-        tensors, numbers: Its arguments in order.
-        options: Its tile sizes in order, num_warps and num_stages.
+        tensors, numbers: The kernel's arguments in order.
+        options: Tile sizes in order, num_warps and num_stages.
     """
     grid, device, addresses = (*grid, 1, 1)[:3], tensors[0].device, _addresses(tensors)
-    # Triton compiles anew for other types, alignments and constants, and for some numbers
+    # Triton compiles again for other dtypes, alignments and constants, and for some values of numbers
     aligned = _INTERPRETED or tuple([at & 15 == 0 for at in addresses])
     key = (kernel.__name__, device, numbers, *options.values(), aligned, *[t.dtype for t in tensors])
     known = compiled.get(key)
@@ -226,14 +227,14 @@ _STAY = _Stay()
 
 
 def _device(x: Tensor) -> Any:
-    """Triton launches on the current device, wherever the tensors are."""
+    """Return a context for launches on the device of ``x``: Triton launches on the current device."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return _STAY
 
 
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Matrix product of float16 operands with float32 accumulation, whatever autocast says."""
+    """Multiply float16 matrices with float32 accumulation, also under autocast."""
     if not a.is_cuda:  # Triton's interpreter
         return (a.float() @ b.float()).to(dtype)
     if torch.is_autocast_enabled('cuda'):
@@ -260,7 +261,7 @@ def _new_embeddings(features: Tensor, split: bool) -> Embeddings:
 
 
 def _new_products(B: int, classes: Classes) -> Tuple[Tensor, Tensor]:
-    """t (B, padded R) and x mu (B, padded)."""
+    """Allocate t, shape (B, padded R), and x mu, shape (B, padded)."""
     device, cp = classes.coef.device, classes.padded
     t = torch.empty((B, cp * classes.R), dtype=_FP32 if classes.split else _FP16, device=device)
     return t, torch.empty((B, cp), dtype=_FP32, device=device)
@@ -296,7 +297,7 @@ def _fill_rows(
     x: Optional[Embeddings],
     basis_only: bool = False,
 ) -> None:
-    """Repair flagged bases, where the parameters are given, and normalise embeddings, where those are."""
+    """Repair flagged bases if parameters are given, and normalise embeddings if features are given."""
     out, coef, _, cp, R, split = classes
     dp = out.shape[1]
     width = _power_of_2(dp)
@@ -343,7 +344,7 @@ def _fill_logits(
 
 
 def _fold(rows: Tensor, offsets: Tensor, sigma2: Tensor, num_classes: int, split: bool) -> Tuple[Classes, Tensor]:
-    """The classes, and sigma2_raw for a sigma2_min of 0, of a fused head."""
+    """Convert a fused head to what the kernels read: its classes, and sigma2_raw for a sigma2_min of 0."""
     C, d = num_classes, rows.shape[1]
     rank = rows.shape[0] // C - 1
     R, cp, dp = _power_of_2(rank), _pad(C, 16), _pad(d, 8)
@@ -371,7 +372,7 @@ def _fold(rows: Tensor, offsets: Tensor, sigma2: Tensor, num_classes: int, split
 
 
 def orthonormalize(A: Tensor) -> Tuple[Tensor, Tensor]:
-    """q (C, r, d) and R^-1 (C, r, r) of A = q^T R (C, d, r), float32."""
+    """Compute q (C, r, d) and R^-1 (C, r, r) of A = q^T R, shape (C, d, r), in float32."""
     C, d, r = A.shape
     A = A.contiguous()
     p = Parameters(A, A, A, A, A)
@@ -389,7 +390,7 @@ def orthonormalize(A: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def _class_logits(features: Tensor, classes: Classes, sigma2_raw: Tensor, sigma2_min: float) -> Tensor:
-    """Logits (..., C) of embeddings (..., d) from classes, without a gradient."""
+    """Compute logits (..., C) of embeddings (..., d), without a gradient."""
     d = features.shape[-1]
     flat = features.detach().reshape(-1, d).contiguous()
     out = torch.empty((flat.shape[0], classes.num_classes), dtype=_FP32, device=features.device)
@@ -402,13 +403,13 @@ def _class_logits(features: Tensor, classes: Classes, sigma2_raw: Tensor, sigma2
 
 
 class FusedLogits:
-    """The logits of a fused head, without a gradient, as a function of its features.
+    """Callable that computes the logits of a fused head from features, without a gradient.
 
     Args:
-        rows, offsets: What timm_zzz.ops.reference.fuse returns, of rank >= 1.
-        sigma2: Shape ().
+        rows, offsets: As timm_zzz.ops.reference.fuse returns them, for rank >= 1.
+        sigma2: Isotropic variance, shape ().
         num_classes: Number of classes C.
-        split: Keep float32's precision in the matrix products; otherwise their operands are rounded to float16.
+        split: Keep float32 precision in the matrix products; otherwise their operands are rounded to float16.
     """
 
     def __init__(self, rows: Tensor, offsets: Tensor, sigma2: Tensor, num_classes: int, split: bool):
@@ -431,7 +432,7 @@ class FusedLogits:
 
 
 class _Repeated:
-    """Logits of features of one shape, dtype and device, with less work for the CPU than a first call has."""
+    """Repeat recorded launches for features of one shape, dtype and device, with less CPU work than a first call."""
 
     def __init__(self, features: Tensor, classes: Classes, sigma2_raw: Tensor):
         self.shape = *features.shape[:-1], classes.num_classes
@@ -483,14 +484,16 @@ def forward(
     save: bool = True,
     launch: bool = True,
 ) -> List[Tensor]:
-    """Logits, and what :func:`backward` needs: the embeddings, and the classes but for the bases of several chunks.
+    """Compute logits (B, C) in float32, and what :func:`backward` needs.
+
+    That is the embeddings, and the classes without their bases if there are several chunks.
 
     Args:
         features: Shape (B, d), B >= 1.
         parameters: weight, bias, A, v_raw, sigma2_raw; shapes as in timm_zzz.functional.zzz_logits.
-        split: Keep float32's precision in the matrix products; otherwise their operands are rounded to float16.
-        save: Whether to return more than the logits.
-        launch: With False, tensors of the right shapes without values.
+        split: Keep float32 precision in the matrix products; otherwise their operands are rounded to float16.
+        save: Return what :func:`backward` needs, too.
+        launch: If False, return tensors of the right shapes without values.
     """
     features, p = features.contiguous(), Parameters(*(t.contiguous() for t in parameters))
     B, d = features.shape
@@ -524,7 +527,7 @@ def backward(
     sigma2_min: float,
     split: bool,
 ) -> List[Tensor]:
-    """Gradients of the features and parameters from those of the logits, (B, C), and what :func:`forward` gave."""
+    """Compute gradients of features and parameters from that of the logits (B, C) and what :func:`forward` kept."""
     features, p = features.contiguous(), Parameters(*(t.contiguous() for t in parameters))
     B, d = features.shape
     C, _, r = p.A.shape
@@ -535,7 +538,7 @@ def backward(
     dfeatures = torch.empty_like(features)
     g = Parameters(*(torch.empty_like(t) for t in p))
     dprec = torch.empty(C, dtype=_FP32, device=device)
-    # float16 holds 65504: |s g rho t| <= 2 top, and a sum of B of them times SCALE x
+    # float16 ends at 65504: |s g rho t| <= 2 top, and a sum of B of them times SCALE x has to fit
     top = min(8.0, 1024 / B)
     dx: Optional[Tensor] = None
     with _device(features):
@@ -553,7 +556,7 @@ def backward(
                 _fill_operand(classes, part)
                 _fill_rows(classes, part, None, None)
             n = cp * R  # rows of the bases
-            # Columns: s g rho t, then s g as (lo, hi, hi); with split, hi and lo, then (lo, hi), then s g t as (hi, lo)
+            # Columns: s g rho t, s g as lo, hi, hi; with split: s g rho t as hi, lo, s g as lo, hi, s g t as hi, lo
             means = 2 * n if split else n
             width = means + (2 if split else 3) * cp
             operands = torch.empty((B, width + (2 * n if split else 0)), dtype=_FP16, device=device)
@@ -590,7 +593,7 @@ def backward(
 
 
 def _exact_product(operands: Tensor, classes: Classes) -> Tensor:
-    """operands @ classes.operand in float32."""
+    """Compute operands @ classes.operand in float32."""
     n, cp = classes.padded * classes.R, classes.padded
     total: Optional[Tensor] = None
     for at, size in ((0, n), (2 * n, cp)):
@@ -603,13 +606,13 @@ def _exact_product(operands: Tensor, classes: Classes) -> Tensor:
 
 
 def _exact_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32: the matrix units' float16 products would lose its last digits in a long sum."""
+    """Multiply in float32: in a long sum, float16 products of the matrix units would lose the last digits."""
     with torch.autocast(a.device.type, enabled=False):
         return a @ b
 
 
 def _product(hi: Tensor, lo: Tensor, n: int, x: Embeddings) -> Tensor:
-    """(hi + lo)^T x in float32 precision, of the first n columns."""
+    """Compute (hi + lo)^T x in float32 precision, for the first n columns."""
     B, dp = x.hi.shape
     out = torch.empty((n, dp), dtype=_FP32, device=x.hi.device)
     options = _product_options()
@@ -621,7 +624,7 @@ def _product(hi: Tensor, lo: Tensor, n: int, x: Embeddings) -> Tensor:
 
 
 class _Logits(torch.autograd.Function):
-    """The differentiable function of eager and compiled code; the compiler takes its two operators as they are."""
+    """Autograd function for eager and compiled code; the compiler does not look into its two operators."""
 
     @staticmethod
     def forward(ctx, features, weight, bias, A, v_raw, sigma2_raw, v_min, sigma2_min, split):
@@ -644,7 +647,7 @@ class _Logits(torch.autograd.Function):
 def forward_op(
     features: Tensor, parameters: List[Tensor], v_min: float, sigma2_min: float, split: bool
 ) -> List[Tensor]:
-    """:func:`forward` for the compiler."""
+    """Run :func:`forward` as an operator for the compiler."""
     return forward(features, parameters, v_min, sigma2_min, split)
 
 
@@ -658,7 +661,7 @@ def backward_op(
     sigma2_min: float,
     split: bool,
 ) -> List[Tensor]:
-    """:func:`backward` for the compiler."""
+    """Run :func:`backward` as an operator for the compiler."""
     return backward(grad, features, parameters, kept, v_min, sigma2_min, split)
 
 
@@ -673,11 +676,11 @@ def _(grad, features, parameters, kept, v_min, sigma2_min, split):
 
 
 def logits(features: Tensor, p: Sequence[Tensor], v_min: float, sigma2_min: float, split: bool) -> Tensor:
-    """Logits (..., C) of embeddings (..., d), differentiable once.
+    """Compute logits (..., C) of embeddings (..., d) in float32, differentiable once.
 
     Args:
         p: Parameters of a head of rank >= 1, see :class:`timm_zzz.ops.reference.Parameters`.
-        split: Keep float32's precision in the matrix products; otherwise their operands are rounded to float16.
+        split: Keep float32 precision in the matrix products; otherwise their operands are rounded to float16.
     """
     flat = features.reshape(-1, features.shape[-1])
     compiling = torch.compiler.is_compiling()
