@@ -1,4 +1,4 @@
-"""The ZZZ classifier head as a module: for linear and 1x1-convolution classifiers, and fused for inference."""
+"""The ZZZ classifier head as modules: for linear and 1x1-convolution classifiers, and their fused forms."""
 
 import contextlib
 import copy
@@ -31,24 +31,24 @@ __all__ = ['FusedZZZConvHead', 'FusedZZZHead', 'ZZZConvHead', 'ZZZHead', 'heads_
 
 _logger = logging.getLogger(__name__)
 
-INIT_STD = 0.02  # of the entries of A, and of the class means in the reference's start
-# The flat start
-ROW_STD = 0.005  # of the entries of the class means: short rows turn fast also where the learning rate is small
+INIT_STD = 0.02  # standard deviation of the entries of A, and of the class means if init='reference'
+# Defaults if init='flat'
+ROW_STD = 0.005  # of the entries of the class means: short rows turn quickly even at a small learning rate
 SIGMA2_INIT = 1 / 16
-V_RATIO = 0.1  # of v to sigma2
+V_RATIO = 0.1  # v / sigma2
 
-# In the order in which the linear classifier's come first
+# The parameters of a linear classifier come first
 _PARAMETERS = Parameters._fields
-# Weight decay would pull these towards a variance of 0.69 rather than towards zero
+# Weight decay would pull these variances towards softplus(0) = 0.69, not towards zero
 NOT_DECAYED = ('v_raw', 'sigma2_raw')
 
-# Leaves for symbolic tracing: their argument checks look at shapes, which a traced value has not got.
+# Leaves of symbolic tracing: they check the shapes of their arguments, which traced values do not have.
 torch.fx.wrap('zzz_logits')
 torch.fx.wrap('fused_embeddings')
 torch.fx.wrap('fused_logits')
 
-# Steps of all optimisers so far: some write to a parameter's data, which its version counter does not see.
-_steps = itertools.count(1)  # never the same number twice, whatever threads step at once
+# Number of optimiser steps so far: some optimisers write to parameter.data, which version counters do not see.
+_steps = itertools.count(1)  # thread-safe: no two steps get the same number
 _optimizer_steps = [0]
 
 
@@ -59,12 +59,12 @@ def _count_step(*args: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-# The heads that hold a parameter, by the parameter's id, the first first; an entry goes when its head does.
+# The heads that hold each parameter, oldest first, keyed by the parameter's id. An entry is removed with its head.
 _owners: Dict[int, List['weakref.ref[ZZZHead]']] = {}
 
 
 def owner_of(parameter: Any) -> Optional['ZZZHead']:
-    """Find the ZZZ head that holds a parameter, the first of several; None if there is none or it is gone."""
+    """Find the ZZZ head that holds a parameter: the oldest of several, None if there is none."""
     for ref in tuple(_owners.get(id(parameter), ())):
         head = ref()
         if head is not None and any(p is parameter for p in head._parameters.values()):
@@ -73,7 +73,7 @@ def owner_of(parameter: Any) -> Optional['ZZZHead']:
 
 
 def _raw_variance(name: str, init: Optional[float], minimum: float) -> float:
-    """The unconstrained value whose softplus plus ``minimum`` is ``init``; 0 if ``init`` is None."""
+    """Compute the unconstrained value whose softplus plus ``minimum`` is ``init``; 0 if ``init`` is None."""
     if init is None:
         return 0.0
     if not minimum < init < math.inf:
@@ -82,21 +82,22 @@ def _raw_variance(name: str, init: Optional[float], minimum: float) -> float:
 
 
 class FusedZZZHead(nn.Module):
-    """A ZZZ head for inference: one linear layer and a sum of squares, the same logits.
+    """The form of a ZZZ head for inference: one linear layer and a sum of squares, with the same logits.
 
-    Made by :meth:`timm_zzz.ZZZHead.fuse`. For embeddings of shape (..., d) logits of shape (..., C), float32 or wider.
-    Its tensors stay at least float32 through ``.half()`` and ``.to(torch.bfloat16)``, as they take part in a difference
-    of large numbers where sigma2 is small. Quantisation that replaces ``nn.Linear`` reaches ``linear``.
+    Made by :meth:`timm_zzz.ZZZHead.fuse`. Embeddings of shape (..., d) give logits of shape (..., C), in float32 or
+    float64. ``.half()`` and ``.to(torch.bfloat16)`` keep the dtype of its tensors, because the logits are a difference
+    of large numbers if sigma2 is small. Quantisation that replaces ``nn.Linear`` reaches ``linear``.
 
     Args:
-        rows, offsets: Weight and bias of the linear layer, see ``timm_zzz.ops.reference.fuse``.
+        rows, offsets: Weight ((1 + r) C, d) and bias ((1 + r) C,) of the linear layer, see
+            ``timm_zzz.ops.reference.fuse``.
         sigma2: Isotropic variance, shape ().
         num_classes: Number of classes C.
-        impl: What computes it, as in :class:`~timm_zzz.ZZZHead`.
+        impl: Implementation, as in :class:`~timm_zzz.ZZZHead`.
         log_density: As in :class:`~timm_zzz.ZZZHead`.
 
     Raises:
-        ValueError: In ``forward`` for input whose last dimension is not d.
+        ValueError: For an unknown ``impl``, and in ``forward`` if the last dimension of the input is not d.
 
     Example:
         >>> from timm_zzz import ZZZHead
@@ -118,7 +119,7 @@ class FusedZZZHead(nn.Module):
         log_density: bool = False,
     ):
         super().__init__()
-        # in_features and out_features as on nn.Linear, for code that reads them off a classifier
+        # in_features and out_features are for code that takes the classifier for an nn.Linear
         self.num_classes = self.out_features = num_classes
         self.feat_dim = self.in_features = rows.shape[1]
         self.rank = rows.shape[0] // num_classes - 1
@@ -128,12 +129,12 @@ class FusedZZZHead(nn.Module):
         self.linear.bias = nn.Parameter(offsets, requires_grad=False)
         self.register_buffer('sigma2', sigma2)
         self._impl = check_impl(impl)
-        # How the kernels compute it, and for which tensors and features
+        # The plan of the kernels, and the tensors and features that it is for
         self._plan = cast(Optional[Tuple[Any, Any]], None)
 
     @property
     def impl(self) -> str:
-        """Choice of what computes the logits, ``'torch'``, ``'triton'`` or ``'auto'``; another raises a ValueError."""
+        """Chosen implementation, ``'torch'``, ``'triton'`` or ``'auto'``; setting another raises a ValueError."""
         return self._impl
 
     @impl.setter
@@ -142,30 +143,30 @@ class FusedZZZHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The class means over sigma2, shape (C, d), as the rows of a linear layer on normalised embeddings."""
+        """Class means divided by sigma2, shape (C, d): the weight of a linear layer on normalised embeddings."""
         return self._of_the_means(self.linear.weight)
 
     @property
     def bias(self) -> Tensor:
-        """What is added to the logits class by class, shape (C,)."""
+        """Offsets of the classes, shape (C,): the bias of that linear layer."""
         return self._of_the_means(self.linear.bias)
 
     @torch.jit.unused
     def _of_the_means(self, t: Any) -> Tensor:
-        t = t() if callable(t) else t  # a quantised layer has methods
+        t = t() if callable(t) else t  # a quantised layer has methods for them
         t = t.dequantize() if t.is_quantized else t
         return t[: self.num_classes] * reference.fused_scale(self.sigma2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of shape (..., C) for embeddings of shape (..., d)."""
+        """Compute logits of shape (..., C) for embeddings of shape (..., d)."""
         return self.logits(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits of shape (..., C) for embeddings of shape (..., d), whatever kind of classifier this replaces."""
+        """Compute logits (..., C) for embeddings (..., d), also in the form for 1x1 convolutions."""
         return self._logits(x, False)
 
     def _logits(self, x: Tensor, plain: bool) -> Tensor:
-        """With ``plain`` the caller knows that neither ``x`` nor this module's tensors are traced or transformed."""
+        """Compute logits; ``plain`` says that no tensor is traced or transformed, which saves the check."""
         logits: Optional[Tensor] = None
         if not torch.jit.is_scripting():
             logits = self._kernel_logits(x, plain)
@@ -182,7 +183,7 @@ class FusedZZZHead(nn.Module):
 
     @torch.jit.unused
     def _kernel_logits(self, x: Tensor, plain: bool) -> Optional[Tensor]:
-        """Logits by the kernels; None where they can't run, or would lose a gradient."""
+        """Compute logits with the kernels; None if they can't run or would lose a gradient."""
         linear: Any = self._modules['linear']
         if type(linear) is not nn.Linear:  # quantised
             return None
@@ -191,9 +192,9 @@ class FusedZZZHead(nn.Module):
             return None
         if x.requires_grad and torch.is_grad_enabled():
             return None
-        if x.shape[-1] != linear.weight.shape[1]:  # a kept plan would read and write past the ends; what follows raises
+        if x.shape[-1] != linear.weight.shape[1]:  # out of bounds for a kept plan; _linear_logits raises
             return None
-        # Unlike parameters these are not written to but as a whole, so it is enough to know them by their addresses.
+        # Unlike trained parameters, these are only replaced or rewritten as a whole: address and version identify them.
         state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         key = (x.device, x.dtype, torch.is_autocast_enabled(x.device.type), self._impl, state)
         if self._plan is not None and self._plan[0] == key:
@@ -220,33 +221,34 @@ class FusedZZZHead(nn.Module):
 
 
 class FusedZZZConvHead(FusedZZZHead):
-    """The fused head in place of a 1x1 convolution: embeddings (B, d, H, W) to logits (B, C, H, W)."""
+    """The fused form of :class:`ZZZConvHead`: embeddings (B, d, H, W) to logits (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of shape (B, C, H, W) for embeddings of shape (B, d, H, W)."""
+        """Compute logits of shape (B, C, H, W) for embeddings of shape (B, d, H, W)."""
         return self.logits(x.movedim(1, -1)).movedim(3, 1)
 
 
 class ZZZHead(nn.Module):
     """Classifier that models each class as a Gaussian with low-rank covariance over L2-normalised embeddings.
 
-    The logit of class c for an embedding f is, with ``x = f / |f|`` and ``mu_c = weight_c / |weight_c|``::
+    The logit of class c for an embedding f is, with ``x = f / |f|`` and ``mu_c = weight_c / |weight_c|``
+    (docs/theory.md, eq. 1)::
 
         log N(x; mu_c, Sigma_c) - log N(x; 0, sigma2 I) + bias_c
 
     where ``Sigma_c = U_c diag(v_c) U_c^T + sigma2 I``, U_c is the Q factor of A_c, ``v_c = softplus(v_raw_c) + v_min``
     and ``sigma2 = softplus(sigma2_raw) + sigma2_min``. With rank 0 it is a cosine classifier with temperature sigma2.
-    The density about the origin is the same for all classes: no softmax sees it, and without it the logits are small
-    enough for sigmoids, 16 bits and int8.
+    The subtracted density is the same for all classes, so the softmax does not depend on it. Subtracting it makes the
+    logits small enough for sigmoids, 16-bit floats and int8.
 
-    A drop-in replacement for ``nn.Linear(feat_dim, num_classes)``: ``weight`` and ``bias`` have the same shapes and the
-    state dict of a linear layer loads, its rows becoming the class means. Logits are float32 (float64 for float64
+    A drop-in replacement for ``nn.Linear(feat_dim, num_classes)``: ``weight`` and ``bias`` have the same shapes, and
+    the state dict of a linear layer loads, with its rows as class means. Logits are float32 (float64 for float64
     input), also under autocast and for a float16 or bfloat16 module.
 
-    In eval mode without gradients the head keeps its fused form, which :meth:`fuse` returns, until a parameter changes
-    through a module, an optimiser, or an operation in place. PyTorch's version counters do not see writes through
-    ``.data`` (by hand, or by another package's average of weights), shared memory, collectives of torch.distributed,
-    and replayed CUDA graphs: call ``train()`` or ``eval()`` after them, which drop what is kept.
+    In eval mode without gradients the head caches its fused form (see :meth:`fuse`) until a parameter changes through
+    a module, an optimiser or an in-place operation. PyTorch's version counters miss writes through ``.data`` (by hand,
+    or by a package that averages weights), through shared memory, by collectives of torch.distributed and by replayed
+    CUDA graphs. Call ``train()`` or ``eval()`` after these: both clear the cache.
 
     Args:
         num_classes: Number of classes C, >= 1.
@@ -257,24 +259,24 @@ class ZZZHead(nn.Module):
         v_init: Initial variance along the basis, > v_min; by default a tenth of the initial sigma2, or 2 v_min if that
             is larger.
         sigma2_init: Initial isotropic variance, > sigma2_min; by default 1/16, or 2 sigma2_min if that is larger.
-        log_density: Give log N(x; mu_c, Sigma_c) + d/2 log(2 pi) + bias_c as logits instead.
-        impl: What computes it, as in :func:`timm_zzz.functional.zzz_logits`: ``'torch'``, ``'triton'`` or ``'auto'``.
+        log_density: Return log N(x; mu_c, Sigma_c) + d/2 log(2 pi) + bias_c as logits instead.
+        impl: Implementation, as in :func:`timm_zzz.functional.zzz_logits`: ``'torch'``, ``'triton'`` or ``'auto'``.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
-        init: The start. ``'flat'``: all classes are the same Gaussian, with one random mean and subspace, so that the
-            logits are equal, no random gradient reaches the backbone, and what parts the classes comes from the images.
-            ``'reference'``: means and A are drawn class by class, and both variances are softplus(0) plus their
-            minimum, 0.69, unless given.
+        init: Initialisation. ``'flat'``: all classes start as the same Gaussian, with one random mean and subspace. All
+            logits are equal then, so no random gradient reaches the backbone, and the differences between classes are
+            learnt from the images. ``'reference'``: means and A are drawn for each class, and both variances are
+            softplus(0) = 0.69 plus their minimum, unless given.
 
     Attributes:
         weight: Class means before normalisation, shape (C, d); also readable as ``mu``.
         A: Matrices whose columns span the class subspaces, shape (C, d, r); None at rank 0.
         v_raw: Unconstrained variances along the basis, shape (C, r); None at rank 0.
         sigma2_raw: Unconstrained isotropic variance, shape (1,).
-        bias: Class offsets, log-priors up to a constant, shape (C,).
+        bias: Class offsets, shape (C,): log-priors up to a constant.
 
     Raises:
-        ValueError: For an argument out of its range, and in ``forward`` for input whose last dimension is not d.
+        ValueError: For an argument out of its range, and in ``forward`` if the last dimension of the input is not d.
 
     Example:
         >>> head = ZZZHead(num_classes=200, feat_dim=768, rank=8)
@@ -319,7 +321,7 @@ class ZZZHead(nn.Module):
             raise ValueError(f"init: expected 'flat' or 'reference', got {init!r}")
         if not isinstance(log_density, bool):
             raise ValueError(f'log_density: expected a bool, got {log_density!r}')
-        # in_features and out_features as on nn.Linear, for code that reads them off a classifier
+        # in_features and out_features are for code that takes the classifier for an nn.Linear
         self.num_classes = self.out_features = num_classes
         self.feat_dim = self.in_features = feat_dim
         self.rank = rank
@@ -349,7 +351,7 @@ class ZZZHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weight and A anew as ``init`` says, and set the variances to their initial values and the bias to 0."""
+        """Draw ``weight`` and ``A`` as ``init`` says; set the variances to their initial values and the bias to 0."""
         with torch.no_grad():
             self.weight.normal_(std=INIT_STD)
             if self.A is not None and self.v_raw is not None:
@@ -360,18 +362,18 @@ class ZZZHead(nn.Module):
             if self._init == 'flat':
                 for p, std in ((self.weight, ROW_STD), (self.A, INIT_STD)):
                     if p is not None:
-                        # A sum of C normal variables over sqrt(C) is normal again, and the same in all shards
+                        # A sum of C normal variables over sqrt(C) is normal too; as a sum it is the same in all shards
                         shared = p.sum(0) * (std / INIT_STD / self.num_classes**0.5)
                         p.zero_().add_(shared)
 
     @property
     def mu(self) -> Tensor:
-        """The class means before normalisation, an alias of ``weight``."""
+        """Class means before normalisation, an alias of ``weight``."""
         return self.weight
 
     @property
     def impl(self) -> str:
-        """Choice of what computes the logits, ``'torch'``, ``'triton'`` or ``'auto'``; another raises a ValueError."""
+        """Chosen implementation, ``'torch'``, ``'triton'`` or ``'auto'``; setting another raises a ValueError."""
         return self._impl
 
     @impl.setter
@@ -380,20 +382,20 @@ class ZZZHead(nn.Module):
 
     @property
     def active_impl(self) -> str:
-        """What computes the logits of float32 features where the parameters are now, ``'torch'`` or ``'triton'``.
+        """Implementation used for float32 features on the device of the parameters, ``'torch'`` or ``'triton'``.
 
         Raises:
-            ValueError: If ``'triton'`` is asked for and can't run.
+            ValueError: If ``impl`` is ``'triton'`` and the kernels can't run.
         """
         return choose_for_head(self._impl, self.weight[:0], self._parameter_tuple())
 
     @torch.jit.ignore
     def no_weight_decay(self) -> List[str]:
-        """Names of the parameters that weight decay would pull towards a variance of 0.69 rather than towards zero."""
+        """List the parameters that must not be decayed: weight decay would pull these variances towards 0.69, not 0."""
         return [name for name in NOT_DECAYED if getattr(self, name) is not None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of shape (..., C) for embeddings of shape (..., d)."""
+        """Compute logits of shape (..., C) for embeddings of shape (..., d)."""
         return self._logits(x)
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -416,12 +418,12 @@ class ZZZHead(nn.Module):
         )
 
     def _kept_fused(self, x: Tensor) -> Optional[FusedZZZHead]:
-        """Derive the fused form anew if a parameter has changed; None where nothing may be kept, as in a CUDA graph."""
+        """Return the cached fused form, derived again if a parameter has changed; None if it must not be cached."""
         parameters = self._parameter_tuple()
         tensors = [t for t in parameters if t is not None]
         if not is_plain([x, *tensors]):
             return None
-        # Another stream might read a result before it is there.
+        # The cache is for one stream: another might read the tensors before they are written.
         stream = 0
         if x.is_cuda:
             if torch.cuda.is_current_stream_capturing():
@@ -434,39 +436,39 @@ class ZZZHead(nn.Module):
         return None if kept is None else kept.fused
 
     def _keep(self, key: Any, tensors: List[Tensor]) -> Optional['_Kept']:
-        """Derive the fused form, unless nothing tells whether the parameters change."""
+        """Derive the fused form to cache; None if changes of the parameters could not be noticed."""
         if any(t.is_inference() or t.device.type not in ('cpu', 'cuda', 'mps', 'xpu') for t in tensors):
             return None
-        # Before it is derived, so that what another thread changes meanwhile is seen the next time
+        # Read before deriving, so that a change by another thread meanwhile is noticed at the next call
         versions, memory = [t._version for t in tensors], [t.detach() for t in tensors]
         with torch.inference_mode(False):
             fused = self._fuse(torch.float64 if key[0] or self.weight.dtype == torch.float64 else torch.float32)
         return _Kept(key, versions, memory, fused)
 
     def _drop(self) -> None:
-        """Forget the fused form, and what another thread may be deriving."""
+        """Clear the cached fused form, also one that another thread is deriving."""
         self.__dict__['_drops'] = self.__dict__.get('_drops', 0) + 1
         self.__dict__['_kept'] = None
 
     def _parameter_tuple(self) -> Parameters:
         own: Any = self._parameters
-        try:  # quicker than attributes, which pruned and parametrized ones are
+        try:  # faster than attributes, which pruned and parametrized heads need
             return Parameters(own['weight'], own['bias'], own['A'], own['v_raw'], own['sigma2_raw'])
         except KeyError:
             return Parameters(self.weight, self.bias, self.A, self.v_raw, self.sigma2_raw)
 
     @torch.no_grad()
     def fuse(self) -> FusedZZZHead:
-        """The head for inference, as ``timm.utils.reparameterize_model`` asks for it: no QR, one matrix product.
+        """Return the form for inference: no QR, one matrix product. ``timm.utils.reparameterize_model`` calls it.
 
         Returns:
-            A new module, with nothing to train, that gives the same logits, on the same device.
+            A new module on the same device, without trainable parameters, that gives the same logits.
         """
         return self._fuse()
 
     @torch.no_grad()
     def gaussians(self, dtype: Optional[torch.dtype] = None) -> Tuple[Any, ...]:
-        """Derive means (C, d), bases (C, d, r), variances (C, r), sigma2 () and bias (C,) in at least float32."""
+        """Compute means (C, d), bases (C, d, r), variances (C, r), sigma2 () and bias (C,) in at least float32."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32) if dtype is None else dtype
         tensors: Any = (t if t is None else t.detach().to(dtype) for t in self._parameter_tuple())
         p = Parameters(*tensors)
@@ -484,7 +486,7 @@ class ZZZHead(nn.Module):
         self._mark_parameters()
 
     def _mark_parameters(self) -> None:
-        """Mark the parameters as a head's, for optimisers; copies and what loading puts in their place have no mark."""
+        """Mark the parameters as a head's, for optimisers; copies and tensors that replace them have no mark."""
 
         def forget(ref: Any, key: int) -> None:
             others = [other for other in _owners.get(key, ()) if other is not ref]
@@ -499,8 +501,8 @@ class ZZZHead(nn.Module):
                 _owners[id(p)] = [*_owners.get(id(p), ()), ref]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # FSDP puts other tensors in the parameters' places, whose version counters do not tell of all that is written.
-        # That fully_shard comes here, and so to register_parameter, is because there is a function of this name.
+        # FSDP replaces the parameters by tensors whose version counters miss some writes. fully_shard calls this
+        # method, and so register_parameter, only because the class defines it.
         if name != '_kept':
             self._drop()
         super().__setattr__(name, value)
@@ -529,7 +531,7 @@ class ZZZHead(nn.Module):
         return self
 
     def init_non_persistent_buffers(self) -> None:
-        """Refuse to be left without values: transformers calls this, and has drawn nothing, after it loads a part."""
+        """Raise a RuntimeError if some parameters have no values; transformers calls this after loading."""
         loaded = {name: hasattr(p, '_is_hf_initialized') for name, p in self.named_parameters(recurse=False)}
         if any(loaded.values()) and not all(loaded.values()):
             missing = ', '.join(name for name, there in loaded.items() if not there)
@@ -543,26 +545,26 @@ class ZZZHead(nn.Module):
 
 
 class ZZZConvHead(ZZZHead):
-    """The head in place of a 1x1 convolution: embeddings (B, d, H, W) to logits (B, C, H, W), position by position."""
+    """The head in place of a 1x1 convolution: embeddings (B, d, H, W) to logits (B, C, H, W) at each position."""
 
     _fused_type = FusedZZZConvHead
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of shape (B, C, H, W) for embeddings of shape (B, d, H, W)."""
+        """Compute logits of shape (B, C, H, W) for embeddings of shape (B, d, H, W)."""
         return self._logits(x.movedim(1, -1)).movedim(3, 1)
 
 
 class _Kept(NamedTuple):
-    """What an evaluated head keeps: the fused form, and of which parameters it is."""
+    """A cached fused form and the state of the parameters that it was derived from."""
 
     key: Any
     versions: List[int]
-    # Aliases of the parameters, which keep their memory, so that no other tensor can come to lie at its address
+    # Aliases of the parameters: they hold the memory, so that no other tensor can get its address
     memory: List[Tensor]
     fused: FusedZZZHead
 
     def is_of(self, tensors: List[Tensor]) -> bool:
-        """Whether the parameters lie where they lay, and nothing has been written there as far as versions tell."""
+        """Tell whether the parameters have the same memory as before, and versions that show no write to it."""
         return (
             [t._version for t in tensors] == self.versions
             and [t.dtype for t in tensors] == [t.dtype for t in self.memory]
@@ -570,17 +572,17 @@ class _Kept(NamedTuple):
         )
 
 
-# What a state dict may hold
+# Loading of state dicts
 
 
 def _adapt_state_dict(head: ZZZHead, state_dict: Dict[str, Any], prefix: str, error_msgs: List[str]) -> None:
-    """Read linear classifiers and old names, and explain what can't be read.
+    """Convert linear classifiers and old names in place, and report what can't be read in ``error_msgs``.
 
     - ``mu`` is read as ``weight``, and sigma2_raw of shape () as (1,).
-    - A linear classifier (weight and bias, nothing of the ZZZ head) becomes the class means and the bias.
-    - Another number of classes, width or rank is an error that gives both sides' figures.
+    - A linear classifier (weight and bias, no other parameter of a head) becomes the class means and the bias.
+    - A different number of classes, width or rank is an error, with the sizes of checkpoint and model.
 
-    Any other part of a head is loaded as it is: shards, the trainable parameters alone, a pruned head.
+    Any other part of a head is loaded unchanged: shards, only the trainable parameters, a pruned head.
     """
     name = prefix.rstrip('.') or 'head'
     if f'{prefix}mu' in state_dict and f'{prefix}weight' not in state_dict:
@@ -594,7 +596,7 @@ def _adapt_state_dict(head: ZZZHead, state_dict: Dict[str, Any], prefix: str, er
     weight = found['weight']
     keys = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
     linear = keys <= {'weight', 'bias'}
-    if linear and weight.ndim > 2 and weight.shape[2:].numel() == 1:  # maybe written as a 1x1 convolution
+    if linear and weight.ndim > 2 and weight.shape[2:].numel() == 1:  # of a 1x1 convolution
         weight = state_dict[f'{prefix}weight'] = weight.flatten(1)
     kind, shape, expected = 'linear classifier', list(weight.shape), list(head.weight.shape)
     labels = ['classes', 'features']
@@ -616,14 +618,14 @@ def _adapt_state_dict(head: ZZZHead, state_dict: Dict[str, Any], prefix: str, er
 
 
 def same_shape(key: str, a: Sequence[int], b: Sequence[int]) -> bool:
-    """Compare two shapes of a model's tensor; for sigma2_raw, () counts as (1,)."""
+    """Compare two shapes of a model's tensor; for sigma2_raw, () and (1,) are the same."""
     return tuple(a) == tuple(b) or key.endswith('sigma2_raw') and {tuple(a), tuple(b)} == {(), (1,)}
 
 
 def _keep_own(head: ZZZHead, state_dict: Dict[str, Any], prefix: str, names: Sequence[str]) -> None:
-    """Put the head's own parameters into the state dict, so that loading it leaves them as they are."""
+    """Put the head's own parameters into the state dict, so that loading does not change them."""
     own = dict(head.named_parameters(recurse=False))
-    if any(own[name].is_meta for name in names if name in own):  # nothing to keep: draw them where the checkpoint is
+    if any(own[name].is_meta for name in names if name in own):  # no values yet: draw them beside the checkpoint
         loaded = next((t for k, t in state_dict.items() if k.startswith(prefix)), None)
         drawn = copy.deepcopy(head).to_empty(device='cpu' if loaded is None else loaded.device)
         drawn.reset_parameters()
@@ -638,7 +640,7 @@ def _keep_own(head: ZZZHead, state_dict: Dict[str, Any], prefix: str, names: Seq
 
 
 def heads_of(model: nn.Module) -> Dict[str, ZZZHead]:
-    """Find the ZZZ heads of a model, keyed by module path; of the copies that PEFT makes of a head those in use."""
+    """Find the ZZZ heads of a model, keyed by module path; of PEFT's copies of a head only those in use."""
     idle = [copy for module in model.modules() if hasattr(module, 'modules_to_save') for copy in _idle(module)]
     return {
         path: module
@@ -648,9 +650,9 @@ def heads_of(model: nn.Module) -> Dict[str, ZZZHead]:
 
 
 def _idle(wrapper: Any) -> List[nn.Module]:
-    """List the modules in PEFT's wrapper of a module that it saves which the forward pass does not reach."""
+    """List the modules in PEFT's ``modules_to_save`` wrapper that the forward pass does not use."""
     copies = getattr(wrapper, 'modules_to_save', None)
-    if not isinstance(copies, nn.ModuleDict):  # a list of names in PEFT's other modules
+    if not isinstance(copies, nn.ModuleDict):  # other modules of PEFT have a list of names
         return []
     active = [] if wrapper.disable_adapters else [name for name in wrapper.active_adapters if name in copies]
     used = [copies[name] for name in active] or [wrapper.original_module]
@@ -661,7 +663,7 @@ def _idle(wrapper: Any) -> List[nn.Module]:
 def record_inputs(heads: Mapping[str, nn.Module]) -> Iterator[Dict[str, Tensor]]:
     """Record each head's most recent input, keyed by module path. Clear the dict before each forward pass.
 
-    The (B, d, 1, 1) that a head in place of a 1x1 convolution gets after pooling is recorded as (B, d).
+    An input of shape (B, d, 1, 1), to a head in place of a 1x1 convolution, is recorded as (B, d).
     """
     inputs: Dict[str, Tensor] = {}
 
