@@ -1,6 +1,6 @@
-"""Images of one split of a data set, numbered and prepared as a model expects: timm's data sets and loaders.
+"""Open one split of a data set with timm, with its classes numbered as a model expects, and load the images.
 
-Also the files that travel with the package.
+Also find the data files that are installed with the package.
 """
 
 import os
@@ -36,14 +36,14 @@ __all__ = [
     'shipped_files',
 ]
 
-SHOWN = 8  # classes that a message names
+SHOWN = 8  # number of classes that a message names
 
-# Names of folders that timm's create_dataset takes for each other
+# Folder names that timm's create_dataset treats as synonyms
 SPLIT_FOLDERS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
 
 
 class Split(NamedTuple):
-    """A data set of timm and its class names by index, empty where the data does not name its classes."""
+    """A data set of timm and its class names by index; no names if the data has none."""
 
     dataset: Any
     class_names: List[str]
@@ -54,19 +54,19 @@ def _count(n: int, unit: str) -> str:
 
 
 def counted(counts: Mapping[str, int], unit: str = 'image') -> str:
-    """List the first of some folders or suffixes, each with its count."""
+    """List the first folders or suffixes for a message, each with its count."""
     return some([f'{name or "the folder itself"} ({_count(n, unit)})' for name, n in counts.items()], SHOWN)
 
 
 class LeftOut(NamedTuple):
-    """What lies in the folder of a split and is not in its data set: timm says nothing about it."""
+    """The files in the folder of a split that timm leaves out of its data set, without a message."""
 
-    unknown: Dict[str, int]  # images by class folder, of those that are no class
+    unknown: Dict[str, int]  # number of images by name of a folder that is not a class
     empty: List[str]  # class folders without images
-    unread: Dict[str, int]  # images by suffix, of formats that timm does not look for
+    unread: Dict[str, int]  # number of images by suffix, for formats that timm does not read
 
     def messages(self, name: str, known: str) -> List[str]:
-        """Say what was left out of a split; ``known`` is what names the classes."""
+        """Describe in messages what was left out of a split; ``known`` names the source of the classes."""
         notes = []
         if self.unknown:
             count = f'{_count(sum(self.unknown.values()), "image")} of {_count(len(self.unknown), "class")}'
@@ -80,7 +80,7 @@ class LeftOut(NamedTuple):
 
 
 def file_of(dataset: Any, i: int) -> str:
-    """Return the file of the ``i``-th image as timm names it, ``image i`` where it lies in none."""
+    """Return timm's file name of the ``i``-th image, or ``image i`` if it has no file of its own."""
     try:
         return str(dataset.filename(i))
     except (AttributeError, NotImplementedError, AssertionError, KeyError):
@@ -88,11 +88,11 @@ def file_of(dataset: Any, i: int) -> str:
 
 
 class MissingSplitError(ValueError):
-    """There is no such split, or no image in it."""
+    """The split does not exist or has no images."""
 
 
 class UnknownClassesError(ValueError):
-    """There are images in a split, and none is of a class of the class map."""
+    """The split has images, but none of a class of the class map."""
 
     def __init__(self, split: str, left_out: LeftOut, known: str = '--class-map'):
         super().__init__(f'{known} has none of the classes of {split}: {some([*left_out.unknown], SHOWN)}')
@@ -100,7 +100,7 @@ class UnknownClassesError(ValueError):
 
 
 class Names(NamedTuple):
-    """What a user gives the data by, for errors."""
+    """Names of the options for the data and the class map, for error messages."""
 
     data: str = '--data-dir'
     class_map: str = '--class-map'
@@ -121,21 +121,21 @@ def open_split(
     """Open one split of a data set, as timm's scripts do.
 
     Args:
-        data_dir: Folder with the splits; without any, its images are the only split. None where timm finds the data set
-            by its name.
-        split: Name of the split, e.g. ``'validation'``; empty for a folder with the classes in it.
-        dataset: timm's ``TYPE/NAME`` of the data; an ImageFolder if empty.
-        class_map: Class names by index, or a file as :func:`read_class_map` takes; None numbers the classes found.
+        data_dir: Folder with the splits. If it has no folders of splits, its images are the only split. None if timm
+            finds the data set by its name.
+        split: Name of the split, e.g. ``'validation'``; empty if the folder holds the class folders itself.
+        dataset: timm's ``TYPE/NAME`` of the data set; an ImageFolder if empty.
+        class_map: Class names by index, or a file for :func:`read_class_map`. If None, timm numbers the classes found.
         channels: 3 for RGB, 1 for grey.
-        batch_size: For data sets that are read in batches.
-        input_key: Name of the images in an example, where it is not timm's default.
-        target_key: Name of the classes, likewise.
-        names: What errors call ``data_dir`` and ``class_map``.
+        batch_size: Batch size, for data sets that timm reads in batches.
+        input_key: Key of the image in an example, if not timm's default.
+        target_key: Key of the class in an example, if not timm's default.
+        names: Names of ``data_dir`` and ``class_map`` in error messages.
 
     Raises:
-        MissingSplitError: If there is no such split; timm itself would take the images of all splits.
-        UnknownClassesError: If all images are of other classes than those of the class map.
-        ValueError: If there is no such folder, or as :func:`read_class_map`.
+        MissingSplitError: If the split does not exist or has no images; timm itself would take those of all splits.
+        UnknownClassesError: If none of the images is of a class of the class map.
+        ValueError: If the folder does not exist, or as in :func:`read_class_map`.
     """
     root = Path(data_dir or '')
     if not dataset and not (data_dir and root.is_dir()):
@@ -155,7 +155,7 @@ def open_split(
             class_map=mapping,
             input_img_mode='RGB' if channels == 3 else 'L',
             batch_size=batch_size,
-            input_key=input_key,  # None is left out
+            input_key=input_key,  # timm drops arguments that are None
             target_key=target_key,
         )
     except (RuntimeError, AssertionError, OSError, ImportError, ValueError, TypeError) as e:
@@ -164,7 +164,7 @@ def open_split(
             raise UnknownClassesError(split or str(root), left_out, names.class_map) from e
         of = f' of a split {split}' if split else ''
         raise MissingSplitError(f'{names.data}: {root if data_dir else dataset} has no images{of}: {e}') from e
-    reader: Any = getattr(opened, 'reader', None)  # torchvision's data sets have none
+    reader: Any = getattr(opened, 'reader', None)  # torchvision's data sets have no reader
     if split and not dataset and Path(getattr(reader, 'root', '')) == root:  # timm found no folder of that name
         splits = {*chain(*SPLIT_FOLDERS), 'test'}
         others = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name in splits)
@@ -176,12 +176,12 @@ def open_split(
 
 
 def find_left_out(split: Split) -> LeftOut:
-    """Count what timm left out of an ImageFolder: it takes an image whose folder is no class for none at all.
+    """Count the files that timm leaves out of an ImageFolder: images of unknown classes or formats.
 
-    Nothing is counted for other kinds of data sets.
+    All counts are empty for other kinds of data sets.
 
     Raises:
-        OSError: If a folder can't be read; timm takes it for empty.
+        OSError: If a folder can't be read; timm treats it as empty.
     """
 
     def refuse(e: OSError) -> NoReturn:
@@ -204,13 +204,13 @@ def find_left_out(split: Split) -> LeftOut:
 
 
 def read_class_map(path: Union[str, Path], name: str = '--class-map') -> List[str]:
-    """Read the class names, by index, from a text file of one name a line, as timm reads it.
+    """Read the class names by index from a class map, as timm does.
 
-    A blank line is a class without a name, as for timm. Of its other format, a pickled dict of indices by name, nothing
-    but names and indices is read. ``name`` is what errors call it.
+    A text file has one name a line; a blank line is a class without a name. Of a pickled
+    dict of indices by name, only names and indices are read. ``name`` stands for the file in error messages.
 
     Raises:
-        ValueError: If there is no such file, it can't be read, or it does not give each index to one name.
+        ValueError: If the file does not exist, can't be read, or does not give each index exactly one name.
     """
     path = Path(path)
     if path.suffix not in ('.txt', '.pkl') or not path.is_file():
@@ -223,7 +223,7 @@ def read_class_map(path: Union[str, Path], name: str = '--class-map') -> List[st
     if not names:
         raise ValueError(f'{name}: {path} names no class')
     for i, each in enumerate(names):
-        if type(indices[each]) is not int or indices[each] != i:  # timm keeps the last of equal lines
+        if type(indices[each]) is not int or indices[each] != i:  # of equal lines timm keeps the last
             raise ValueError(f'{name}: {path} has no class of index {i}; is its line {i + 1} there twice?')
     return [str(each) for each in names]
 
@@ -237,10 +237,16 @@ def eval_loader(
     device: Optional[torch.device] = None,
     share: Tuple[int, int] = (0, 1),
 ) -> Any:
-    """Create timm's loader with the transforms of evaluation; ``config`` is what ``resolve_data_config`` returns.
+    """Create timm's loader with its transforms for evaluation.
 
-    With ``share`` (i, n) it reads every n-th image from the i-th on. Data sets that only come one after the other take
-    their share themselves, from torch.distributed.
+    Args:
+        dataset: A data set of timm; its transform is set.
+        config: Preprocessing, as timm's ``resolve_data_config`` returns it.
+        batch_size: Images per batch.
+        workers: Number of processes that load images.
+        device: Where the images go; the CPU if None.
+        share: ``(i, n)`` to read every n-th image, starting with the i-th. Iterable data sets ignore it: they take
+            their share by torch.distributed themselves.
     """
     device = torch.device('cpu') if device is None else device
     keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
@@ -257,12 +263,12 @@ def eval_loader(
         persistent_workers=False,
         **{key: config[key] for key in keys},
     )
-    dataset.transform = part.transform  # which timm gave to the part
+    dataset.transform = part.transform  # timm sets it on the part
     return loader
 
 
 def shipped_files(folder: str, suffix: str) -> Dict[str, Path]:
-    """List the files of a data folder by stem: inside the package when installed, beside it in a checkout."""
+    """Find files of the package by name without suffix: in its folder if installed, beside it in a checkout."""
     package = Path(__file__).resolve().parent
     for parent in (package, package.parent):
         if (parent / folder).is_dir():

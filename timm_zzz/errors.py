@@ -1,4 +1,4 @@
-"""Errors between a model and the Hugging Face Hub; ``__cause__`` is the Hub client's own, where there is one."""
+"""Errors of saving, loading and pushing models; ``__cause__`` is the error of the Hub's client, if there was one."""
 
 import difflib
 from typing import Iterable, Sequence
@@ -7,23 +7,23 @@ __all__ = ['AccessError', 'CheckpointError', 'ConfigError', 'HubError', 'NotFoun
 
 
 class HubError(RuntimeError):
-    """Base class of the errors below; also raised where the Hub refuses for another reason."""
+    """Base class of the errors below; raised itself if the Hub refuses for a reason that none of them covers."""
 
 
 class NotFoundError(FileNotFoundError, HubError):
-    """No such folder, repository, revision or file, or a private repository and no token that may read it."""
+    """The folder, repository, revision or file does not exist, or is private and the token may not read it."""
 
 
 class AccessError(PermissionError, HubError):
-    """The token is invalid or may not do this: a gated or disabled repository, or no right to push."""
+    """The token is invalid or has no permission: a gated or disabled repository, or no right to push."""
 
 
 class UnavailableError(ConnectionError, HubError):
-    """The Hub can't be reached, fails, or is offline, and the local cache does not have the files."""
+    """The Hub is offline, unreachable or failing, and the local cache does not have the files."""
 
 
 class CheckpointError(HubError):
-    """The weights are not what they should be: truncated, changed, of another model, or no safetensors file."""
+    """The weights are truncated, changed or those of another model, or the file is not a safetensors file."""
 
 
 class ConfigError(HubError):
@@ -31,17 +31,17 @@ class ConfigError(HubError):
 
 
 def one_line(e: BaseException) -> str:
-    """Give an error's message in one line; of an error in a process that loads images, what it was."""
+    """Return an error's message in one line; for an error in a loader process, the last line of its traceback."""
     inner = 'Traceback (most recent call last)' in str(e)
     return ' '.join((str(e).strip().rpartition('\n')[2] if inner else str(e)).split()) or type(e).__name__
 
 
 def nearest(word: str, words: Iterable[str], n: int = 1) -> str:
-    """End a message: which of the known words may have been meant, if any."""
+    """Return the end of a message that suggests the ``n`` nearest known words; '' if none is near."""
     near = difflib.get_close_matches(word, list(words), n)
     return f'; did you mean {", ".join(near[:-1])}{" or " if near[1:] else ""}{near[-1]}?' if near else ''
 
 
 def some(items: Sequence[str], count: int = 3) -> str:
-    """List the first items of a message, and how many more there are."""
+    """Join the first items for a message, and say how many more there are."""
     return ', '.join(items[:count]) + (f' and {len(items) - count} more' if len(items) > count else '')
