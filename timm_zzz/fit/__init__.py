@@ -1,4 +1,4 @@
-"""Closed-form fit of the ZZZ head from features, in one pass over them: no gradient steps."""
+"""Fit the ZZZ head in closed form, in one pass over features or images, without gradient steps."""
 
 from .classifier import ZZZClassifier
 from .zzzfit import PRESETS, ZZZFit, fit_head, fit_model

@@ -1,4 +1,4 @@
-"""The closed-form fit as a classifier of scikit-learn, which is imported where it is used."""
+"""The closed-form fit as a classifier for scikit-learn, which is imported on first use."""
 
 import copy
 from inspect import signature
@@ -12,7 +12,7 @@ from .zzzfit import ZZZFit
 
 __all__ = ['ZZZClassifier']
 
-# Of ZZZFit, but for the classes, which come with the labels, and the dtype, which is scikit-learn's float64
+# ZZZFit's options except num_classes, which follows from the labels, and dtype, which is float64 as in scikit-learn
 _SIGNATURE = signature(ZZZFit.__init__)
 _SIGNATURE = _SIGNATURE.replace(
     parameters=[p for p in _SIGNATURE.parameters.values() if p.name not in ('num_classes', 'dtype')]
@@ -32,23 +32,23 @@ def _sklearn() -> Any:
 
 
 class ZZZClassifier:
-    """Classify features by a ZZZ head that is fitted in closed form, as an estimator of scikit-learn.
+    """Classifier for scikit-learn with a ZZZ head that is fitted in closed form.
 
-    It goes where those of scikit-learn go: pipelines, cross-validation, searches over options. Needs scikit-learn 1.6,
-    which ``timm_zzz[benchmark]`` brings.
+    It works in pipelines, cross-validation and searches over options. It needs scikit-learn 1.6 or later, which
+    ``timm_zzz[benchmark]`` installs.
 
     Args:
-        rank: Rank r of the class covariances; the width of the features if that is less.
-        options: Further ones of :class:`ZZZFit`, but for num_classes and dtype. The head is of float64.
+        rank: Rank r of the class covariances; at most the width of the features is used.
+        options: Further options of :class:`ZZZFit`, except num_classes and dtype. The head is in float64.
 
     Attributes:
-        classes_: The labels, sorted, shape (C,).
-        head_: The :class:`~timm_zzz.ZZZHead` that was fitted.
-        n_features_in_: Width of the features.
-        feature_names_in_: Their names, where they came as a data frame.
+        classes_: Labels, sorted, shape (C,).
+        head_: The fitted :class:`~timm_zzz.ZZZHead`.
+        n_features_in_: Width d of the features.
+        feature_names_in_: Names of the features, if they were a data frame.
 
     Raises:
-        TypeError: For an option that does not exist. Values are checked by ``fit``.
+        TypeError: For an option that does not exist. ``fit`` checks values and raises a ValueError.
 
     Example:
         >>> X, y = torch.eye(2).repeat(20, 1) + 0.1 * torch.randn(40, 2), ['ant', 'bee'] * 20
@@ -74,7 +74,7 @@ class ZZZClassifier:
         return {name: getattr(self, name) for name in _OPTIONS}
 
     def set_params(self, **options: Any) -> 'ZZZClassifier':
-        """Set some options; a ValueError for one that does not exist."""
+        """Set some options; raise a ValueError for one that does not exist."""
         try:
             ZZZClassifier.__init__(self, **{**self.get_params(), **options})
         except TypeError as e:
@@ -94,10 +94,14 @@ class ZZZClassifier:
 
     @classmethod
     def from_head(cls, head: ZZZHead, classes: Optional[Sequence[Any]] = None) -> 'ZZZClassifier':
-        """Take a trained head of features (N, d), with its classes in the order of the logits, 0 to C - 1 if None.
+        """Create a classifier from a trained head.
+
+        Args:
+            head: A head for features of shape (N, d); it is copied.
+            classes: Labels in the order of the logits; 0 to C - 1 if None.
 
         Raises:
-            ValueError: For another number of classes than the head has.
+            ValueError: If there are not as many different labels as the head has classes.
         """
         self = cls(head.rank)
         encoder = _sklearn().preprocessing.LabelEncoder().fit(range(head.num_classes) if classes is None else classes)
@@ -113,13 +117,17 @@ class ZZZClassifier:
         return self
 
     def fit(self, X: Any, y: Any) -> 'ZZZClassifier':
-        """Fit a head to features (N, d) and labels of any kind (N,)."""
+        """Fit a head to features (N, d) and labels (N,) of any type.
+
+        Raises:
+            ValueError: As :class:`ZZZFit` and its ``fit``, and as scikit-learn for invalid data.
+        """
         sklearn = _sklearn()
         X, y = sklearn.utils.validation.validate_data(self, X, y)
         sklearn.utils.multiclass.check_classification_targets(y)
         encoder = sklearn.preprocessing.LabelEncoder().fit(y)
         options: Dict[str, Any] = dict(self.get_params(), dtype=torch.float64)
-        if hasattr(self.rank, '__index__') and not isinstance(self.rank, bool):  # of NumPy too
+        if hasattr(self.rank, '__index__') and not isinstance(self.rank, bool):  # also NumPy's ints
             options['rank'] = min(int(self.rank), X.shape[1])
         estimator = ZZZFit(len(encoder.classes_), **options)
         self.head_, self.classes_ = estimator.fit(X, encoder.transform(y)).to_head(), encoder.classes_
@@ -127,20 +135,20 @@ class ZZZClassifier:
 
     @torch.inference_mode()
     def predict_proba(self, X: Any) -> Any:
-        """Compute the probabilities of the classes, an array (N, C) in the order of ``classes_``."""
+        """Compute class probabilities for features (N, d), an array (N, C) in the order of ``classes_``."""
         validation = _sklearn().utils.validation
         validation.check_is_fitted(self)
         x: Tensor = torch.as_tensor(validation.validate_data(self, X, reset=False)).to(self.head_.weight)
-        logits = ZZZHead.forward(self.head_.eval(), x)  # of rows also where it stands for a 1x1 convolution
+        logits = ZZZHead.forward(self.head_.eval(), x)  # on rows, also for a head in place of a 1x1 convolution
         return logits.softmax(1).cpu().numpy()
 
     def predict(self, X: Any) -> Any:
-        """Predict labels, shape (N,)."""
+        """Predict labels (N,) for features (N, d)."""
         probabilities = self.predict_proba(X)
         return self.classes_[probabilities.argmax(1)]
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Compute the accuracy, 0 to 1."""
+        """Compute the accuracy on features (N, d) and labels (N,), 0 to 1."""
         return float(_sklearn().metrics.accuracy_score(y, self.predict(X), sample_weight=sample_weight))
 
 

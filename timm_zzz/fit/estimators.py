@@ -1,7 +1,7 @@
-"""Classifiers in closed form from the moments of the classes, and how the ZZZ head represents them.
+"""Estimate classifiers in closed form from the moments of the classes, and bring them into the form of the ZZZ head.
 
-docs/fit.md has the derivation. Everything is in float64, of normalised embeddings x, and up to terms that all classes
-share. Logits are to be multiplied by a temperature; at 1 / ``scale`` they are the Gaussians' log-densities.
+docs/fit.md has the derivation. Everything is in float64, for normalised embeddings x, and up to terms that all classes
+share. Logits are to be multiplied by a temperature; with 1 / ``scale`` they are the Gaussians' log-densities.
 """
 
 import math
@@ -15,13 +15,13 @@ from .moments import Moments
 
 __all__ = ['Density', 'Discriminant', 'Estimator', 'Quadratic', 'on_sphere']
 
-LEAST_VARIANCE = 1.01e-4  # just above the least of the bare head
-_MARGINS = (1.8, 3.0, 6.0)  # of 1 / sigma2 over the largest gain; the next where the means are not found
-_VALUES = 2**24  # of an intermediate result held at a time
+LEAST_VARIANCE = 1.01e-4  # just above the head's default v_min and sigma2_min
+_MARGINS = (1.8, 3.0, 6.0)  # ratios of 1 / sigma2 to the largest gain, tried in turn until the means are found
+_VALUES = 2**24  # largest number of values of an intermediate result
 
 
 class Quadratic(NamedTuple):
-    """Logits x.row_c + offset_c + 1/2 sum_i gain_ci (direction_ci.(x - centre_c))^2."""
+    """Classifier with the logits x.row_c + offset_c + 1/2 sum_i gain_ci (direction_ci.(x - centre_c))^2."""
 
     rows: Tensor  # (C, d)
     offset: Tensor  # (C,)
@@ -39,19 +39,20 @@ class Quadratic(NamedTuple):
         return torch.cat(logits)
 
     def precision(self) -> float:
-        """Return the precision a of a classifier in the form of the head."""
+        """Return the precision a = 1 / sigma2 of a classifier in the form of the head."""
         return float(self.rows.norm(dim=1).max())
 
     def pulled(self, spread: float, v_ratio: Optional[float], x: Tensor) -> Tuple['Quadratic', float]:
-        """Pull the means of a classifier in the form of the head together, and give all directions one gain.
+        """Move the means of a classifier in the form of the head closer together, and give all directions one gain.
 
-        Means become normalize(m + spread (mu_c - m)), m their own normalised mean, which leaves of x.mu_c the fraction
-        spread / |m + spread (mu_c - m)|. The offsets make the logits at x (d,), the mean of the examples, the former
-        ones times that fraction, up to a term that all classes share: decisions near x stay.
+        Means become normalize(m + spread (mu_c - m)), where m is their normalised mean. This multiplies x.mu_c by the
+        fraction spread / |m + spread (mu_c - m)|, up to a term that all classes share. The offsets are chosen so that
+        the logits at ``x`` are multiplied by the mean fraction, so decisions near ``x`` stay the same.
 
         Args:
-            spread: 0 to 1, which leaves the means.
-            v_ratio: v over sigma2; None leaves the gains.
+            spread: 0 to 1; 1 keeps the means.
+            v_ratio: v / sigma2 for all directions; None keeps the gains.
+            x: Mean of the examples, shape (d,).
 
         Returns:
             The classifier, and the mean fraction.
@@ -72,21 +73,21 @@ def _product(directions: Tensor, gain: Tensor, x: Tensor) -> Tensor:
 
 
 def _by_parts(function: Callable[..., Tuple[Tensor, Tensor]], *per_class: Tensor) -> Tuple[Tensor, Tensor]:
-    """Apply a function to tensors of C rows, a few classes at a time."""
+    """Apply a function to tensors of C rows, a few classes at a time; join its two results."""
     size = max(1, _VALUES // (4 * per_class[0][0].numel() + 1))
     parts = [function(*part) for part in zip(*(t.split(size) for t in per_class), strict=True)]
     return torch.cat([first for first, _ in parts]), torch.cat([second for _, second in parts])
 
 
 class Estimator:
-    """Eigenvectors of a covariance, in columns, and eigenvalues divided by their mean, ``scale``; a zero one is 1."""
+    """Eigenvectors of a covariance, in columns, and eigenvalues divided by their mean ``scale``, which is 1 if zero."""
 
     def __init__(self, covariance: Tensor, rank: int):
         self.rank = rank
         eigenvalues, self.basis = torch.linalg.eigh(covariance)
         eigenvalues = eigenvalues.clamp(min=0)
         self.scale = float(eigenvalues.mean())
-        if self.scale <= 1e-24:  # the examples of each class are equal, but for rounding
+        if self.scale <= 1e-24:  # zero covariance up to rounding: all examples of a class are equal
             self.scale, eigenvalues = 1.0, torch.ones_like(eigenvalues)
         self.eigenvalues = eigenvalues / self.scale
 
@@ -94,18 +95,18 @@ class Estimator:
         return (1 - shrinkage) * self.eigenvalues + shrinkage
 
     def candidates(self, shrinkage: float, prior_counts: Sequence[float]) -> Iterator[Quadratic]:
-        """Compute the classifiers for several prior counts, as functions of x @ basis."""
+        """Yield the classifiers for several prior counts, as functions of x @ basis."""
         raise NotImplementedError
 
     def head_form(self, shrinkage: float, prior_count: float, temperature: float, most: float) -> Quadratic:
-        """Compute the classifier in the form of the head. Further arguments as of :func:`on_sphere`."""
+        """Compute the classifier in the form of the head; ``temperature`` and ``most`` as in :func:`on_sphere`."""
         form = next(self.candidates(shrinkage, [prior_count]))
         rows, centre, directions = (t @ self.basis.T for t in (form.rows, form.centre, form.directions))
         return form._replace(rows=rows, centre=centre, directions=directions)
 
 
 class Discriminant(Estimator):
-    """Gaussian classes of the shrunken pooled covariance, and along r directions more variance of their own."""
+    """Gaussian classes with a shrunken pooled covariance, plus more variance along r directions of each class."""
 
     def __init__(self, moments: Moments, rank: int):
         self.count = moments.count
@@ -118,20 +119,20 @@ class Discriminant(Estimator):
         root = pooled.rsqrt()
 
         def leading(scatter: Tensor, count: Tensor) -> Tuple[Tensor, Tensor]:
-            """Find directions, orthonormal when whitened, and the classes' own variances along them."""
+            """Find directions, orthonormal after whitening, and the variances of the classes along them."""
             whitened = scatter * root / (count - 1).clamp(min=1).sqrt()[:, None, None]
             values, vectors = torch.linalg.eigh(whitened @ whitened.mT)
             values, vectors = values[:, -self.rank :].clamp(min=0), vectors[..., -self.rank :]
-            # What has no variance has no direction, and will have no gain
+            # A direction without variance is arbitrary; its gain will be 0
             return vectors.mT @ whitened * root / values.clamp(min=1e-12).sqrt()[..., None], values
 
         directions, variance = _by_parts(leading, self.scatter, self.count)
         rows = self.mean / pooled
-        # An estimated mean is farther from every x than the true one, by this in expectation
+        # An estimated mean is farther from any x than the true mean; this is the expected excess
         excess = self.scale * (self.eigenvalues / pooled).sum() / self.count
         for prior_count in prior_counts:
-            own = (self.count / (self.count + prior_count))[:, None]  # weight of a class's own covariance
-            ratio = ((1 - own) + own * variance).clamp(min=1)  # only directions of more variance than the pooled
+            own = (self.count / (self.count + prior_count))[:, None]  # weight of the class's own covariance
+            ratio = ((1 - own) + own * variance).clamp(min=1)  # only directions of more than the pooled variance
             offset = -0.5 * ((rows * self.mean).sum(1) - excess + self.scale * ratio.log().sum(1))
             yield Quadratic(rows, offset, self.mean, directions, 1 - 1 / ratio)
 
@@ -141,9 +142,9 @@ class Discriminant(Estimator):
 
 
 class Density(Estimator):
-    """Maximum likelihood of the head's own model: probabilistic PCA of each class about its mean direction.
+    """Maximum likelihood for the head's own model: probabilistic PCA of each class about its mean direction.
 
-    Tipping and Bishop 1999, doi:10.1111/1467-9868.00196, with one sigma2 for all classes.
+    As in Tipping and Bishop 1999 (doi:10.1111/1467-9868.00196), but with one sigma2 for all classes.
     """
 
     def __init__(self, moments: Moments, rank: int):
@@ -162,7 +163,7 @@ class Density(Estimator):
 
         def leading(own: Tensor, share: Tensor) -> Tuple[Tensor, Tensor]:
             """Find leading eigenvectors, as rows, and eigenvalues of (1 - share) pooled + share own^T own."""
-            # The Rayleigh-Ritz method in the span of the own rows and of the leading pooled directions
+            # Rayleigh-Ritz method in the span of the own rows and the leading pooled directions
             span = torch.linalg.svd(torch.cat([own, axes.expand(len(own), -1, -1)], 1), full_matrices=False)[2]
             projected, share = span @ own.mT, share[:, None, None]
             matrix = (1 - share) * ((span * pooled) @ span.mT) + share * (projected @ projected.mT)
@@ -185,21 +186,22 @@ class Density(Estimator):
             yield Quadratic(a * self.mu, offset, self.mu, directions, a * ratio / (1 + ratio))
 
 
-# The form of the head: centres of length 1, rows a * centre, orthonormal directions, gains less than a
+# The form of the head: centres of length 1, rows a * centre, orthonormal directions, gains < a
 
 
 def on_sphere(form: Quadratic, fill: Tensor, temperature: float, most: float = math.inf) -> Quadratic:
     """Bring a classifier into the form of the head, up to a term that all classes share.
 
-    Any vector s may be taken off all rows. With D_c = sum_i g_i u_i u_i^T the head's means have to be
-    mu_c = (a - D_c)^-1 (row_c - D_c centre_c - s), of length 1: C equations for s, of width d. More classes than that
-    are solved by least squares. The precision a is that of the smallest sphere, or larger so that gains stay below it.
+    Subtracting a vector s from all rows changes no decision. With D_c = sum_i g_i u_i u_i^T, the head's means have to
+    be mu_c = (a - D_c)^-1 (row_c - D_c centre_c - s), of length 1. These are C equations for the d values of s, which
+    are solved by least squares if C > d. The precision a is the radius of the smallest sphere, or larger so that gains
+    stay below it.
 
     Args:
-        form: Any quadratic classifier. Gains are clipped at 0.8 a, and raised to what v_min stands for.
-        fill: Orthonormal directions (r, d) to take where there is no gain.
-        temperature: What the logits will be multiplied by.
-        most: Largest a * temperature that gains may ask for.
+        form: Any quadratic classifier. Gains are clipped to 0.8 a, and to at least what v_min corresponds to.
+        fill: Orthonormal directions (r, d) to use where there is no gain.
+        temperature: Factor by which the logits will be multiplied.
+        most: Largest a * temperature that gains may require.
     """
     directions, wanted = _orthonormal(form, fill)
     smallest = max(1e-3, _circumsphere(form.rows - _product(directions, wanted, form.centre))[1])
@@ -207,7 +209,7 @@ def on_sphere(form: Quadratic, fill: Tensor, temperature: float, most: float = m
         a, gain = smallest, wanted
         if gain.numel():
             a = max(1.02 * smallest, min(margin * float(gain.max()), most / temperature))
-            ratio = LEAST_VARIANCE * a * temperature  # least v / sigma2
+            ratio = LEAST_VARIANCE * a * temperature  # smallest v / sigma2
             gain = gain.clamp(a * ratio / (1 + ratio), 0.8 * a)
         linear = _product(directions, gain, form.centre)
         target = form.rows - linear
@@ -220,13 +222,13 @@ def on_sphere(form: Quadratic, fill: Tensor, temperature: float, most: float = m
         if solved or len(target) > target.shape[1] or not gain.numel():
             break
     mu = normalize(z)
-    gap = z / a - mu  # of the linear terms, where there are too many classes: right at the classes' means at least
+    gap = z / a - mu  # error of the linear terms if C > d; the offsets make the logits exact at the class means
     offset = 0.5 * (form.centre * linear - mu * _product(directions, gain, mu)) + gap * (a * form.centre - linear)
     return Quadratic(a * mu, form.offset + offset.sum(1), mu, directions, gain)
 
 
 def _orthonormal(form: Quadratic, fill: Tensor) -> Tuple[Tensor, Tensor]:
-    """Find orthonormal directions and gains of the same quadratic terms; fill in missing ones, without gain."""
+    """Find orthonormal directions and gains with the same quadratic terms; add directions with gain 0 if some lack."""
     roots = form.directions * form.gain.sqrt()[..., None]
     tiny = 1e-7 * max(1.0, math.sqrt(float(roots.square().sum((1, 2)).max())))
 
@@ -238,7 +240,7 @@ def _orthonormal(form: Quadratic, fill: Tensor) -> Tuple[Tensor, Tensor]:
 
 
 def _circumsphere(points: Tensor) -> Tuple[Tensor, float]:
-    """Find centre and radius of the smallest sphere through points (C, d), by least squares if there is none."""
+    """Compute centre and radius of the smallest sphere through points (C, d), by least squares if there is none."""
     middle = points.mean(0)
     points = points - middle
     matrix = torch.cat([2 * points, points.new_ones(len(points), 1)], 1)
@@ -247,7 +249,7 @@ def _circumsphere(points: Tensor) -> Tuple[Tensor, float]:
 
 
 def _farther(points: Tensor, centre: Tensor, towards: Tensor, distance: float) -> Tensor:
-    """Move a centre away from a vector, where the points vary least: not at all, where they span less than R^d."""
+    """Move a centre away from ``towards`` by a distance, mostly along directions in which the points vary least."""
     points = points - points.mean(0)
     spread = points.T @ points
     spread.diagonal().add_(1e-9 * spread.diagonal().mean() + 1e-300)
@@ -255,14 +257,14 @@ def _farther(points: Tensor, centre: Tensor, towards: Tensor, distance: float) -
 
 
 def _least_norm(matrix: Tensor, target: Tensor) -> Tensor:
-    """Find the shortest x of least |matrix x - target|; torch.linalg.lstsq can't, on a GPU, for dependent rows."""
+    """Solve least squares for x of least norm; torch.linalg.lstsq on a GPU can't if rows are linearly dependent."""
     if matrix.shape[0] < matrix.shape[1]:
         return matrix.T @ (torch.linalg.pinv(matrix @ matrix.T, hermitian=True) @ target)
     return torch.linalg.pinv(matrix.T @ matrix, hermitian=True) @ (matrix.T @ target)
 
 
 def _means(target: Tensor, s: Tensor, directions: Tensor, gain: Tensor, a: float) -> Tensor:
-    """Solve |z_c| = a, z_c = a (a - D_c)^-1 (target_c - s), for s by the Gauss-Newton method; returns z (C, d)."""
+    """Solve |z_c| = a, z_c = a (a - D_c)^-1 (target_c - s), for s by the Gauss-Newton method; return z (C, d)."""
 
     def scaled_inverse(y: Tensor) -> Tensor:
         """Compute a (a - D_c)^-1 y_c, shape (C, d)."""
@@ -272,7 +274,7 @@ def _means(target: Tensor, s: Tensor, directions: Tensor, gain: Tensor, a: float
     error = z.norm(dim=1) - a
     while float(error.abs().max()) > 1e-13 * a:
         step = _least_norm(scaled_inverse(normalize(z)), error)
-        for size in (1.0, 0.5, 0.25, 0.125, 0.0625):  # shorten steps that lead too far
+        for size in (1.0, 0.5, 0.25, 0.125, 0.0625):  # halve steps that are too long
             new_z = scaled_inverse(target - s - size * step)
             new_error = new_z.norm(dim=1) - a
             if float(new_error.norm()) < (1 - 0.1 * size) * float(error.norm()):

@@ -1,4 +1,4 @@
-"""Share a pass over examples among the processes of torch.distributed."""
+"""Share a pass over examples between the processes of torch.distributed."""
 
 from typing import Any, Dict, Iterable, Iterator, List, Tuple
 
@@ -13,20 +13,20 @@ Step = Tuple[Dict[str, Tensor], Tensor]
 
 
 def process() -> Tuple[int, int]:
-    """Return the number of this process and how many there are: 0 and 1 outside of torch.distributed."""
+    """Return rank and world size of this process: 0 and 1 outside of torch.distributed."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def gathered(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
-    """Yield the steps of all processes joined, on a device, in every process alike; it ends with the longest.
+    """Yield the steps of all processes concatenated, on ``device``, in every process; end with the longest process.
 
-    The examples alternate between the processes, so that they come in the order of the whole where process i of n reads
-    every n-th of them from the i-th on.
+    Examples are interleaved: if process i of n reads every n-th example, starting with the i-th, they come in their
+    original order.
 
     Raises:
-        RuntimeError: If another process failed; an error of this one is raised as it is.
+        RuntimeError: If another process failed. An error of this process is raised as it is.
     """
     while True:
         step, error = None, None
@@ -34,7 +34,7 @@ def gathered(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
             step = next(steps, None)
             if step is not None:
                 step = {path: x.cpu() for path, x in step[0].items()}, torch.as_tensor(step[1]).cpu()
-        except Exception as e:  # the others wait for this process: they have to know
+        except Exception as e:  # the other processes wait for this one: tell them
             error = e
         found: List[Any] = [None] * process()[1]
         torch.distributed.all_gather_object(
@@ -55,7 +55,7 @@ def gathered(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
 
 
 def broadcast(heads: Iterable[ZZZHead]) -> None:
-    """Give the heads of all processes the parameters of process 0."""
+    """Copy the parameters of the heads of process 0 to all processes."""
     parameters = [p for head in heads for p in head.parameters()]
     values = [[p.detach().cpu() for p in parameters] if process()[0] == 0 else None]
     torch.distributed.broadcast_object_list(values, 0)

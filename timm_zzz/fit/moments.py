@@ -1,7 +1,7 @@
-"""Means and covariances of classes from examples that come in batches, each seen once.
+"""Estimate means and covariances of classes from batches of examples, in one pass.
 
-Memory is O(C d k + d^2) for C classes, width d and sketches of k rows, whatever the number of examples. Results do not
-depend on how the examples are cut into batches, up to rounding.
+Memory is O(C d k + d^2) for C classes, width d and sketches of k rows, for any number of examples. Up to rounding, the
+results do not depend on how the examples are split into batches.
 """
 
 import copy
@@ -15,13 +15,13 @@ from ..functional import normalize
 
 __all__ = ['HeldOut', 'Moments', 'as_features', 'as_labels']
 
-_EXAMPLES = 2048  # taken in at a time
-_VALUES = 2**24  # of an intermediate result held at a time
+_EXAMPLES = 2048  # number of examples added at a time
+_VALUES = 2**24  # largest number of values of an intermediate result
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def as_features(X: Any) -> Tensor:
-    """Convert an array to a floating-point tensor (N, d); ValueError for other shapes, NaN or infinite values."""
+    """Convert an array to a floating-point tensor (N, d); raise a ValueError for other shapes, NaN or inf."""
     X = torch.as_tensor(X).detach()
     if X.ndim != 2 or X.shape[1] < 1 or X.is_complex() or X.dtype == torch.bool:
         raise ValueError(f'X: expected numbers of shape (N, d), got {X.dtype} of shape {list(X.shape)}')
@@ -33,7 +33,7 @@ def as_features(X: Any) -> Tensor:
 
 
 def as_labels(y: Any, num_classes: Optional[int] = None) -> Tensor:
-    """Convert an array of integers to class indices (N,), int64; ValueError for anything else."""
+    """Convert an array of integers to class indices (N,), int64; raise a ValueError for anything else."""
     y = torch.as_tensor(y).detach()
     if y.ndim != 1 or (y.dtype not in _INTEGERS and len(y)):
         raise ValueError(f'y: expected class indices of shape (N,), got {y.dtype} of shape {list(y.shape)}')
@@ -46,23 +46,23 @@ def as_labels(y: Any, num_classes: Optional[int] = None) -> Tensor:
 
 
 def _occurrence(y: Tensor) -> Tensor:
-    """Count how often each label occurs before it, e.g. 0, 0, 1 for the labels 7, 3, 7; shape (N,)."""
+    """Count the earlier occurrences of each label, e.g. 0, 0, 1 for the labels 7, 3, 7; shape (N,)."""
     ordered, order = y.sort(stable=True)
     count = torch.arange(len(y), device=y.device) - torch.searchsorted(ordered, ordered)
     return torch.empty_like(y).index_put_((order,), count)
 
 
 class Moments:
-    """Counts, means, pooled within-class scatter, and sketches of the classes' own scatters, in float64.
+    """Counts, means, pooled within-class scatter, and sketches of the scatters of the classes, in float64.
 
     Args:
         num_classes: Number of classes C.
         dim: Width d of the examples.
-        sketch_rank: Rows k of a class's sketch; 0 for none.
-        device: Where they are kept.
+        sketch_rank: Number of rows k of a class's sketch; 0 for no sketches.
+        device: Device of the tensors.
 
     Attributes:
-        count: Examples of each class, float64, shape (C,).
+        count: Number of examples of each class, float64, shape (C,).
         mean: Shape (C, d), zero for a class without examples.
         scatter: Sum over all examples of (x - mean_y) (x - mean_y)^T, shape (d, d).
     """
@@ -74,8 +74,8 @@ class Moments:
         self._sketch = _Sketch(self.mean, sketch_rank)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in examples x (N, d) of classes y (N,), in their order."""
-        # The update of Chan et al. 1979: nothing cancels, so classes of one example have a scatter of exactly zero
+        """Add examples x (N, d) of classes y (N,), in order."""
+        # Update of Chan et al. 1979: nothing cancels, so a class with one example has a scatter of exactly zero
         classes, index, new = y.unique(return_inverse=True, return_counts=True)
         mean = x.new_zeros(len(classes), x.shape[1]).index_add_(0, index, x) / new[:, None]
         old = self.count[classes]
@@ -91,9 +91,9 @@ class Moments:
         return self.count @ self.mean / self.count.sum()
 
     def sketches(self) -> Tensor:
-        """Compute rows B_c whose Gram matrices B_c^T B_c approximate the classes' scatters, shape (C, k, d).
+        """Compute rows B_c, shape (C, k, d), such that B_c^T B_c approximates the scatter of class c.
 
-        Exact for a class of at most k examples, or whose scatter has a rank of at most k.
+        They are exact for a class with at most k examples, or with a scatter of rank at most k.
         """
         sketch = copy.deepcopy(self._sketch)
         sketch.merge(sketch.filled > 0)
@@ -121,7 +121,7 @@ class _Sketch:
             x, y, slot = x[~fits], y[~fits], slot[~fits] - rank
 
     def merge(self, which: Tensor) -> None:
-        """Replace the rows and pending examples of some classes, a mask (C,), by their leading directions together."""
+        """Replace the rows and pending examples of the classes in a mask (C,) by their joint leading directions."""
         rank = self.rows.shape[1]
         for classes in which.nonzero()[:, 0].split(max(1, _VALUES // (3 * self.rows[0].numel() + 1))):
             x = self.pending[classes]
@@ -140,12 +140,12 @@ class _Sketch:
 
 
 class HeldOut:
-    """The latest examples of each class, which enter the moments only when later ones take their place.
+    """The latest examples of each class, held out of the moments until later examples replace them.
 
     Args:
-        moments: What the others enter.
-        share: Held-out share of each class's examples, at least one of a class that has two; 0 for none at all.
-        most: About how many are held out at most; one of each class in any case.
+        moments: Moments to which all other examples are added.
+        share: Share of each class's examples to hold out, at least one if the class has two; 0 for none at all.
+        most: Approximate upper limit of their number; one per class is held out in any case.
     """
 
     def __init__(self, moments: Moments, share: float, most: int):
@@ -155,14 +155,14 @@ class HeldOut:
         self._waiting: List[Tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in embeddings (N, d) of any floating-point dtype and length, and their classes (N,)."""
+        """Add embeddings (N, d), of any floating-point dtype and not normalised, and their classes (N,)."""
         for part, labels in zip(x.split(_EXAMPLES), y.split(_EXAMPLES), strict=True):
             self._waiting.append((normalize(part.to(labels.device, torch.float64)), labels))
             if sum(len(each) for _, each in self._waiting) > 2 * max(self.most, len(self.moments.count)):
                 self.examples()
 
     def examples(self) -> Tuple[Tensor, Tensor]:
-        """Return the normalised examples held out now, (N, d) and (N,), after the others have entered the moments."""
+        """Add all other examples to the moments; return those held out, normalised (N, d), and their classes (N,)."""
         x, y = (torch.cat(each) for each in zip(*self._waiting, strict=True))
         before = self.moments.count.long()
         seen = before + y.bincount(minlength=len(before))

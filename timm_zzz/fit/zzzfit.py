@@ -1,4 +1,4 @@
-"""Fit the ZZZ head in closed form; docs/fit.md says what is estimated, how the head represents it and what it costs."""
+"""Fit the ZZZ head in closed form; docs/fit.md describes the estimators, their form in the head, and the cost."""
 
 import copy
 import logging
@@ -24,55 +24,57 @@ _logger = logging.getLogger(__name__)
 
 OBJECTIVES: Dict[str, Callable[[Moments, int], Estimator]] = {'discriminant': Discriminant, 'density': Density}
 SHRINKAGES = {'discriminant': (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02), 'density': (0.0,)}
-PRIOR_COUNTS = (1000.0, 100.0, 10.0)  # of equal likelihood the first of each is taken
-PRECISIONS = (9000.0, 3000.0, 1000.0)  # that 1 / sigma2 is raised to at most for the sake of large gains
-PRECISION_OF_A_START = 200.0
-# What a fit is for; docs/fit.md says which to take
+PRIOR_COUNTS = (1000.0, 100.0, 10.0)  # of options with equal likelihood the first is chosen
+PRECISIONS = (9000.0, 3000.0, 1000.0)  # upper bounds on 1 / sigma2 to choose from
+PRECISION_OF_A_START = 200.0  # the bound if sigma2 is given
+# Purposes of a fit; docs/fit.md says which to use
 PRESETS: Dict[str, Dict[str, Any]] = {
     'frozen': dict(sigma2=None, mean_spread=1.0, v_ratio=None),
     'finetune': dict(sigma2=1 / 16, mean_spread=0.3, v_ratio=0.1),
 }
-OVERSAMPLING = 8  # rows of a class's sketch beyond the rank
+OVERSAMPLING = 8  # number of rows of a class's sketch beyond the rank
 
 
 class ZZZFit:
-    """Estimate a ZZZ head from features that come in batches, each seen once, in scikit-learn's manner.
+    """Estimate a ZZZ head in closed form from batches of features, in one pass; the interface is scikit-learn's.
 
-    The discriminant is linear discriminant analysis with a shrunken pooled covariance, to which each class adds up to r
-    directions along which its own examples vary more. The density is the head's own model by maximum likelihood. The
-    likelihood of the latest examples of each class, held out until the end, chooses the options that are ``'auto'``.
-    The same examples in the same order give the same head, up to rounding, however they are cut into batches.
+    The objective ``'discriminant'`` is linear discriminant analysis with a shrunken pooled covariance, to which each
+    class adds up to r directions along which its own examples vary more. ``'density'`` is the maximum likelihood of the
+    head's own model. The latest examples of each class are held out until the end: their likelihood chooses the options
+    that are ``'auto'``. Up to rounding, the head does not depend on how the examples are split into batches. The
+    derivation is in docs/fit.md.
 
     Args:
         num_classes: Number of classes C, >= 1.
-        rank: Rank r of the class covariances, 0 <= r <= d. A class of few examples has fewer directions of its own; the
-            others are the leading ones of the pooled covariance, with a variance of v_min.
-        preset: A name in ``PRESETS``: ``'frozen'``, a classifier on a backbone that stays as it is, or ``'finetune'``,
-            a start for training the backbone too. It sets sigma2, mean_spread and v_ratio where they are None.
+        rank: Rank r of the class covariances, 0 <= r <= d. A class with few examples has fewer directions of its own;
+            the others are leading directions of the pooled covariance, with variance v_min.
+        preset: A name in ``PRESETS``: ``'frozen'`` for a classifier on a backbone that is not trained, or
+            ``'finetune'`` for a start from which the backbone is trained too. It sets those of sigma2, mean_spread and
+            v_ratio that are None.
         objective: ``'discriminant'`` or ``'density'``.
         shrinkage: Weight of the identity, scaled to the same trace, in the pooled covariance, 0 to 1. ``'auto'`` is 0
             for the density.
-        prior_count: Number of examples that the pooled covariance counts for in that of a class, >= 0.
-        temperature: Factor T > 0 on the logits; 1 leaves them the log-densities of the estimated Gaussians.
-        sigma2: The head's isotropic variance, in place of the one that the temperature gives.
+        prior_count: Weight of the pooled covariance in the covariance of a class, as a number of examples, >= 0.
+        temperature: Factor T > 0 on the logits; with 1 they are the log-densities of the estimated Gaussians.
+        sigma2: The head's isotropic variance, in place of the one that follows from the temperature.
         max_precision: Upper bound on 1 / sigma2, at the fit's own temperature, >= 0. Smaller values spread the class
-            means further apart and clip class-specific variance of the discriminant. ``'auto'``: one of 9000, 3000 and
-            1000 by held-out examples, or if sigma2 is given 200, which trained better.
-        mean_spread: Factor on how far the class means mu_c lie from their common direction m, 0 to 1: they become
-            normalize(m + mean_spread (mu_c - m)). The bias follows, so that decisions stay nearly the same.
-        v_ratio: Every v over sigma2, >= 0, in place of the fitted ones; the directions stay.
+            means further apart and clip class-specific variance of the discriminant. ``'auto'`` chooses 9000, 3000 or
+            1000 by held-out examples; if sigma2 is given it is 200, which trained better.
+        mean_spread: Factor on the distances of the class means mu_c from their common direction m, 0 to 1: they become
+            normalize(m + mean_spread (mu_c - m)). The bias is adapted so that decisions stay nearly the same.
+        v_ratio: Ratio v / sigma2 of all directions, >= 0, in place of the fitted ones; the directions stay.
         holdout: Share of each class's examples to hold out, 0 to 0.5, at least one of every class that has two.
-        max_holdout: About how many examples are held out at most; one of each class in any case.
-        class_prior: ``'uniform'``, or ``'empirical'`` for a bias by the classes' shares of the examples.
-        device: Where to compute; by default where the first features are.
-        dtype: Of the head's parameters. All else is in float64.
+        max_holdout: Approximate upper limit of held-out examples; one per class is held out in any case.
+        class_prior: ``'uniform'``, or ``'empirical'`` for a bias from the class frequencies.
+        device: Device to compute on; that of the first features if None.
+        dtype: Dtype of the head's parameters. Everything else is in float64.
 
     Attributes:
         n_samples_: Number of examples so far.
-        class_count_: Those of each class, int64, shape (C,).
-        shrinkage_: The shrinkage that was chosen, or given; from :meth:`fit` or :meth:`to_head` on.
-        prior_count_: The prior count, likewise.
-        temperature_: The temperature, likewise.
+        class_count_: Number of examples of each class, int64, shape (C,).
+        shrinkage_: Chosen or given shrinkage; set by :meth:`fit` or :meth:`to_head`.
+        prior_count_: Chosen or given prior count, likewise.
+        temperature_: Chosen or given temperature, likewise.
 
     Raises:
         ValueError: For an argument out of its range.
@@ -154,7 +156,7 @@ class ZZZFit:
 
     @torch.no_grad()
     def fit(self, X: Any, y: Any) -> 'ZZZFit':
-        """Start anew with these examples. Arguments and errors as of :meth:`partial_fit`, and :meth:`to_head`."""
+        """Fit to these examples only. Arguments as in :meth:`partial_fit`, errors also as in :meth:`to_head`."""
         self._reset()
         self.partial_fit(X, y)
         self._solved()
@@ -162,14 +164,14 @@ class ZZZFit:
 
     @torch.no_grad()
     def partial_fit(self, X: Any, y: Any) -> 'ZZZFit':
-        """Take in more examples.
+        """Add a batch of examples.
 
         Args:
-            X: Features as the head gets them, any tensor or array of shape (N, d). Zero vectors stay zero.
-            y: Their classes, integers from 0 to C - 1, shape (N,).
+            X: Features as the head gets them, a tensor or array of shape (N, d). Zero vectors stay zero.
+            y: Class indices of the features, integers from 0 to C - 1, shape (N,).
 
         Raises:
-            ValueError: For other shapes or labels, NaN or infinite features, or a rank above d; the batch is left out.
+            ValueError: For other shapes or labels, NaN or infinite features, or a rank above d; nothing is added then.
         """
         X, y = as_features(X), as_labels(y, self.num_classes)
         width = X.shape[1]
@@ -196,17 +198,17 @@ class ZZZFit:
 
     @torch.no_grad()
     def to_head(self, **options: Any) -> ZZZHead:
-        """Create a head with what was estimated from the examples so far.
+        """Create a head from the examples so far.
 
         Args:
-            options: Further ones of :class:`~timm_zzz.ZZZHead`. Variances are at least its v_min and sigma2_min.
+            options: Further arguments of :class:`~timm_zzz.ZZZHead`. Variances are at least its v_min and sigma2_min.
 
         Raises:
-            ValueError: If there is a class without examples.
+            ValueError: If there are no examples, or a class has none.
 
         Warns:
-            UserWarning: If options are ``'auto'`` and there is no held-out example to choose them by. Shrinkage 0.9
-                and a prior count of 1000 are taken then, and the temperature that makes sigma2 1/16.
+            UserWarning: If options are ``'auto'`` and there is no held-out example to choose them by. The defaults are
+                a shrinkage of 0.9, a prior count of 1000, and the temperature for which sigma2 is 1/16.
         """
         rows = self._solved()[0].rows
         options = dict(device=rows.device, dtype=self.dtype, **options)
@@ -214,7 +216,11 @@ class ZZZFit:
 
     @torch.no_grad()
     def fill(self, head: ZZZHead) -> ZZZHead:
-        """Write what was estimated into a head of the same size, in place. Errors as of :meth:`to_head`."""
+        """Set the parameters of a head of the same size, in place, and return it.
+
+        Raises:
+            ValueError: If the head has another size, and as :meth:`to_head`.
+        """
         form, temperature, fraction = self._solved()
         size = (self.num_classes, form.rows.shape[1], self.rank)
         if (head.num_classes, head.feat_dim, head.rank) != size:
@@ -222,9 +228,9 @@ class ZZZFit:
         a = form.precision()
         sigma2 = max(1 / (a * temperature), 1.01 * head.sigma2_min)
         v = (form.gain / (a - form.gain) * sigma2).clamp(min=1.01 * head.v_min)
-        left = (form.centre.square().sum(1) / sigma2 + (v / sigma2).log1p().sum(1)) / 2  # what the head takes off
+        left = (form.centre.square().sum(1) / sigma2 + (v / sigma2).log1p().sum(1)) / 2  # what the head subtracts
         bias = form.offset / (a * sigma2) + left + fraction * self._log_prior()
-        # As long as rows drawn at random: short ones would leave their place in a few steps
+        # As long as random rows: shorter ones would change direction within a few steps
         head.weight.copy_(form.centre * (INIT_STD * form.centre.shape[1] ** 0.5))
         head.bias.copy_(bias - bias.mean())
         head.sigma2_raw.copy_(inverse_softplus(torch.tensor(sigma2 - head.sigma2_min, dtype=torch.float64)))
@@ -234,7 +240,7 @@ class ZZZFit:
         return head
 
     def _solved(self) -> Tuple[Quadratic, float, float]:
-        """Return the classifier in the form of the head, its temperature, and what is left of differences of logits."""
+        """Return the classifier in the form of the head, its temperature, and the factor of mean_spread on logits."""
         if self._solution is not None:
             return self._solution
         if self._held_out is None:
@@ -267,9 +273,10 @@ class ZZZFit:
         return self._solution
 
     def _choose(self, moments: Moments, x: Tensor, y: Tensor) -> Tuple[Optional[float], float]:
-        """Set shrinkage and prior count by the likelihood of held-out examples, to defaults if there are none.
+        """Choose shrinkage and prior count by the likelihood of held-out examples; use defaults if there are none.
 
-        Return the temperature, None without held-out examples, and the bound on the precision.
+        Returns:
+            The temperature, None without held-out examples, and the bound on the precision.
         """
         shrinkages = SHRINKAGES[self.objective] if isinstance(self.shrinkage, str) else (self.shrinkage,)
         prior_counts = PRIOR_COUNTS if isinstance(self.prior_count, str) else (self.prior_count,)
@@ -285,7 +292,7 @@ class ZZZFit:
         estimator = OBJECTIVES[self.objective](moments, self.rank)
 
         def scored(form: Quadratic, x: Tensor) -> Tuple[float, float]:
-            """Return the temperature, the best one unless it is given, and the negative log-likelihood with it."""
+            """Return the temperature, given or the best, and the mean negative log-likelihood with it in nats."""
             logits, log_prior = form.logits(x), self._log_prior()
             if isinstance(self.temperature, str):
                 return best_temperature(logits, y, log_prior)
@@ -298,12 +305,12 @@ class ZZZFit:
             results = [scored(form, z) for form in estimator.candidates(shrinkage, prior_counts)]
             (temperature, nll), prior_count = min(zip(results, prior_counts, strict=True), key=lambda each: each[0][1])
             if nll >= best * (1 - 1e-9):
-                break  # it has one minimum
+                break  # nll has a single minimum over shrinkages
             best, start, self.shrinkage_, self.prior_count_ = nll, temperature, shrinkage, prior_count
         best, chosen, precision = math.inf, (start, bounds[0]), math.inf
         for most in bounds:
             if precision * start <= most:
-                continue  # the form would be the same
+                continue  # this bound would not change the form
             form = estimator.head_form(self.shrinkage_, self.prior_count_, start, most)
             precision = form.precision()
             temperature, nll = scored(form, x)
@@ -338,14 +345,14 @@ def fit_head(X: Any, y: Any, rank: int = 8, num_classes: Optional[int] = None, *
     """Fit a ZZZ head in closed form to features and labels.
 
     Args:
-        X: Features as the head gets them, any tensor or array of shape (N, d).
-        y: Their classes, integers from 0 to C - 1, shape (N,); every class has to be there.
+        X: Features as the head gets them, a tensor or array of shape (N, d).
+        y: Class indices, integers from 0 to C - 1, shape (N,); every class needs an example.
         rank: Rank r of the class covariances, 0 <= r <= d.
-        num_classes: C; the largest label plus 1 if None.
-        options: Those of :class:`ZZZFit`.
+        num_classes: Number of classes C; the largest label plus 1 if None.
+        options: Further options of :class:`ZZZFit`.
 
     Raises:
-        ValueError: As :class:`ZZZFit`, its ``partial_fit`` and ``to_head`` do.
+        ValueError: As :class:`ZZZFit`, its ``partial_fit`` and ``to_head``.
 
     Example:
         >>> X = torch.eye(3).repeat(20, 1) + 0.1 * torch.randn(60, 3)
@@ -371,22 +378,22 @@ def fit_model(
 ) -> nn.Module:
     """Fit the ZZZ heads of a model in closed form, in place, in one pass over a loader; return the model.
 
-    The backbone stays as it is. It runs in eval mode; each module's own mode is restored. Of several heads, as
-    distilled models have them, each is fitted to its own input.
+    The backbone is not changed. The model runs in eval mode, and each module's mode is restored. If there are several
+    heads, as in distilled models, each is fitted to its own input.
 
     Args:
-        model: With ZZZ heads, e.g. from :func:`timm_zzz.attach` or a name that ends in ``.zzz_r8``.
-        loader: Of batches (images, class indices).
-        device: Where images go; by default where the model's parameters are.
-        amp_dtype: Run the backbone in mixed precision of this dtype.
-        distributed: Every process of ``torch.distributed`` has a part of the images in its loader, and all get the same
-            heads, fitted to all of them.
-        options: Those of :class:`ZZZFit`.
+        model: A model with ZZZ heads, e.g. from :func:`timm_zzz.attach` or a name that ends in ``.zzz_r8``.
+        loader: Batches of (images, class indices).
+        device: Device for the images; that of the model's parameters if None.
+        amp_dtype: Dtype of mixed precision for the backbone; None for full precision.
+        distributed: Each process of ``torch.distributed`` has a part of the images in its loader. All processes get the
+            same heads, fitted to all images.
+        options: Options of :class:`ZZZFit`.
 
     Raises:
         RuntimeError: If another process failed.
-        ValueError: If the model has no ZZZ head, or a head that takes no part in eval mode or gets more than one
-            embedding per image; otherwise as :func:`fit_head`. The heads are left as they were then.
+        ValueError: If the model has no ZZZ head, or if a head is not used in eval mode or gets more than one embedding
+            per image; otherwise as :func:`fit_head`. The heads are unchanged then.
 
     Example:
         >>> import timm, timm_zzz
@@ -433,8 +440,8 @@ def _steps(
     device: torch.device,
     amp_dtype: Optional[torch.dtype],
 ) -> Iterator[Step]:
-    """Yield what each head is given for a batch, by path, and the batch's classes; ``inputs`` of record_inputs."""
-    plain = unwrap_model(model)  # compiled code takes no notice of hooks
+    """Yield each head's input (B, d), keyed by path, and the classes (B,); ``inputs`` is from record_inputs."""
+    plain = unwrap_model(model)  # compiled code skips hooks
     for images, target in loader:
         inputs.clear()
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
