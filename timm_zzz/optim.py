@@ -1,4 +1,4 @@
-"""AdamW with options and regularisers of its own for ZZZ heads, in timm's registry as ``zzzadamw``."""
+"""AdamW with separate options and regularisers for ZZZ heads, registered with timm as ``zzzadamw``."""
 
 import inspect
 import logging
@@ -19,15 +19,18 @@ __all__ = ['ZZZAdamW', 'mean_decoupling', 'variance_shrinkage']
 
 _logger = logging.getLogger(__name__)
 
-# Of a head's parameters those that weight decay may pull towards zero
+# The parameters of a head that weight decay applies to
 _DECAYED = ('weight', 'A')
 
 
 def variance_shrinkage(head: ZZZHead) -> Tensor:
-    """The mean over classes of the sum of the variances v along the basis, (), to keep them from growing without bound.
+    """Compute the mean over classes of sum_i v_ci, shape (): a penalty that bounds the variances along the basis.
 
-    Add a multiple of it to the loss; ``zzzadamw`` takes the multiple as ``v_shrinkage``. 0 at rank 0. Where
-    ``fully_shard`` has split the classes over processes, each gets its classes' part of the sum.
+    Add a multiple of it to the loss; ``zzzadamw`` takes the multiple as ``v_shrinkage``. It is 0 at rank 0. If
+    ``fully_shard`` has split the classes over processes, each process gets the part of its classes.
+
+    Raises:
+        ValueError: If the parameters are sharded, but not by class.
     """
     if head.v_raw is None:
         return torch.zeros((), device=head.weight.device)
@@ -35,10 +38,10 @@ def variance_shrinkage(head: ZZZHead) -> Tensor:
 
 
 def mean_decoupling(head: ZZZHead) -> Tensor:
-    """The mean over classes of ``|U_c^T mu_c|^2``, (), 0 to 1: how much of the mean lies in its class's subspace.
+    """Compute the mean over classes of ``|U_c^T mu_c|^2``, shape (), 0 to 1: the part of mu_c in its class's subspace.
 
-    Add a multiple of it to the loss; ``zzzadamw`` takes the multiple as ``mu_decoupling``. 0 at rank 0. Under
-    ``fully_shard`` as :func:`variance_shrinkage`.
+    Add a multiple of it to the loss; ``zzzadamw`` takes the multiple as ``mu_decoupling``. It is 0 at rank 0. Under
+    ``fully_shard`` it behaves, and raises, as :func:`variance_shrinkage`.
     """
     if head.A is None:
         return torch.zeros((), device=head.weight.device)
@@ -49,7 +52,7 @@ def mean_decoupling(head: ZZZHead) -> Tensor:
 
 
 def _rows(t: Tensor) -> Tensor:
-    """The rows of a parameter in at least float32; of a sharded one those of this process."""
+    """Return the rows of a parameter in at least float32; of a sharded one, those of this process."""
     if isinstance(t, DTensor):
         if not all(placement.is_replicate() or placement.is_shard(0) for placement in t.placements):
             raise ValueError(f'zzzadamw: the regularisers need parameters sharded by class, got {t.placements}')
@@ -64,30 +67,31 @@ def _check_number(name: str, value: Any, positive: bool = False) -> None:
 
 
 class ZZZAdamW(torch.optim.AdamW):
-    """AdamW that treats the parameters of ZZZ heads apart from the others, in timm's scripts ``opt: zzzadamw``.
+    """AdamW with separate options for the parameters of ZZZ heads; ``opt: zzzadamw`` in timm's scripts.
 
-    Every parameter group is split into the head's parameters and the rest. A group of the head has the learning rate of
-    the group that it comes from times ``head_lr_scale``, and ``head_weight_decay``; v_raw, sigma2_raw and bias are
-    never decayed. The regularisers' gradients are added where the step is taken: after loss scaling is undone and
-    gradients are clipped, once per step whatever the number of accumulated batches.
+    Every parameter group is split into the head's parameters and the rest. The head's groups have the learning rate of
+    their original group times ``head_lr_scale``, and ``head_weight_decay``; v_raw, sigma2_raw and bias are never
+    decayed. The regularisers' gradients are added when the step is taken: after loss scaling is undone and gradients
+    are clipped, and once per step however many batches were accumulated.
 
-    The factor is also the groups' ``lr_scale``, by which timm's schedulers multiply what they compute from
-    ``initial_lr``, ``warmup_lr`` and ``min_lr`` included. Of torch's schedulers those that go on from ``lr`` keep it;
-    those that start from ``initial_lr`` (LambdaLR, SequentialLR, CosineAnnealingWarmRestarts) don't, which warns.
+    ``head_lr_scale`` is also the ``lr_scale`` of these groups, by which timm's schedulers multiply all learning rates,
+    those from ``warmup_lr`` and ``min_lr`` included. torch's schedulers keep the factor if they continue from ``lr``.
+    Those that start from ``initial_lr`` (LambdaLR, SequentialLR, CosineAnnealingWarmRestarts) lose it, and a warning
+    says so.
 
     Args:
         params: Parameters or parameter groups of a model with at least one ZZZ head.
-        lr: Learning rate of what is no ZZZ head.
+        lr: Learning rate of all parameters outside of ZZZ heads.
         betas, eps, weight_decay, kwargs: As in :class:`torch.optim.AdamW`.
-        head_lr_scale: Factor of the head's learning rate, > 0.
+        head_lr_scale: Factor on the learning rate of heads, > 0.
         head_weight_decay: Weight decay of the class means and of A, >= 0; that of their group if None.
-        v_shrinkage: Multiple of :func:`variance_shrinkage` in the loss, >= 0.
-        mu_decoupling: Multiple of :func:`mean_decoupling` in the loss, >= 0.
+        v_shrinkage: Factor of :func:`variance_shrinkage` in the loss, >= 0.
+        mu_decoupling: Factor of :func:`mean_decoupling` in the loss, >= 0.
 
     Raises:
         TypeError: For an option that neither this class nor AdamW has.
         ValueError: For an argument out of its range, for a regulariser with ``maximize``, or if no parameter belongs to
-            a ZZZ head: copy or load a model before the optimiser is made, not between.
+            a ZZZ head. Copies of its parameters do not: copy or load the model first, then create the optimiser.
 
     Example:
         >>> import timm, timm.optim, timm_zzz
@@ -133,7 +137,7 @@ class ZZZAdamW(torch.optim.AdamW):
             )
         if any(self._penalties.values()):
             self._heads()
-            self._step_supports_amp_scaling = False  # so that a GradScaler unscales before the step, also a fused one
+            self._step_supports_amp_scaling = False  # a GradScaler then unscales before the step, even a fused one
         self.register_step_pre_hook(_before_step)
         agc = '--clip-mode agc leaves out sigma2_raw and bias alone: take norm'
         _logger.info(f'zzzadamw: lr times {head_lr_scale:g} for the head. Of its parameters {agc}.')
@@ -141,7 +145,7 @@ class ZZZAdamW(torch.optim.AdamW):
     def add_param_group(self, param_group: Dict[str, Any]) -> None:
         params = param_group['params']
         if isinstance(params, set):
-            return super().add_param_group(param_group)  # refuses it
+            return super().add_param_group(param_group)  # it raises a TypeError
         params = [params] if isinstance(params, Tensor) else list(params)
         parts: Dict[str, List[Any]] = {'rest': [], 'decayed': [], 'kept': []}
         for p in params:
@@ -166,7 +170,7 @@ class ZZZAdamW(torch.optim.AdamW):
         return group
 
     def _heads(self) -> List[Tuple[ZZZHead, List[nn.Parameter]]]:
-        """The heads with those of their parameters that are here."""
+        """Return the heads, each with its parameters that are in this optimiser."""
         heads: Dict[int, Tuple[ZZZHead, List[nn.Parameter]]] = {}
         for p in [p for group in self.param_groups for p in group['params']]:
             head = owner_of(p)
@@ -181,13 +185,13 @@ class ZZZAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _add_penalties(self) -> None:
-        """Add the regularisers' gradients: not by backward(), which would run hooks on gradients, DDP's too, again."""
+        """Add the regularisers' gradients; backward() would run hooks on gradients, such as DDP's, a second time."""
         for head, parameters in self._heads():
             penalty = torch.zeros((), device=head.weight.device)
             with torch.enable_grad():
                 if self._penalties['v_shrinkage']:
                     penalty = penalty + self._penalties['v_shrinkage'] * variance_shrinkage(head)
-                if self._penalties['mu_decoupling']:  # takes the bases
+                if self._penalties['mu_decoupling']:  # computes the bases, so only if asked for
                     penalty = penalty + self._penalties['mu_decoupling'] * mean_decoupling(head)
             parameters = [p for p in parameters if p.requires_grad]
             if not parameters or not penalty.requires_grad:
@@ -221,12 +225,12 @@ class ZZZAdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        if '_penalties' in state:  # a copy, which has no hooks, rather than load_state_dict
+        if '_penalties' in state:  # a copy or unpickled optimiser, which has no hooks; not load_state_dict
             self.register_step_pre_hook(_before_step)
 
 
 def _before_step(optimizer: ZZZAdamW, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
-    """Step pre-hook, as a ``step`` of ZZZAdamW's own that called AdamW's would run every other hook twice."""
+    """Run before each step, as a hook: a ``step`` method that called AdamW's would run every other hook twice."""
     optimizer._warn_of_lost_scale()
     if not any(optimizer._penalties.values()):
         return None
@@ -244,7 +248,7 @@ def _before_step(optimizer: ZZZAdamW, args: Tuple[Any, ...], kwargs: Dict[str, A
 
 
 def register_optimizer() -> None:
-    """Make timm know ``zzzadamw``; importing timm_zzz did."""
+    """Register ``zzzadamw`` with timm; importing timm_zzz does this."""
     info = OptimInfo(
         name='zzzadamw',
         opt_class=ZZZAdamW,
@@ -255,7 +259,7 @@ def register_optimizer() -> None:
 
 
 def optimizer_registry() -> Any:
-    """Return the registry of optimisers by name that timm's ``create_optimizer_v2`` reads; timm has it in private."""
+    """Return timm's private registry of optimisers, which ``create_optimizer_v2`` reads."""
     from timm.optim._optim_factory import default_registry
 
     return default_registry
