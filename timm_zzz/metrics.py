@@ -1,4 +1,4 @@
-"""Metrics of predictions and of outlier scores, and the run of a model over a loader that gives the predictions."""
+"""Run a model over a loader, and compute metrics of its predictions and of outlier scores."""
 
 import math
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ __all__ = [
 ]
 
 BINS = 15
-PULL = 10.0  # against softening a head for the sake of one wrong image
-KEPT = 2**27  # logits that a temperature is fitted to
-_VALUES = 2**22  # of an intermediate result that are held at a time
+PULL = 10.0  # strength of the prior that keeps one wrong image from softening a head
+KEPT = 2**27  # largest number of logits that a temperature is fitted to
+_VALUES = 2**22  # largest number of values of an intermediate result
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def full_precision(t: Tensor) -> Tensor:
-    """Convert 16-bit floats to float32 and leave wider ones."""
+    """Convert 16-bit floats to float32; leave wider ones unchanged."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
@@ -66,10 +66,10 @@ def predict(
     """Run a model in eval mode over a loader of (images, class indices).
 
     Args:
-        amp_dtype: Run it in mixed precision of this dtype.
+        amp_dtype: Dtype of mixed precision; None for full precision.
 
     Yields:
-        Batch by batch the images as the loader gave them, the model's output and the class indices, both on the device.
+        Per batch, the images as the loader gave them, the model's output and the class indices, both on the device.
     """
     model.eval()
     for images, target in loader:
@@ -79,7 +79,7 @@ def predict(
 
 
 class Predictions(NamedTuple):
-    """What a model made of N images. All tensors have shape (N,) and lie on the CPU."""
+    """Predictions of a model for N images. All tensors have shape (N,) and are on the CPU."""
 
     target: Tensor
     prediction: Tensor
@@ -108,13 +108,15 @@ def evaluate(
     amp_dtype: Optional[torch.dtype] = None,
     observe: Optional[Callable[[Tensor, Tensor, Predictions, int], None]] = None,
 ) -> Predictions:
-    """Predict the classes of a loader's images; five numbers an image are kept, not its logits.
+    """Predict the classes of a loader's images. Five numbers per image are kept, not the logits.
 
     Args:
-        observe: Called after each batch with its images, its logits, its predictions and the number of images before.
+        amp_dtype: Dtype of mixed precision; None for full precision.
+        observe: Called after each batch with its images, logits and predictions, and the number of earlier images.
 
     Raises:
-        ValueError: For labels that are no class indices of the model, output that is no logits, or no images.
+        ValueError: If a label is not a class index of the model, the output is not finite logits (N, C), or there are
+            no images.
     """
     parts: List[Predictions] = []
     count = 0
@@ -159,7 +161,7 @@ def _sklearn_metrics() -> Any:
 
 
 def _labelled(inlier_scores: Any, outlier_scores: Any) -> Tuple[Any, Any]:
-    """Labels, 1 for outliers, and scores, as NumPy arrays."""
+    """Return labels, 1 for outliers, and scores as NumPy arrays."""
     parts: List[Tensor] = []
     for name, scores in (('inlier_scores', inlier_scores), ('outlier_scores', outlier_scores)):
         scores = torch.as_tensor(scores, dtype=torch.float64).detach().cpu()
@@ -174,17 +176,20 @@ def _labelled(inlier_scores: Any, outlier_scores: Any) -> Tuple[Any, Any]:
 
 
 def auroc(inlier_scores: Tensor, outlier_scores: Tensor) -> float:
-    """Compute the area under the ROC curve, with outliers as the positive class, by scikit-learn.
+    """Compute the area under the ROC curve with scikit-learn; outliers are the positive class.
 
-    It is the probability that an outlier has a larger score than an inlier, ties counted half.
+    It is the probability that an outlier has a larger score than an inlier, with ties counted as one half.
 
     Args:
-        inlier_scores: Shape (N,), larger = more outlying.
-        outlier_scores: Shape (M,), of the same kind.
+        inlier_scores: Shape (N,), N >= 1, larger = more outlying.
+        outlier_scores: Shape (M,), M >= 1, of the same kind.
+
+    Returns:
+        0 to 1, larger = better.
 
     Raises:
-        ValueError: For scores that are NaN or infinite, none, or not of one dimension.
-        ImportError: Without scikit-learn, which ``timm_zzz[benchmark]`` brings.
+        ValueError: If scores are NaN or infinite, empty, or not one-dimensional.
+        ImportError: If scikit-learn is missing; ``timm_zzz[benchmark]`` installs it.
 
     Example:
         >>> auroc(torch.tensor([0., 1., 2.]), torch.tensor([1., 3.]))  # 4 1/2 of 6 pairs
@@ -197,12 +202,11 @@ def auroc(inlier_scores: Tensor, outlier_scores: Tensor) -> float:
 def fpr95(inlier_scores: Tensor, outlier_scores: Tensor) -> float:
     """Compute the share of outliers accepted at the smallest threshold that accepts 95 % of the inliers.
 
-    Liu et al. 2020 (arXiv:2010.03759), for whom inliers are the positive class, call it FPR95. Nothing is interpolated,
-    and outliers that tie with the threshold are accepted. Hendrycks et al. 2019 (arXiv:1812.04606) call by the same
-    name the share of inliers rejected where 95 % of the outliers are: ``fpr95(-outlier_scores, -inlier_scores)``.
+    This is FPR95 of Liu et al. 2020 (arXiv:2010.03759), with inliers as the positive class. Nothing is interpolated,
+    and outliers that tie with the threshold are accepted. Hendrycks et al. 2019 (arXiv:1812.04606) use the same name
+    for the share of inliers rejected if 95 % of the outliers are: ``fpr95(-outlier_scores, -inlier_scores)``.
 
-    Args, errors:
-        As of :func:`auroc`.
+    Arguments and errors are those of :func:`auroc`.
 
     Returns:
         0 to 1, smaller = better.
@@ -218,28 +222,28 @@ def fpr95(inlier_scores: Tensor, outlier_scores: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Bin:
-    """Images whose predictions have a confidence in (low, high]."""
+    """A bin of a reliability diagram: the predictions with a confidence in (low, high]."""
 
     low: float
     high: float
     count: int
-    accuracy: float  # 0 without images
-    confidence: float  # mean
+    accuracy: float  # 0 to 1; 0 without images
+    confidence: float  # mean, 0 to 1; 0 without images
 
 
 def reliability(confidence: Tensor, correct: Tensor, bins: int = BINS) -> Tuple[List[Bin], float]:
-    """Bins of equal width and the expected calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3).
+    """Compute bins of equal width and the expected calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3).
 
     Args:
         confidence: Probabilities of the predicted classes, shape (N,), 0 to 1.
-        correct: Whether the predictions are right, shape (N,).
-        bins: How many, >= 1.
+        correct: Whether each prediction is correct, shape (N,).
+        bins: Number of bins, >= 1.
 
     Returns:
         The bins, and the error, 0 to 1.
 
     Raises:
-        ValueError: For no images, shapes that differ, a confidence that is no probability, or ``bins`` < 1.
+        ValueError: If there are no images, shapes differ, a confidence is not within 0 to 1, or ``bins`` < 1.
 
     Example:
         >>> table, error = reliability(torch.tensor([0.9, 0.8, 0.3]), torch.tensor([True, False, True]), bins=2)
@@ -266,19 +270,18 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = BINS) -> Tuple[
 
 
 def ece(logits: Tensor, targets: Tensor, bins: int = BINS) -> float:
-    """The expected calibration error of a softmax, by :func:`reliability`; logits may be log-probabilities.
+    """Compute the expected calibration error of a softmax, by :func:`reliability`.
 
     Args:
-        logits: Shape (N, C).
+        logits: Logits or log-probabilities, shape (N, C).
         targets: Class indices, shape (N,).
-        bins: How many bins of equal width.
+        bins: Number of bins of equal width, >= 1.
 
     Returns:
         0 to 1.
 
     Raises:
-        ValueError: For no images, logits without a softmax (NaN, inf), targets that are no class indices, or
-            ``bins`` < 1.
+        ValueError: If there are no images, logits are NaN or infinite, targets are not class indices, or ``bins`` < 1.
 
     Example:
         >>> round(ece(torch.tensor([[0.8, 0.2], [0.2, 0.8]]).log(), torch.tensor([0, 0])), 4)  # 50 % right at 80 %
@@ -298,14 +301,22 @@ def ece(logits: Tensor, targets: Tensor, bins: int = BINS) -> float:
 def best_temperature(
     logits: Tensor, y: Tensor, log_prior: Union[Tensor, float] = 0.0, pull: float = 0.0
 ) -> Tuple[float, float]:
-    """Find T of the least mean negative log-likelihood of labels y under T * logits + log_prior, and that value, nats.
+    """Find the factor T that minimises the mean negative log-likelihood of labels under T * logits + log_prior.
 
-    Something has to keep T finite where all examples are classified correctly. Without ``pull`` labels are smoothed by
-    1 / (N + 1), as if one example more had any label with the same probability. With it, ``pull * (T - 1 - log T)`` is
-    added to the sum over examples, a Gamma prior with its mode at 1, and T stays close to 1 where there are few.
+    Regularisation keeps T finite if all examples are classified correctly. With ``pull`` = 0, labels are smoothed by
+    1 / (N + 1), as if there were one more example with a uniform label. Otherwise ``pull * (T - 1 - log T)`` is added
+    to the sum over examples: a Gamma prior with mode 1, which keeps T close to 1 if there are few examples.
 
-    The function is convex in T: Newton's method, kept in a bracket. Logits have the shape (N, C), class indices y (N,),
-    log_prior (C,).
+    The objective is convex in T; it is minimised by Newton's method within a bracket.
+
+    Args:
+        logits: Shape (N, C).
+        y: Class indices, shape (N,).
+        log_prior: Shape (C,).
+        pull: Strength of the prior, >= 0.
+
+    Returns:
+        T, and the mean negative log-likelihood at T in nats, without the regularisation.
     """
     rows, pull = max(1, _VALUES // logits.shape[1]), pull / len(y)
 
@@ -315,7 +326,7 @@ def best_temperature(
             yield part - part.mean(1, keepdim=True), target
 
     def moments(T: float) -> Tuple[float, float]:
-        """Compute the mean over examples of the logit's expectation, and of its variance."""
+        """Compute the means over examples of the expectation and variance of a logit under the softmax."""
         mean, variance = 0.0, 0.0
         for z, _ in centred():
             p = (T * z + log_prior).softmax(1)
@@ -327,7 +338,7 @@ def best_temperature(
     right = sum(float(z.gather(1, target[:, None]).sum()) for z, target in centred()) / len(y)
     scale = 1.0
     if not pull:
-        right *= len(y) / (len(y) + 1)  # smoothed; the mean over classes is 0
+        right *= len(y) / (len(y) + 1)  # smoothed labels; the mean over classes is 0
         spread = float(logits.std(1, correction=0).mean())
         scale = 1 / spread if spread > 1e-12 else 1.0
     low, high, T = 1e-4 * scale, 1e4 * scale, scale
@@ -345,15 +356,15 @@ def best_temperature(
 
 
 def calibration_temperature(logits: Tensor, targets: Tensor) -> float:
-    """Find the temperature that logits (N, C) of held-out images are best divided by.
+    """Find the temperature by which to divide the logits (N, C) of held-out images with classes (N,).
 
-    With T = 1 / temperature it minimises the negative log-likelihood, summed over images, plus what keeps few images,
-    and images that are all classified correctly, from saying too much. Above T = 1 that is the increase since T = 1 of
-    the loss of one further image, an average one with any label. Below it is :data:`PULL` * (T - 1 - log T). The sum is
-    convex in T, and T = 1 where nothing speaks clearly against it.
+    With T = 1 / temperature, it minimises the negative log-likelihood summed over images plus a penalty, which matters
+    if there are few images or all are classified correctly. For T > 1 the penalty is the increase of the loss of one
+    more, average image with a uniform label; for T < 1 it is :data:`PULL` * (T - 1 - log T). The sum is convex in T,
+    and T = 1 unless the images clearly speak against it.
 
     Raises:
-        ValueError: For no images, NaN or infinite logits, or targets that are no class indices.
+        ValueError: If there are no images, logits are NaN or infinite, or targets are not class indices.
     """
     check_matrix('logits', logits)
     check_targets(targets, len(logits), logits.shape[1])
@@ -368,9 +379,9 @@ def calibration_temperature(logits: Tensor, targets: Tensor) -> float:
 
 
 class KeptLogits:
-    """The logits of every ``step``-th image of a pass, on the CPU: more than enough for one temperature.
+    """The logits of every ``step``-th image, on the CPU; enough to fit a temperature.
 
-    The step starts at 1 and doubles where there would be more than :data:`KEPT` values. Embeddings are kept likewise.
+    ``step`` starts at 1 and doubles whenever there would be more than :data:`KEPT` values. Also used for embeddings.
     """
 
     def __init__(self) -> None:
@@ -378,7 +389,7 @@ class KeptLogits:
         self._parts: List[Tensor] = []
 
     def add(self, start: int, logits: Tensor) -> None:
-        """Take in logits (B, C); the first row is that of the ``start``-th image of all."""
+        """Add logits (B, C) of a batch; ``start`` is the number of images before it."""
         self._parts.append(logits[-start % self.step :: self.step].float().cpu())
         while sum(part.numel() for part in self._parts) > KEPT:
             self.step *= 2
@@ -390,18 +401,22 @@ class KeptLogits:
 
 
 class Calibration(NamedTuple):
-    """What one temperature does for a model's predictions, measured on images that it was not fitted to."""
+    """Effect of a temperature on a model's predictions, measured on images that it was not fitted to."""
 
-    temperature: float  # of all images
+    temperature: float  # fitted to all images
     before: Predictions
-    after: Predictions  # each half of the images under the temperature of the other
+    after: Predictions  # of each half of the images, with the temperature fitted to the other half
     ece: Tuple[float, float]  # before and after, 0 to 1
 
 
 def cross_calibrate(logits: Tensor, targets: Tensor) -> Calibration:
-    """Fit a temperature to logits (N, C), and measure it on halves, of every other image: each under the other's.
+    """Fit a temperature to logits (N, C) and class indices (N,), and measure its effect by two-fold cross-validation.
 
-    Errors as of :func:`calibration_temperature`. A single image has no other half; the temperature is 1 for it then.
+    The halves are every other image; each is evaluated with the temperature fitted to the other. For a single image
+    that is 1.
+
+    Raises:
+        ValueError: As in :func:`calibration_temperature`.
     """
     temperature = calibration_temperature(logits, targets)
     of_halves = [

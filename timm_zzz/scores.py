@@ -1,8 +1,8 @@
-"""How well an embedding fits the classes: log-densities and outlier scores of a ZZZ head.
+"""Log-densities, outlier scores and calibration of a ZZZ head.
 
-Of every outlier score a larger value means more outlying; docs/scores.md says what each one assumes. ``head`` is a
-ZZZ head or its :func:`class_gaussians_of`. Scores are computed in float32, or in float64 if an argument is, whatever
-autocast says. NaN in, NaN out. Another ``head``, or tensors of other shapes than said, raise a ValueError.
+For every outlier score, a larger value means more outlying; docs/scores.md says what each score assumes. ``head`` is a
+ZZZ head or its :func:`class_gaussians_of`. Scores are computed in float32, or in float64 if an argument is, also under
+autocast. NaN features give NaN scores. A different ``head`` or a tensor of the wrong shape raises a ValueError.
 """
 
 import logging
@@ -54,18 +54,18 @@ __all__ = [
     'reliability',
 ]
 
-# Those that need nothing but logits come first
+# Scores that need only logits come first
 _FROM_LOGITS = ('max_logit', 'max_softmax', 'energy')
 METHODS = (*_FROM_LOGITS, 'negative_log_density', 'mahalanobis', 'relative_mahalanobis')
 _logger = logging.getLogger(__name__)
 
-_VALUES = 2**25  # of an intermediate result that are held at a time
+_VALUES = 2**25  # largest number of values of an intermediate result
 
 
 def _in_parts(function: Callable[[Tensor], Tensor], rows: Tensor, values: int) -> Tensor:
-    """``function(rows)`` by a few rows at a time, as it needs ``values`` numbers for each."""
+    """Compute ``function(rows)`` a few rows at a time; it needs ``values`` numbers per row."""
     size = max(1, _VALUES // values)
-    # Autocast would take the products of float32 to 16 bits
+    # Autocast would compute float32 products in 16 bits
     with torch.autocast(rows.device.type, enabled=False):
         return torch.cat([function(part) for part in rows.split(size)])
 
@@ -87,13 +87,16 @@ class ClassGaussians(NamedTuple):
 
 
 def class_gaussians_of(head: ZZZHead, dtype: Optional[torch.dtype] = None) -> ClassGaussians:
-    """Derive the Gaussians of a head's classes, as constants; every score takes them in the place of the head.
+    """Compute the Gaussians of a head's classes, as constants; every score accepts them in place of the head.
 
-    A head's bases are derived at every call of a score: derive them once where many batches are scored.
+    A score derives the bases of a head at every call. To score many batches, derive them once by this function.
 
     Args:
-        head: Any ZZZ head; anything else raises a ValueError.
-        dtype: float32, or float64 for a float64 head, if None.
+        head: A ZZZ head.
+        dtype: Dtype of the Gaussians; if None, float32, or float64 for a float64 head.
+
+    Raises:
+        ValueError: If ``head`` is not a ZZZ head.
 
     Example:
         >>> head = ZZZHead(num_classes=200, feat_dim=768, rank=8)
@@ -109,7 +112,7 @@ Head = Union[ZZZHead, ClassGaussians]
 
 
 def _prepare(head: Head, features: Tensor) -> Tuple[ClassGaussians, Tensor]:
-    """The head's classes and the normalised embeddings, of one dtype."""
+    """Return the head's classes and the normalised embeddings in one dtype."""
     if not isinstance(head, (ZZZHead, ClassGaussians)):
         raise ValueError(f'head: expected a ZZZHead or its ClassGaussians, got {type(head).__name__}')
     mu = head.weight if isinstance(head, ZZZHead) else head.mu
@@ -124,7 +127,7 @@ def _prepare(head: Head, features: Tensor) -> Tuple[ClassGaussians, Tensor]:
 
 
 def _per_row(classes: ClassGaussians) -> int:
-    """How many numbers the densities of one embedding need."""
+    """Return how many values the densities of one embedding need."""
     return len(classes.mu) * (1 if classes.v is None else 1 + classes.v.shape[1])
 
 
@@ -136,18 +139,19 @@ def _logits(classes: ClassGaussians, x: Tensor) -> Tensor:
 def log_density(head: Head, features: Tensor) -> Tensor:
     """Compute the log-densities of the classes, log N(x; mu_c, Sigma_c), for ``x = f / |f|``.
 
-    They are densities on R^d, at points of the unit sphere. The logits of a head with ``log_density=True`` are these
-    plus d/2 log(2 pi) plus bias_c; those of others are less by what all classes and embeddings share.
+    They are densities on R^d, evaluated on the unit sphere (docs/theory.md, sections 1 and 3). The logits of a head
+    with ``log_density=True`` are these plus d/2 log(2 pi) + bias_c. Without, they lack a term that all classes and
+    embeddings share.
 
     Args:
         head: A ZZZ head, or its :func:`class_gaussians_of`.
         features: Pooled embeddings f as the head gets them, shape (N, d).
 
     Returns:
-        Nats, shape (N, C). They differentiate in the features, not in the head.
+        Nats, shape (N, C), differentiable in the features but not in the head.
 
     Raises:
-        ValueError: If ``head`` is no ZZZ head, or ``features`` not of shape (N, d).
+        ValueError: If ``head`` is not a ZZZ head, or ``features`` are not of shape (N, d).
 
     Example:
         >>> head = ZZZHead(num_classes=2, feat_dim=3, rank=0, sigma2_init=0.5)
@@ -159,30 +163,33 @@ def log_density(head: Head, features: Tensor) -> Tensor:
     return _in_parts(lambda part: gaussian_log_density(part, *classes[:4]), x, _per_row(classes))
 
 
-# What to log of a model in training
+# Numbers to log during training
 
 
 @torch.no_grad()
 def log_dict(model: nn.Module, embeddings: Union[None, Tensor, Mapping[str, Tensor]] = None) -> Dict[str, float]:
-    """Summarise every ZZZ head of a model in plain numbers, for W&B, TensorBoard and the like (docs/recipes.md).
+    """Summarise every ZZZ head of a model in numbers to log with W&B or TensorBoard (docs/recipes.md).
 
-    - ``sigma2``.
-    - ``mu_cosine_distance``: 1 - cos(mu_c, mu_k), averaged over all pairs of classes; 0 in a flat start, about 1 where
-      the means point anywhere. 0 for a single class.
-    - ``v_ratio_1``, ..., ``v_ratio_r``: v / sigma2 in descending order within each class; the median over classes, the
-      lower of two.
-    - ``low_rank_share``, with ``embeddings``: how much of the logits' variance between classes the low-rank part
-      decides. With l the logits, m those at rank 0 (same means, sigma2 and biases), and q = l - m, each less its mean
-      over the classes of an image, it is sum(q l) / sum(l^2) over images and classes. The rest up to 1 is that of the
-      means and biases; where the two oppose each other, one is negative. 0 where the logits are equal.
+    - ``sigma2``: The isotropic variance.
+    - ``mu_cosine_distance``: Mean of 1 - cos(mu_c, mu_k) over all pairs of classes. It is 0 after the flat start and
+      for a single class, and about 1 for means in random directions.
+    - ``v_ratio_1``, ..., ``v_ratio_r``: v / sigma2 in descending order within each class; the median over classes (the
+      lower of two).
+    - ``low_rank_share``, if there are ``embeddings``: Share of the low-rank part in the logits' variance between
+      classes. Let l be the logits, m the logits at rank 0 (same means, sigma2 and biases) and q = l - m, each minus its
+      mean over classes. The share is sum(q l) / sum(l^2) over images and classes, and 0 if all logits are equal. The
+      rest up to 1 is due to means and biases; if the two parts oppose each other, one of them is negative.
 
     Args:
-        model: A model, or a head.
-        embeddings: What the heads get, shape (N, d); for several heads by module path, as
-            :func:`~timm_zzz.head.record_inputs` records it. A head that is not there has no share.
+        model: A model or a head.
+        embeddings: Inputs of the head, shape (N, d). For several heads, a dict keyed by module path, as
+            :func:`~timm_zzz.head.record_inputs` records it; a head without an entry gets no share.
 
     Returns:
-        The numbers by name, ``path/sigma2`` and so on if there are several heads; empty if there is none.
+        Numbers by name; names are ``path/sigma2`` etc. if there are several heads. Empty if there is no head.
+
+    Raises:
+        ValueError: If ``embeddings`` are not of shape (N, d).
 
     Example:
         >>> head = ZZZHead(num_classes=5, feat_dim=16, rank=2, sigma2_init=0.25, v_init=0.5)
@@ -208,7 +215,7 @@ def _low_rank_share(classes: ClassGaussians, embeddings: Tensor) -> float:
     classes, x = _prepare(classes, embeddings)
     logits, means = (_logits(each, x) for each in (classes, classes._replace(basis=None, v=None)))
     logits, means = (each - each.mean(1, keepdim=True) for each in (logits, means))
-    equal = 1e-20 * logits.numel()  # what rounding makes of equal logits
+    equal = 1e-20 * logits.numel()  # equal logits differ by rounding
     return (((logits - means) * logits).sum() / logits.square().sum().clamp(min=equal)).item()
 
 
@@ -231,7 +238,7 @@ def max_logit(logits: Tensor) -> Tensor:
 def max_softmax(logits: Tensor) -> Tensor:
     """Compute one minus the largest softmax probability (Hendrycks and Gimpel 2017, arXiv:1610.02136).
 
-    Taken as the sum of the other classes' probabilities, which keeps its digits where 1 - p would be rounded to 0.
+    It is computed as the sum of the other classes' probabilities, which is accurate where 1 - p would round to 0.
 
     Logits (N, C) of any head give shape (N,), 0 to 1 - 1 / C, larger = more outlying.
 
@@ -249,9 +256,12 @@ def max_softmax(logits: Tensor) -> Tensor:
 def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Compute the energy -T log sum_c exp(logit_c / T) (Liu et al. 2020, arXiv:2010.03759, eq. 4).
 
-    Of a ZZZ head's logits with T = 1 it is :func:`negative_log_density` up to a constant.
+    For logits of a ZZZ head and T = 1, it is :func:`negative_log_density` up to a constant.
 
-    Logits (N, C) of any head give shape (N,), larger = more outlying. T > 0 is in their units.
+    Logits (N, C) of any head give shape (N,), larger = more outlying. T > 0 is in units of the logits.
+
+    Raises:
+        ValueError: If the temperature is not finite and > 0.
 
     Example:
         >>> energy(torch.tensor([[0., 0.]]))
@@ -270,7 +280,7 @@ def negative_log_density(head: Head, features: Tensor) -> Tensor:
     """Compute -log p(x) of the mixture of the classes, p(x) = sum_c pi_c N(x; mu_c, Sigma_c) with pi = softmax(bias).
 
     The head's softmax is the posterior exp(bias_c) N_c(x) / sum_k exp(bias_k) N_k(x), so the biases are log-priors up
-    to a constant, which no softmax sees; that the priors sum to 1 settles it.
+    to a constant (docs/theory.md, claim 1); the priors sum to 1.
 
     Pooled embeddings (N, d), as the head gets them, give nats, shape (N,), larger = more outlying.
 
@@ -290,9 +300,10 @@ def negative_log_density(head: Head, features: Tensor) -> Tensor:
 def mahalanobis(head: Head, features: Tensor) -> Tensor:
     """Compute the smallest squared Mahalanobis distance to a class, min_c (x - mu_c)^T Sigma_c^-1 (x - mu_c).
 
-    As Lee et al. 2018 (arXiv:1807.03888), but under each class's own covariance and with what the head has learnt.
+    As in Lee et al. 2018 (arXiv:1807.03888), but with each class's own covariance, and with the head's parameters in
+    place of sample moments.
 
-    Pooled embeddings (N, d), as the head gets them, give >= 0, shape (N,), larger = more outlying.
+    Pooled embeddings (N, d), as the head gets them, give values >= 0, shape (N,), larger = more outlying.
 
     Example:
         >>> head = ZZZHead(num_classes=2, feat_dim=3, rank=0, sigma2_init=0.5)
@@ -302,7 +313,7 @@ def mahalanobis(head: Head, features: Tensor) -> Tensor:
     """
     classes, x = _prepare(head, features)
     mu, basis, v, sigma2, _ = classes
-    # In units of sigma, log N(x; 0, I) is -|x|^2 / 2 but for a constant, and log|Sigma_c| is small.
+    # In units of sigma, log N(x; 0, I) is -|x|^2 / 2 up to a constant, and log|Sigma_c| is small.
     sigma, one = sigma2.sqrt(), torch.ones_like(sigma2)
     mu, v = mu / sigma, v if v is None else v / sigma2
     log_det = 0.0 if v is None else v.log1p().sum(1)
@@ -316,15 +327,18 @@ def mahalanobis(head: Head, features: Tensor) -> Tensor:
 
 
 def relative_mahalanobis(head: Head, features: Tensor, background: Optional['Background'] = None) -> Tensor:
-    """:func:`mahalanobis` minus the squared Mahalanobis distance to a background (Ren et al. 2021, arXiv:2106.09022).
+    """Compute :func:`mahalanobis` minus the squared distance to a background (Ren et al. 2021, arXiv:2106.09022).
 
     Args:
         head: A ZZZ head, or its :func:`class_gaussians_of`.
         features: Pooled embeddings as the head gets them, shape (N, d).
-        background: ``Background.of(head)``, which saves deriving it at every call.
+        background: ``Background.of(head)``, to derive it once for several calls; derived anew if None.
 
     Returns:
-        Shape (N,), of either sign, larger = more outlying.
+        Shape (N,), positive or negative, larger = more outlying.
+
+    Raises:
+        ValueError: For another ``head``, ``features`` not of shape (N, d), or a background of another width.
 
     Example:
         >>> head = ZZZHead(num_classes=2, feat_dim=3, rank=0, sigma2_init=0.5)
@@ -354,16 +368,16 @@ def outlier_scores(
     Args:
         head: A ZZZ head or its :func:`class_gaussians_of`, or a linear layer.
         features: Pooled embeddings as the head gets them, shape (N, d).
-        methods: Names of :data:`METHODS`. If None all of them, for a linear layer the three that need nothing but
-            logits: :func:`max_logit`, :func:`max_softmax`, :func:`energy`.
+        methods: Names from :data:`METHODS`. If None, all; for a linear layer, the three that need only logits:
+            :func:`max_logit`, :func:`max_softmax`, :func:`energy`.
         background: As in :func:`relative_mahalanobis`.
 
     Returns:
-        By name the scores, each of shape (N,), larger = more outlying.
+        Scores by name, each of shape (N,), larger = more outlying.
 
     Raises:
-        ValueError: For an unknown method, one that the head has no Gaussians for, another ``head``, or ``features`` not
-            of shape (N, d).
+        ValueError: For an unknown method, a method that needs Gaussians with a linear layer, another ``head``, or
+            ``features`` not of shape (N, d).
 
     Example:
         >>> scores = outlier_scores(ZZZHead(num_classes=5, feat_dim=16, rank=4), torch.randn(3, 16))
@@ -411,25 +425,25 @@ def _linear_logits(head: nn.Linear, features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def calibrate(head: ZZZHead, features: Tensor, targets: Tensor) -> float:
-    """Divide a head's logits by the temperature that suits held-out images best (Guo et al. 2017, arXiv:1706.04599).
+    """Calibrate a head by temperature scaling on held-out images (Guo et al. 2017, arXiv:1706.04599), in place.
 
-    It goes into the head's own parameters, by :func:`fold_temperature`. It is the one of the least negative
-    log-likelihood L, with a penalty where there is little to learn: few images, or such that are all classified
-    correctly. With T = 1 / temperature, where L is summed over N images and U is the sum for labels that are smeared
-    evenly over the classes, L(T) + (U(T) - U(1)) / N is minimised above T = 1, L(T) + 10 (T - 1 - log T) below. Of more
-    than 2^27 logits those of every k-th image are taken.
+    :func:`fold_temperature` writes the temperature into the head's parameters. It minimises the negative log-likelihood
+    plus a penalty, which matters if there are few images or all are classified correctly. With T = 1 / temperature, the
+    negative log-likelihood L(T) summed over N images, and the same sum U(T) for uniform labels, the objective is
+    L(T) + (U(T) - U(1)) / N for T > 1 and L(T) + 10 (T - 1 - log T) for T < 1. If there are more than 2^27 logits,
+    every k-th image is used.
 
     Args:
-        head: A ZZZ head; it is changed in place.
-        features: Pooled embeddings of images that it was not trained on, as it gets them, shape (N, d).
-        targets: Their class indices, shape (N,).
+        head: A ZZZ head.
+        features: Pooled embeddings of images that it was not trained on, as the head gets them, shape (N, d).
+        targets: Class indices of the images, shape (N,).
 
     Returns:
-        The temperature, > 0: above 1 the head was overconfident.
+        The temperature, > 0; above 1 if the head was overconfident.
 
     Raises:
-        ValueError: If ``head`` is no ZZZ head, for no images, NaN or infinite logits, or tensors of other shapes; and
-            as :func:`fold_temperature`.
+        ValueError: If ``head`` is not a ZZZ head, there are no images, logits are NaN or infinite, or tensors have
+            other shapes; and as in :func:`fold_temperature`.
 
     Example:
         >>> head, features = ZZZHead(num_classes=2, feat_dim=16, rank=4), torch.randn(100, 16)
@@ -449,18 +463,18 @@ def calibrate(head: ZZZHead, features: Tensor, targets: Tensor) -> float:
 
 @torch.no_grad()
 def fold_temperature(head: ZZZHead, temperature: float) -> float:
-    """Divide a head's logits by a temperature, up to what all classes share, in its own parameters and in place.
+    """Divide a head's logits by a temperature, up to a term that all classes share, by changing its parameters.
 
-    sigma2 and the variances are multiplied by it, and the biases make up for what that changes (docs/theory.md, claim
-    11). The ranking of the classes stays, and nothing has to be kept beside the head, on the Hub or in ONNX.
+    sigma2 and the variances are multiplied by the temperature, and the biases are corrected (docs/theory.md, claim 11).
+    The ranking of the classes stays the same. No temperature has to be stored beside the head, on the Hub or in ONNX.
 
     Returns:
-        The temperature that was taken: another one where sigma2 would fall below sigma2_min. There, and where variances
-        would fall below v_min, it is logged.
+        The temperature that was applied. It differs from the one asked for if sigma2 would fall below sigma2_min. A
+        warning is logged then, and if variances would fall below v_min.
 
     Raises:
-        ValueError: If ``head`` is no ZZZ head, if its sigma2_raw, v_raw or bias is pruned or parametrized, or for a
-            temperature that is not finite and > 0.
+        ValueError: If ``head`` is not a ZZZ head, if its sigma2_raw, v_raw or bias is pruned or parametrized, or if the
+            temperature is not finite and > 0.
 
     Example:
         >>> head = ZZZHead(num_classes=3, feat_dim=16, rank=4, init='reference', dtype=torch.float64)
@@ -483,7 +497,7 @@ def fold_temperature(head: ZZZHead, temperature: float) -> float:
         return F.softplus(own[f'{name}_raw'].double()) + getattr(head, f'{name}_min')
 
     def multiply(name: str, factor: Union[Tensor, float]) -> Tuple[Tensor, Tensor]:
-        """Multiply variances by a factor as far as their minimum lets them; return them before and after."""
+        """Multiply variances by a factor, but not below their minimum; return them before and after."""
         before, minimum = value(name), getattr(head, f'{name}_min')
         above = factor * before - minimum
         if (above < 0).any():
@@ -491,7 +505,7 @@ def fold_temperature(head: ZZZHead, temperature: float) -> float:
         own[f'{name}_raw'].copy_(inverse_softplus(above.clamp(min=1e-3 * minimum)))
         return before, value(name)
 
-    # What was written, rounded to the head's dtype, is what the other parameters follow
+    # The other parameters follow the value that was written, which is rounded to the head's dtype
     before, after = multiply('sigma2', temperature)
     taken = after / before
     bias = own['bias'].double()
@@ -509,7 +523,7 @@ def fold_temperature(head: ZZZHead, temperature: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Background:
-    """One Gaussian for all normalised embeddings, whatever their class, made by :meth:`of`.
+    """A single Gaussian for the normalised embeddings of all classes, made by :meth:`of`.
 
     Attributes:
         mean: Shape (d,), float64.
@@ -527,12 +541,12 @@ class Background:
     @classmethod
     @torch.no_grad()
     def of(cls, head: Head) -> 'Background':
-        """Compute the mean and covariance of a head's own mixture of classes, weighted by softmax(bias).
+        """Compute the mean and covariance of a head's mixture of classes, weighted by softmax(bias).
 
-        The covariance is that of the means plus the mean of the classes' own.
+        The covariance is the covariance of the class means plus the mean covariance of the classes.
 
         Raises:
-            ValueError: If ``head`` is no ZZZ head.
+            ValueError: If ``head`` is not a ZZZ head.
         """
         mu, basis, v, sigma2, bias = head if isinstance(head, ClassGaussians) else class_gaussians_of(head)
         weight = bias.double().softmax(0)
@@ -549,10 +563,10 @@ class Background:
         return cls(mean, torch.linalg.cholesky_ex(covariance)[0])
 
     def mahalanobis(self, features: Tensor) -> Tensor:
-        """Squared Mahalanobis distances to the mean, shape (N,), for pooled embeddings of shape (N, d).
+        """Compute squared Mahalanobis distances to the mean, shape (N,), for pooled embeddings of shape (N, d).
 
         Raises:
-            ValueError: If ``features`` is not of shape (N, d).
+            ValueError: If ``features`` are not of shape (N, d).
         """
         check_matrix('features', features, len(self.mean))
         x = normalize(full_precision(features))
