@@ -1,1 +1,1 @@
-"""A ZZZ head on any timm model: the swap, the names in the registry, and weights."""
+"""ZZZ heads on timm models: attach a head, register model names, load weights, predict."""

@@ -1,10 +1,10 @@
-"""What the models use of timm beyond its public interface; tests/models/test_timm_names.py says what else there is.
+"""Access private names of timm, and provide for older versions what timm has since 1.0.31.
 
-Also what timm has from 1.0.31 on and this package needs before.
+tests/models/test_timm_names.py lists all private names that the package uses. Those here are:
 
-``_model_args`` of a model: the keyword arguments that ``create_model`` built it with; timm writes them to config.json.
-``default_cfgs`` of a module of models: what its weights need, by architecture and tag; ``register_model`` reads it.
-``_model_entrypoints`` of the registry: the functions that build models, by name; deprecated names have no other way in.
+- ``_model_args`` of a model: the keyword arguments of ``create_model`` that built it; timm writes them to config.json.
+- ``default_cfgs`` of a module of models: configurations of weights by architecture and tag, for ``register_model``.
+- ``_model_entrypoints`` of the registry: the functions that build models, by name; the only access to deprecated names.
 """
 
 import sys
@@ -27,30 +27,30 @@ __all__ = [
     'save',
 ]
 
-# Whether timm's save_for_hf writes the recorded arguments, and the preprocessing
+# Whether timm's save_for_hf writes the recorded arguments and the preprocessing
 SAVES_ARGS = 'data_config' in signature(timm.models.save_for_hf).parameters
 _NOT_RECORDED = {*signature(timm.create_model).parameters, 'device', 'dtype', 'pretrained_model_args'}
 
 
 def model_args(kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """Of an entrypoint's keyword arguments those that ``create_model`` records, which it does from timm 1.0.31 on."""
+    """Return the keyword arguments of an entrypoint that ``create_model`` records since timm 1.0.31."""
     return {key: value for key, value in kwargs.items() if key not in _NOT_RECORDED}
 
 
 def recorded_args(model: nn.Module) -> Optional[Dict[str, Any]]:
-    """The arguments of ``create_model`` that a model has recorded; None if it was not made by ``create_model``."""
+    """Return the ``create_model`` arguments recorded on a model; None if it was not made by ``create_model``."""
     args: Any = getattr(model, '_model_args', None)
     return None if args is None else dict(args)
 
 
 def record_args(model: nn.Module, args: Dict[str, Any]) -> None:
-    """Add arguments to those that timm passes to ``create_model`` when it loads the model from its config.json."""
+    """Record further arguments, which timm passes to ``create_model`` when it loads the model from config.json."""
     target: Any = model
     target._model_args = dict(recorded_args(model) or {}, **args)
 
 
 def recording_all_but(prefix: str) -> Dict[str, Any]:
-    """Return attributes of a model's class that leave out arguments by their prefix: timm records all of them."""
+    """Return attributes for a model's class that keep timm from recording arguments with a prefix."""
 
     def get(model: Any) -> Dict[str, Any]:
         if '_model_args' not in model.__dict__:
@@ -65,12 +65,12 @@ def recording_all_but(prefix: str) -> Dict[str, Any]:
 
 
 def default_cfgs(entrypoint: Callable[..., Any]) -> Dict[str, Any]:
-    """The configurations in the module of an entrypoint, by architecture; the dict itself, to be added to."""
+    """Return timm's own dict of configurations in the module of an entrypoint, keyed by architecture."""
     return getattr(sys.modules[entrypoint.__module__], 'default_cfgs', {})
 
 
 def entrypoints() -> Dict[str, Callable[..., Any]]:
-    """The entrypoints by name, deprecated ones too; the dict itself, to be added to."""
+    """Return timm's own dict of entrypoints by name, deprecated ones included."""
     from timm.models._registry import _model_entrypoints
 
     return _model_entrypoints
@@ -79,11 +79,11 @@ def entrypoints() -> Dict[str, Callable[..., Any]]:
 def input_config(
     model: nn.Module, data_config: Optional[Dict[str, Any]] = None, args: Optional[Dict[str, Any]] = None
 ) -> Dict[str, Any]:
-    """Resolve the preprocessing of a model, which may differ from that of its weights in channels and size.
+    """Resolve the preprocessing of a model; its channels and size may differ from those of its weights.
 
     Args:
-        data_config: What differs from the model's.
-        args: Arguments that build the model, if not the recorded ones.
+        data_config: Settings that replace the model's.
+        args: Arguments that build the model; those recorded if None.
     """
     resolve: Any = getattr(timm.data, 'resolve_input_data_config', None)
     if resolve is not None:
@@ -104,15 +104,15 @@ def save(
     args: Optional[Dict[str, Any]],
     data_config: Optional[Dict[str, Any]],
 ) -> Dict[str, Any]:
-    """Write weights and config.json as ``save_for_hf`` does from timm 1.0.31 on.
+    """Write weights and config.json as ``save_for_hf`` does since timm 1.0.31.
 
     Args:
-        config: Further entries of config.json, those of pretrained_cfg among them.
-        args: Arguments of ``create_model`` in place of the recorded ones.
-        data_config: Preprocessing in place of the model's.
+        config: Further entries of config.json, ``pretrained_cfg`` included.
+        args: Arguments of ``create_model`` that replace recorded ones.
+        data_config: Preprocessing settings that replace the model's.
 
     Returns:
-        Entries that pretrained_cfg still lacks.
+        Entries that the written ``pretrained_cfg`` still lacks.
     """
     if SAVES_ARGS:
         timm.models.save_for_hf(model, str(folder), config, args, safe_serialization=True, data_config=data_config)
@@ -120,6 +120,6 @@ def save(
     args = dict(dict(recorded_args(model) or {}, num_classes=model.num_classes), **(args or {}))
     cfg = dict(input_config(model, data_config, args), **config.pop('pretrained_cfg'))
     timm.models.save_for_hf(model, str(folder), config, args, safe_serialization=True)
-    if data_config:  # which the recommendations for testing would precede
+    if data_config:  # recommended test settings would override it
         cfg.update(test_input_size=None, test_crop_pct=None)
     return dict(cfg, num_classes=model.num_classes, custom_load=False)

@@ -1,4 +1,4 @@
-"""Put ZZZ heads in place of the classifier of a timm model."""
+"""Replace the classifier of a timm model by a ZZZ head."""
 
 import functools
 import inspect
@@ -19,29 +19,29 @@ ModelT = TypeVar('ModelT', bound=nn.Module)
 Classifier = Union[nn.Linear, nn.Conv2d, ZZZHead]
 _CLASSIFIERS = (nn.Linear, nn.Conv2d, ZZZHead)
 
-OPTION_PREFIX = 'zzz_'  # of a head's options among a model's
-FIT_PREFIX = f'{OPTION_PREFIX}fit'  # of those that say how the heads start, which are not recorded
+OPTION_PREFIX = 'zzz_'  # marks options of the head among arguments of create_model
+FIT_PREFIX = f'{OPTION_PREFIX}fit'  # marks options of the fit, which are not recorded
 
-# What a model's creator chooses of a head; the rest follows from the classifier that it replaces and from the machine
+# Arguments of ZZZHead that are options; the others follow from the replaced classifier and the machine
 _FOLLOWS = ('num_classes', 'feat_dim', 'impl', 'device', 'dtype')
 HEAD_OPTIONS = tuple(name for name in inspect.signature(ZZZHead).parameters if name not in _FOLLOWS)
 
 
 def attach(model: ModelT, rank: int = 8, *, warm_start: bool = False, **head_options: Any) -> ModelT:
-    """Put a ZZZ head in place of a timm model's classifier, in place and at the same module path.
+    """Replace a timm model's classifier by a ZZZ head, in place and at the same module path.
 
-    From then on ``model.reset_classifier(n)`` gives a new ZZZ head with the same options, or timm's identity for n = 0.
-    The head takes the classifier's device and dtype and the model's train/eval mode. Everything else of the model, its
-    pooling, dropout and pre-logits code included, stays as it is.
+    Afterwards ``model.reset_classifier(n)`` gives a new ZZZ head with the same options, or timm's identity for n = 0.
+    The head takes the classifier's device and dtype and the model's train/eval mode. The rest of the model, including
+    pooling, dropout and pre-logits code, is not changed.
 
     Args:
-        model: A timm classification model whose classifier is or ends in a linear layer or a 1x1 convolution. Where
+        model: A timm classification model whose classifier is, or ends in, a linear layer or a 1x1 convolution. If
             there are several, as in distilled models, ensembles and models with an auxiliary head, each is replaced.
-            With ``num_classes=0`` there is nothing to replace yet; the head comes with ``reset_classifier``. What
-            ``torch.compile`` or ``DataParallel`` made of a model is looked into; other wrappers come after ``attach``.
+            With ``num_classes=0`` there is nothing to replace yet: ``reset_classifier`` adds the head. Models wrapped
+            by ``torch.compile`` or ``DataParallel`` are unwrapped; apply other wrappers after ``attach``.
         rank: Rank of the class covariances, 0 <= rank <= width of the embedding.
-        warm_start: Take the class means and the bias from the linear layer's rows and bias, for a layer that has been
-            trained on the same classes; where the rows are zero, start from a new head all the same.
+        warm_start: Initialise the class means and the bias with the weight and bias of the replaced layer, which has
+            been trained on the same classes. If a row of the weight is zero, the head is initialised as usual.
         head_options: Further keyword arguments of :class:`~timm_zzz.ZZZHead`: v_min, sigma2_min, v_init, sigma2_init,
             init, log_density.
 
@@ -49,8 +49,8 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = False, **head_opt
         The same model.
 
     Raises:
-        ValueError: If the model has no such classifier, for a wrapper that has taken note of the parameters, as DDP,
-            FSDP and PEFT do, or for an option out of its range.
+        ValueError: If the model has no such classifier, is wrapped by DDP, FSDP or PEFT, which hold its parameters, or
+            if an option is out of its range.
         TypeError: For an unknown option.
 
     Example:
@@ -69,13 +69,13 @@ def attach(model: ModelT, rank: int = 8, *, warm_start: bool = False, **head_opt
     _mix(_ZZZModel, inner)
     zzz_model: Any = inner
     zzz_model.zzz_options = options
-    # What timm writes to config.json to build the model again
+    # timm writes these to config.json, to build the model again
     _timm.record_args(inner, {f'{OPTION_PREFIX}{key}': value for key, value in options.items()})
     return model
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model within a compiled or data-parallel one, refuse one that others know the parameters of."""
+    """Unwrap a compiled or data-parallel model; raise a ValueError for wrappers that hold the parameters."""
     inner = unwrap_model(model)
     wrappers = takewhile(lambda module: module is not inner, model.modules())
     kinds = [type(wrapper).__name__ for wrapper in wrappers if not isinstance(wrapper, nn.DataParallel)]
@@ -90,13 +90,13 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def find_classifiers(model: nn.Module) -> Dict[str, Classifier]:
-    """Classifiers of a timm model by module path; empty if they have been removed (``num_classes=0``).
+    """Find the classifiers of a timm model, keyed by module path; empty if they have been removed (``num_classes=0``).
 
-    What ``get_classifier()`` gives, or the last layer of it where that is a module of several, and what else the
-    model's configuration calls a classifier.
+    These are the modules that ``get_classifier()`` returns, or their last layers, and the further classifiers that the
+    model's configuration names.
 
     Raises:
-        ValueError: If a classifier is not a linear layer or 1x1 convolution and ends in none; says what it is.
+        ValueError: If a classifier neither is nor ends in a linear layer or a 1x1 convolution.
     """
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     name = cfg.get('architecture') or type(model).__name__
@@ -109,7 +109,7 @@ def find_classifiers(model: nn.Module) -> Dict[str, Classifier]:
     try:
         roots: Any = model.get_classifier()  # type: ignore[operator]
     except (AttributeError, NotImplementedError) as e:
-        if getattr(model, 'num_classes', None) == 0:  # some look into the layer that has been removed
+        if getattr(model, 'num_classes', None) == 0:  # some models access the removed layer
             return {}
         raise unsupported('no classifier') from e
     if roots is None:
@@ -118,7 +118,7 @@ def find_classifiers(model: nn.Module) -> Dict[str, Classifier]:
     paths = {id(module): path for path, module in modules.items()}
     found: Dict[str, Classifier] = {}
     for root in roots if isinstance(roots, (tuple, list)) else [roots]:
-        if root is None:  # a second one that this model has not got
+        if root is None:  # no second classifier in this model
             continue
         layers = _last_layers(root)
         if not layers and not _is_identity(root):
@@ -142,18 +142,18 @@ def find_classifiers(model: nn.Module) -> Dict[str, Classifier]:
 
 
 def _is_identity(root: Any) -> bool:
-    """Whether a classifier has nothing left but identities, dropout and the like, as after ``reset_classifier(0)``."""
+    """Tell whether a classifier has no parameters, only identities, dropout etc., as after ``reset_classifier(0)``."""
     return isinstance(root, nn.Module) and not root.state_dict()
 
 
 def _last_layers(root: Any) -> List[Classifier]:
-    """The layer that gives the logits, or the layers, if the module is a list or averages two."""
+    """Return the layer that computes the logits; several if the module is a list or averages two layers."""
     if isinstance(root, _CLASSIFIERS):
         return [root]
     if isinstance(root, nn.ModuleList):
         return [layer for part in root for layer in _last_layers(part)]
     if not isinstance(root, nn.Module) or any(isinstance(module, FusedZZZHead) for module in root.modules()):
-        return []  # a fused head is linear within, and to stay as it is
+        return []  # a fused head contains a linear layer, and is kept
     pair = [getattr(root, name) for name in ('head', 'head_dist') if isinstance(getattr(root, name, None), nn.Module)]
     if pair:
         return [layer for part in pair for layer in _last_layers(part)]
@@ -170,7 +170,7 @@ def _replace(model: nn.Module, path: str, classifier: Classifier, options: Dict[
             if classifier.bias is not None:
                 head.bias.copy_(classifier.bias)
     model.set_submodule(path, head.train(model.training))
-    # The modules around it, e.g. timm's NormLinear, take it for a linear layer when they are fused, without an error.
+    # Modules around it, such as timm's NormLinear, would silently fuse it as if it were a linear layer.
     above = path.rpartition('.')[0]
     mixin: type = _NormedHead
     while above:
@@ -181,16 +181,16 @@ def _replace(model: nn.Module, path: str, classifier: Classifier, options: Dict[
 
 
 class _Mixin(nn.Module):
-    """Mixed into a module's class at run time."""
+    """Base of classes that are mixed into the class of a module at run time."""
 
     def __reduce_ex__(self, protocol: Any) -> Tuple[Any, ...]:
-        # The class is made at run time, so a pickle names the classes that it was made from.
+        # The class is created at run time, so a pickle has the classes that it is created from.
         state = super().__reduce_ex__(max(2, protocol))[2:]
         return (_new_module, type(self).__mro__[1:4:2], *state)
 
 
 class _Affine(nn.Module):
-    """A batch norm for inference on (B, d): ``x * scale + shift``."""
+    """A batch norm in inference, for inputs (B, d): ``x * scale + shift``."""
 
     scale: Tensor
     shift: Tensor
@@ -213,7 +213,7 @@ class _Affine(nn.Module):
 
 
 class _NormedHead(_Mixin):
-    """Of a batch norm with a ZZZ head behind it: what timm fuses into one layer remains two."""
+    """Mixed into a module of a batch norm and a ZZZ head: it fuses them to two layers, where timm expects one."""
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
@@ -226,7 +226,7 @@ class _NormedHead(_Mixin):
 
 
 class _NotFused(_Mixin):
-    """Of another module around a ZZZ head: timm fuses what is in it, not the whole."""
+    """Mixed into other modules around a ZZZ head: timm then fuses their children, not the whole."""
 
     __jit_unused_properties__ = ['fuse']
 
@@ -236,7 +236,7 @@ class _NotFused(_Mixin):
 
 
 class _ZZZModel(_Mixin):
-    """Mixed into a timm model's class: what has to know that the classifier is a ZZZ head."""
+    """Mixed into a timm model's class: the methods that depend on the classifier being a ZZZ head."""
 
     zzz_options: Dict[str, Any]
 
@@ -252,7 +252,7 @@ class _ZZZModel(_Mixin):
 def _no_weight_decay_of(base: type) -> Callable[[Any], Set[str]]:
     @torch.jit.ignore
     def no_weight_decay(self: Any) -> Set[str]:
-        # A scripted model calls it too: no instance of these classes, so neither super() nor isinstance() would do.
+        # A scripted model, which is no instance of these classes, calls it too: super() and isinstance() would fail.
         inherited: Callable[[Any], Any] = getattr(base, 'no_weight_decay', lambda model: ())
         names = (name for name, _ in self.named_parameters())
         return set(inherited(self)) | {
@@ -269,7 +269,7 @@ def _mix(mixin: type, module: nn.Module) -> None:
 
 @functools.cache
 def _mixed_class(mixin: type, base: type) -> type:
-    # timm looks up functions of a model in its class's module, TorchScript the annotations in the class itself
+    # timm looks up a model's functions in its class's module, and TorchScript reads annotations of the class itself
     annotations: Dict[str, Any] = {}
     for cls in (*reversed(base.__mro__), mixin):
         annotations.update(inspect.get_annotations(cls))

@@ -1,4 +1,4 @@
-"""Build a model with a ZZZ head and load weights into it, with errors that say which of the two is wrong."""
+"""Build a model with a ZZZ head and load weights into it; errors name the model or the file that is wrong."""
 
 from typing import Any, Mapping, Optional
 
@@ -25,12 +25,12 @@ def build_model(
     Args:
         name: timm's name of a model with a ZZZ head.
         pretrained: Load timm's weights.
-        pretrained_path: Load the same from a file, as ``train.py --pretrained-path`` does.
-        any_head: Take a model without a ZZZ head, too.
+        pretrained_path: Load such weights from a file, as ``train.py --pretrained-path`` does.
+        any_head: Accept a model without a ZZZ head, too.
         kwargs: Further arguments of ``timm.create_model``.
 
     Raises:
-        ValueError: If timm can't build such a model, or it has no ZZZ head.
+        ValueError: If timm can't build the model, or it has no ZZZ head.
     """
     if pretrained_path:
         kwargs['pretrained_cfg_overlay'] = dict(file=pretrained_path, num_classes=-1)
@@ -47,11 +47,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, *, 
     """Load a whole state dict into a model.
 
     Args:
-        source: What the state dict is called in errors.
-        keep_heads: Leave a head as it is if the state dict has one of another kind or size, or none.
+        source: Name of the state dict in error messages.
+        keep_heads: Leave a head unchanged if the state dict has none for it, or one of another kind or size.
 
     Raises:
-        ValueError: If the two don't fit.
+        ValueError: If the state dict does not fit the model.
     """
     kept, own = dict(state), model.state_dict()
     heads = tuple(f'{path}.' for path in heads_of(model)) if keep_heads else ()

@@ -1,10 +1,10 @@
-"""Meet timm at the moment when it loads weights into a model that it has just built.
+"""Run callbacks when timm loads weights into a model that it has just built.
 
-timm's entrypoints build a model and load its weights in one go. A ZZZ head has to be there in between, so that timm's
-own code (download, key remapping, adaptation of the class count) fills it like any other layer. PyTorch's hooks allow
-that without replacing a function of timm or torch: the first runs when a module gets a child, which tells the root of a
-model apart from its parts, and does nothing outside of ``on_load``; the others run when that root loads a state dict. A
-model that reads NumPy files has a method for it, ``load_pretrained``, which an attribute of that root stands before.
+timm's entrypoints build a model and load its weights in one call. The ZZZ head has to be attached in between, so that
+timm's own code (download, key remapping, adaptation of the class count) fills it like any other layer. PyTorch's hooks
+allow that without replacing a function of timm or torch. One hook runs when a module gets a child, to tell the root of
+a model from its parts; it does nothing outside of ``on_load``. The others run when that root loads a state dict. Models
+that read NumPy files do so in a method ``load_pretrained``, which an attribute of the root shadows.
 """
 
 import functools
@@ -31,7 +31,7 @@ _watch = _Watch()
 
 
 class _Loading:
-    """The models under construction in one thread, and what to do when one of them loads weights."""
+    """The models under construction in one thread, and the callbacks for when one of them loads weights."""
 
     def __init__(self, before: Before, after: After, read: Read):
         self.before = before
@@ -39,7 +39,7 @@ class _Loading:
         self.read = read
         self.children: Set[int] = set()
         self.handles: Dict[int, Any] = {}
-        self.modules: List[nn.Module] = []  # keeps the ids above from being used again
+        self.modules: List[nn.Module] = []  # references, so that the ids above are not used again
 
     def registered(self, parent: nn.Module, child: Any) -> None:
         if not isinstance(child, nn.Module):
@@ -63,7 +63,7 @@ class _Loading:
             module.__dict__.pop('load_pretrained', None)
 
 
-# Plain functions: a hook that is part of a model when it is copied or pickled must not drag the watch along.
+# Plain functions: a model that is copied or pickled with its hooks must not take the state of this module along.
 def _before(module: nn.Module, state_dict: Dict[str, Any], *args: Any) -> None:
     if _watch.current is not None and id(module) in _watch.current.handles:
         _watch.current.before(module, state_dict)
@@ -84,19 +84,19 @@ def _registered(parent: nn.Module, name: str, child: Any) -> None:
         _watch.current.registered(parent, child)
 
 
-# Once for all: threads that build modules go through torch's hooks, and stumble over one that comes or goes.
+# Registered once: adding or removing a hook would break the iteration of other threads over torch's hooks.
 register_module_module_registration_hook(_registered)
 
 
 @contextmanager
 def on_load(before: Before, after: After, read: Read) -> Iterator[None]:
-    """Within the context, in this thread, a model built there meets callbacks when it loads weights.
+    """Call functions when a model that is built within the context, in this thread, loads weights.
 
     Args:
-        before: Called with the model and the state dict before any tensor is copied; may still change the model's
+        before: Called with the model and the state dict before any tensor is copied. It may change the model's
             submodules and the state dict.
-        after: Called with the model and the keys that the state dict did not have.
-        read: Called in place of the model's own reader of other files, with the model and that reader to be called.
+        after: Called with the model and the keys that the state dict lacked.
+        read: Called in place of the model's ``load_pretrained``, with the model and a function that calls that method.
     """
     outer, _watch.current = _watch.current, _Loading(before, after, read)
     try:

@@ -1,4 +1,4 @@
-"""Predict the classes of images, and how outlying they are among held-out images of the model's classes."""
+"""Predict the classes of images, and rank how outlying they are among held-out images."""
 
 import hashlib
 import logging
@@ -32,21 +32,22 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-SCORE = 'relative_mahalanobis'  # takes off the direction that all means share after a flat start or a fit
+SCORE = 'relative_mahalanobis'  # discounts the direction that all means share after a flat start or a fit
 _MAX_QUANTILES = 1001
-_ATTRIBUTE = 'zzz_percentiles'  # of a model
+_ATTRIBUTE = 'zzz_percentiles'  # attribute of a model
 
 Images = Union[str, 'os.PathLike[str]', Image.Image]
 
 
 class Prediction(NamedTuple):
-    """Hold the most probable classes of an image.
+    """The most probable classes of an image.
 
     Attributes:
-        names: The classes, the most probable first.
-        probabilities: Of these classes, by the softmax over all classes.
-        percentile: Percentage of the held-out images that are not more outlying; None without percentiles.
-        error: Why there is no prediction, for an image that can't be read; then the others are empty.
+        names: Names of the classes, most probable first.
+        probabilities: Probabilities of these classes, by the softmax over all classes.
+        percentile: Percentage of held-out images that are not more outlying, 0 to 100; None if the model has no
+            percentiles.
+        error: Reason why there is no prediction, e.g. an image that can't be read; the other fields are empty then.
     """
 
     names: Tuple[str, ...] = ()
@@ -59,15 +60,15 @@ class Prediction(NamedTuple):
 
 
 class Percentiles(NamedTuple):
-    """Quantiles of an outlier score over held-out images, which a model carries beside its weights."""
+    """Quantiles of an outlier score over held-out images, stored with a model."""
 
     score: str  # a name of METHODS
-    quantiles: Tuple[float, ...]  # ascending, at equal steps from the smallest score to the largest
-    head_sha256: str  # of the heads' parameters; with others the score is another
+    quantiles: Tuple[float, ...]  # ascending, of equally spaced probabilities from 0 to 1
+    head_sha256: str  # of the heads' parameters, on which the score depends
 
     @classmethod
     def checked(cls, found: Any) -> 'Percentiles':
-        """Return what a file holds. Raises a ValueError if it is something else."""
+        """Validate what a file holds; raise a ValueError if it is not percentiles."""
         if not isinstance(found, dict) or found.keys() != {*cls._fields}:
             raise ValueError(f'percentiles: expected an object of {", ".join(cls._fields)}, got {found!r:.60}')
         score, values, digest = (found[name] for name in cls._fields)
@@ -84,16 +85,16 @@ class Percentiles(NamedTuple):
         return cls(score, tuple(map(float, values)), digest)
 
     def of(self, scores: Tensor) -> Tensor:
-        """Convert scores (N,) to percentiles, 0 to 100, between the quantiles by linear interpolation."""
+        """Convert scores (N,) to percentiles, 0 to 100, by linear interpolation between the quantiles."""
         quantiles, scores = scores.new_tensor(self.quantiles, dtype=torch.float64), scores.double()
         upper = torch.searchsorted(quantiles, scores, right=True).clamp(1, len(quantiles) - 1)
         low, high = quantiles[upper - 1], quantiles[upper]
-        share = ((scores - low) / (high - low)).nan_to_num(1.0).clamp(0, 1)  # 0 / 0 where the largest is there twice
+        share = ((scores - low) / (high - low)).nan_to_num(1.0).clamp(0, 1)  # 0 / 0 if the last two quantiles are equal
         return 100 * (upper - 1 + share) / (len(quantiles) - 1)
 
 
 def _digest(model: nn.Module) -> str:
-    """Compute the SHA-256 of the parameters of a model's heads, the same in float32 as in a narrower dtype."""
+    """Compute the SHA-256 of the parameters of a model's heads, converted to float32."""
     digest = hashlib.sha256()
     for _, head in sorted(heads_of(model).items()):
         for _, t in sorted(head.state_dict().items()):
@@ -102,23 +103,23 @@ def _digest(model: nn.Module) -> str:
 
 
 def keep_percentiles(model: nn.Module, found: Any) -> None:
-    """Attach the percentiles that a file holds to a model, unless they are of other weights of its heads."""
+    """Attach the percentiles that a file holds to a model, unless its heads have other weights."""
     percentiles = Percentiles.checked(found)
     if percentiles.head_sha256 == _digest(model):
         setattr(model, _ATTRIBUTE, percentiles)
 
 
 def measure_percentiles(model: nn.Module, features: Dict[str, Tensor]) -> None:
-    """Measure percentiles of held-out images and attach them to the model; features are (N, d) by the head's path."""
+    """Measure percentiles on held-out images and attach them to the model; features are (N, d), keyed by head path."""
     scores = _Outlyingness(model, SCORE)(features)
     if scores is not None and scores.isfinite().all():
-        count = min(max(len(scores), 2), _MAX_QUANTILES)  # all of them, if there are no more
+        count = min(max(len(scores), 2), _MAX_QUANTILES)  # at most one per image
         quantiles = torch.quantile(scores.double(), torch.linspace(0, 1, count).to(scores.device, torch.float64))
         setattr(model, _ATTRIBUTE, Percentiles(SCORE, tuple(quantiles.tolist()), _digest(model)))
 
 
 def percentiles_of(model: nn.Module) -> Optional[Percentiles]:
-    """Return the percentiles attached to a model; None without, or if its heads have changed since."""
+    """Return the percentiles attached to a model; None if it has none or its heads have changed since."""
     found: Optional[Percentiles] = getattr(model, _ATTRIBUTE, None)
     if found is not None and found.head_sha256 != _digest(model):
         _logger.warning('The outlier percentiles are of other weights than the heads have now: they are left out.')
@@ -127,20 +128,20 @@ def percentiles_of(model: nn.Module) -> Optional[Percentiles]:
 
 
 class _Outlyingness:
-    """An outlier score of what a model's heads are given, the mean over those that take part."""
+    """Computes an outlier score from the inputs of a model's heads: the mean over the heads that were called."""
 
     def __init__(self, model: nn.Module, score: str):
         self.score = score
         self.known: Dict[str, Tuple[ClassGaussians, Background]] = {}
         for path, head in heads_of(model).items():
             tensors: Any = class_gaussians_of(head)
-            if head.weight.device.type == 'mps':  # has no float64
+            if head.weight.device.type == 'mps':  # does not support float64
                 tensors = (t if t is None else t.cpu() for t in tensors)
             classes = ClassGaussians(*tensors)
             self.known[path] = classes, Background.of(classes)
 
     def __call__(self, inputs: Dict[str, Tensor]) -> Optional[Tensor]:
-        """Return scores (N,) for embeddings (N, d) by path, None for anything else."""
+        """Compute scores (N,) for embeddings (N, d), keyed by path; None for other shapes."""
         scores = []
         for path, x in inputs.items():
             classes, background = self.known[path]
@@ -155,11 +156,11 @@ class _Outlyingness:
 
 
 class _Prepared(Dataset):
-    """Prepare images as a model takes them; in place of one that can't be read stands its error."""
+    """Data set of preprocessed images; an image that can't be read is replaced by its error message."""
 
     def __init__(self, images: Sequence[Images], config: Dict[str, Any]):
         self.images = images
-        self.mode = 'RGB' if config['input_size'][0] == 3 else 'L'  # as timm's data sets
+        self.mode = 'RGB' if config['input_size'][0] == 3 else 'L'  # as in timm's data sets
         keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
         self.transform: Any = create_transform(**{key: config[key] for key in keys})
 
@@ -178,14 +179,14 @@ class _Prepared(Dataset):
 
 
 def _collate(items: List[Union[Tensor, str]]) -> Tuple[Optional[Tensor], List[str]]:
-    """Stack the images that are there; in place of each its error, empty if there is none."""
+    """Stack the images that were read, None if none was; return also each item's error message, or ''."""
     images = [item for item in items if isinstance(item, Tensor)]
     errors = [item if isinstance(item, str) else '' for item in items]
     return torch.stack(images) if images else None, errors
 
 
 def label_names(model: nn.Module) -> List[str]:
-    """Return the class names that a model brings from the Hub or a folder, none if they are of other classes."""
+    """Return the class names stored with a model; an empty list if there are none or their number is wrong."""
     found: Any = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or []
     names = [str(name) for name in (found.values() if isinstance(found, dict) else found)]
     return names if len(names) == cast(Any, model).num_classes else []
@@ -202,25 +203,26 @@ def predict(
     workers: int = 0,
     amp_dtype: Optional[torch.dtype] = None,
 ) -> List[Prediction]:
-    """Predict the most probable classes of images, prepared as timm evaluates, on the device where the model is.
+    """Predict the most probable classes of images, preprocessed as in timm's evaluation, on the model's device.
 
     Args:
-        model: Any classifier made by timm. :func:`~timm_zzz.from_pretrained` brings names and percentiles with it.
-        images: Files, or images of PIL.
-        top_k: How many classes to give for each, at most all.
-        class_names: Names by index; by default those that the model brings, else ``'class 17'``.
-        data_config: Preprocessing where it differs from the model's: input_size, mean, std, interpolation, crop_pct,
-            crop_mode.
-        batch_size: Images at a time.
-        workers: Processes that load images.
-        amp_dtype: Run the model in mixed precision of this dtype.
+        model: Any classifier made by timm. One from :func:`~timm_zzz.from_pretrained` has class names and percentiles
+            if they were saved.
+        images: Paths of files, or PIL images.
+        top_k: Number of classes to return for each image; all if the model has fewer.
+        class_names: Names by index; by default those stored with the model, else ``'class 17'`` etc.
+        data_config: Preprocessing settings that differ from the model's: input_size, mean, std, interpolation,
+            crop_pct, crop_mode.
+        batch_size: Images per batch.
+        workers: Number of processes that load images.
+        amp_dtype: Dtype of mixed precision; None for full precision.
 
     Returns:
-        A :class:`~timm_zzz.models.predict.Prediction` for each image, in order. An image that can't be read has its
-        error in it.
+        A :class:`~timm_zzz.models.predict.Prediction` for each image, in order. If an image can't be read, its
+        prediction has the error.
 
     Raises:
-        ValueError: For a model without classes, names of another number of classes, or ``top_k`` < 1.
+        ValueError: If the model has no classes, the number of names is not that of its classes, or ``top_k`` < 1.
 
     Example:
         >>> import timm, timm_zzz
@@ -247,8 +249,8 @@ def iterate_predictions(
     workers: int,
     amp_dtype: Optional[torch.dtype],
 ) -> Iterator[Prediction]:
-    """Yield what :func:`predict` returns, batch by batch."""
-    plain: Any = unwrap_model(model)  # compiled code takes no notice of hooks
+    """Yield the results of :func:`predict`, batch by batch; arguments and errors are the same."""
+    plain: Any = unwrap_model(model)  # compiled code skips hooks
     count: int = plain.num_classes
     if count < 1:
         raise ValueError('model: num_classes=0 leaves it no classes to predict')
@@ -263,7 +265,7 @@ def iterate_predictions(
     loader = DataLoader(
         cast(Any, _Prepared(images, config)),
         batch_size,
-        num_workers=min(workers, -(-len(images) // batch_size)),  # each loads whole batches
+        num_workers=min(workers, -(-len(images) // batch_size)),  # a worker loads whole batches
         collate_fn=_collate,
     )
     percentiles = percentiles_of(plain)

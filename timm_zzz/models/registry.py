@@ -1,4 +1,4 @@
-"""The names ``ARCHITECTURE[.TAG].zzz_rN`` in timm's model registry. The only file that touches that registry."""
+"""Register the names ``ARCHITECTURE[.TAG].zzz_rN`` with timm. The only file that changes timm's registry."""
 
 import dataclasses
 import functools
@@ -39,32 +39,32 @@ DEFAULT_RANK = 8
 
 TAG = re.compile(r'(?:(?P<base>.+)\.)?zzz_r(?P<rank>0|[1-9]\d*)')
 SOURCE_KEYS = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'source')
-# Layers between backbone and classifier that timm makes or leaves out by the kind of pooling
+# Layers between backbone and classifier that exist or not, depending on the kind of pooling
 _POOLING_LAYERS = ('fc_norm', 'attn_pool')
 
-# Options that the logits depend on and the weights say nothing of
+# Options that change the logits and do not follow from the weights
 _NOT_IN_WEIGHTS = {'v_min', 'sigma2_min', 'log_density'}
 
 Cfg = Union[None, str, Dict[str, Any], PretrainedCfg]
 
 
 class _Request(NamedTuple):
-    """What a call to an entrypoint asks of this package."""
+    """The options in a call of an entrypoint that are for this package."""
 
-    tag: Optional[str]  # the whole tag, if it ends in .zzz_rN
+    tag: Optional[str]  # the whole tag, if it ends in zzz_rN
     options: Dict[str, Any]
-    fit: Dict[str, Any]  # arguments of fit_start, empty without zzz_fit
+    fit: Dict[str, Any]  # arguments of fit_start; empty without zzz_fit
 
 
 def register(names: Union[str, Iterable[str], None] = None, ranks: Sequence[int] = RANKS) -> None:
-    """Make timm know ``NAME.zzz_rN`` and ``NAME.TAG.zzz_rN``; importing timm_zzz did, for all names and RANKS.
+    """Register ``NAME.zzz_rN`` and ``NAME.TAG.zzz_rN`` with timm; importing timm_zzz does this for all names and RANKS.
 
-    Plain names, their tags and default weights, and every listing that leaves tags out stay as they are. A deprecated
-    name gives the ZZZ twin of what timm maps it to.
+    Plain names, their tags and default weights, and all listings without tags stay the same. A deprecated name gives
+    the ZZZ form of the model to which timm maps it.
 
     Args:
-        names: Architectures, e.g. ``'resnet50'``; all that timm lists if None.
-        ranks: Ranks N to register.
+        names: Architectures, e.g. ``'resnet50'``; all architectures that timm lists if None.
+        ranks: Ranks N to register, >= 0.
 
     Raises:
         ValueError: For an unknown name or a rank that is not an int >= 0.
@@ -99,9 +99,9 @@ def _register(name: str, ranks: Sequence[int]) -> None:
     cfgs = default_cfgs(entrypoint)
     cfg = cfgs.get(name)
     if cfg is not None:
-        if not isinstance(cfg, DefaultCfg):  # the older form, one configuration per architecture
+        if not isinstance(cfg, DefaultCfg):  # older form: one configuration per architecture
             cfg = cfgs[name] = DefaultCfg(tags=deque(['']), cfgs={'': PretrainedCfg(**cfg)})
-        # The weights are the base tag's: list_pretrained stays as it was.
+        # The weights belong to the base tag, so timm's list_pretrained does not change.
         weightless: Dict[str, Any] = dict.fromkeys(SOURCE_KEYS)
         default = cfg.tags[0]
         for tag in [tag for tag in cfg.tags if not TAG.fullmatch(tag)]:
@@ -135,7 +135,7 @@ def _wrap(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 def _wrap_deprecated(name: str, current: str, shim: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Wrap timm's function for a deprecated name, which calls the present one as it was without this package."""
+    """Wrap timm's function for a deprecated name, which calls the current entrypoint without this package."""
     architecture, _, current_tag = current.partition('.')
 
     @functools.wraps(shim)
@@ -155,7 +155,7 @@ def _wrap_deprecated(name: str, current: str, shim: Callable[..., nn.Module]) ->
 
 
 def _parse(original: Callable[..., nn.Module], kwargs: Dict[str, Any]) -> Optional[_Request]:
-    """Take this package's part out of an entrypoint's keyword arguments; None if there is none."""
+    """Remove this package's options from an entrypoint's keyword arguments and return them; None if there are none."""
     name = original.__name__
     options = {key[len(OPTION_PREFIX) :]: kwargs.pop(key) for key in list(kwargs) if key.startswith(OPTION_PREFIX)}
     fit = {key: options.pop(key) for key in FIT_OPTIONS if key in options}
@@ -170,7 +170,7 @@ def _parse(original: Callable[..., nn.Module], kwargs: Dict[str, Any]) -> Option
     tag = _tag_of(cfg)
     match = TAG.fullmatch(tag or '')
     if match is None:
-        # A mistyped tag is a string; a configuration with a tag of its own may be anyone's.
+        # A mistyped tag comes as a string; a configuration may have any tag of its own.
         if tag and (asks_for_head(tag) if isinstance(cfg, str) else tag.rpartition('.')[2].startswith(OPTION_PREFIX)):
             raise _malformed(name, tag)
         if not options and not fit:
@@ -185,14 +185,14 @@ def _parse(original: Callable[..., nn.Module], kwargs: Dict[str, Any]) -> Option
 
 
 def _check_fit(fit: Dict[str, Any], cfg: Cfg, kwargs: Dict[str, Any]) -> None:
-    """Refuse options of the fit that stand alone, for what has no classifier, or from a config.json."""
+    """Raise a ValueError for fit options without ``zzz_fit``, without a classifier, or from a config.json."""
     if fit and 'fit' not in fit:
         raise ValueError(f'{OPTION_PREFIX}{min(fit)}: it goes with {FIT_PREFIX}, the images to fit to')
     if fit and kwargs.get('features_only', False):
         raise ValueError(f'{FIT_PREFIX}: it needs a classifier, features_only=True leaves none')
     saved = kwargs.get('pretrained_model_args') or {}
     source = cfg.get('source') if isinstance(cfg, dict) else getattr(cfg, 'source', None)
-    # A downloaded file must not say what to open here; older timm does not tell its arguments from the caller's
+    # A downloaded file must not choose what to open here; older timm does not separate its arguments from the caller's
     if any(key.startswith(FIT_PREFIX) for key in saved) or (
         fit and not SAVES_ARGS and source in ('hf-hub', 'local-dir')
     ):
@@ -204,21 +204,21 @@ def _tag_of(cfg: Cfg) -> Optional[str]:
 
 
 def asks_for_head(tag: str) -> bool:
-    """Tell whether a tag is that of a ZZZ head, or is meant to be one: none of timm's own comes near."""
+    """Tell whether a tag is, or is probably meant to be, that of a ZZZ head; no tag of timm resembles one."""
     tag = tag.lower()
     ranks = [f'{OPTION_PREFIX}r{rank}' for rank in RANKS]
     return OPTION_PREFIX.strip('_') in tag or bool(nearest(tag.rpartition('.')[2], ranks))
 
 
 def did_you_mean(name: str) -> str:
-    """End a message about a model: the nearest of timm's names, '' if it knows the architecture or finds none."""
-    if is_model(name) or ':' in name:  # the latter is of a repository
+    """Return the end of a message that suggests a similar name of timm; '' if the name is known or none is similar."""
+    if is_model(name) or ':' in name:  # 'hf-hub:...' names a repository
         return ''
     return nearest(name, {*list_models(), *list_models(include_tags=True)})
 
 
 def _malformed(name: str, tag: str) -> ValueError:
-    """The error for a tag that may have meant a ZZZ head: shows it right, with the base tag if timm knows it."""
+    """Create the error for a misspelt tag of a ZZZ head; it shows the right form, with a base tag that timm knows."""
     base = '.'.join([name, *(part for part in tag.split('.') if not asks_for_head(part))])
     try:
         get_pretrained_cfg(base)
@@ -233,7 +233,7 @@ def _malformed(name: str, tag: str) -> ValueError:
 def _check_registered(
     original: Callable[..., nn.Module], base_tag: Optional[str], rank: str, kwargs: Dict[str, Any]
 ) -> None:
-    """Say which part of ``name[.base_tag].zzz_rank`` timm does not know; its scripts look names up before building."""
+    """Raise a ValueError that says which part of ``NAME[.TAG].zzz_rN`` is not registered with timm."""
     prefix = name = original.__name__
     if base_tag and asks_for_head(base_tag):
         raise _malformed(name, f'{base_tag}.zzz_r{rank}')
@@ -265,19 +265,19 @@ def _check_registered(
 
 
 def _width(original: Callable[..., nn.Module], kwargs: Dict[str, Any]) -> Optional[int]:
-    """Width of the embeddings, from a model without memory; None where that gives no classifier to replace."""
+    """Return the width of the embeddings, from a model on the meta device; None if that fails."""
     others = ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir', 'num_classes', 'device')
     try:
         with torch.device('meta'):
             model = original(pretrained=False, **{key: value for key, value in kwargs.items() if key not in others})
         widths = [layer.weight.shape[1] for layer in find_classifiers(model).values()]
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return None  # what is wrong with the arguments shows when the rank is right
+        return None  # a wrong argument is reported once the rank is right
     return min(widths, default=None)
 
 
 def _base_cfg(name: str, cfg: Cfg, base_tag: Optional[str]) -> Cfg:
-    """The configuration to build the backbone from: what timm itself would pass for the name without the ZZZ tag."""
+    """Return the configuration of the backbone: the one that timm would pass for the name without the ZZZ tag."""
     if isinstance(cfg, str) or cfg is None:
         return base_tag
     fields = dict(cfg) if isinstance(cfg, dict) else {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
@@ -295,7 +295,7 @@ def _create(
     pretrained: bool,
     kwargs: Dict[str, Any],
 ) -> Any:
-    if kwargs.get('features_only', False):  # timm's feature extractor, without any classifier
+    if kwargs.get('features_only', False):  # timm's feature extractor has no classifier
         return original(pretrained=pretrained, **kwargs)
 
     def swap(model: nn.Module, state_dict: Dict[str, Any]) -> None:
@@ -307,7 +307,7 @@ def _create(
         _check_backbone(model, missing_keys, kwargs.get('in_chans'))
 
     def read(model: nn.Module, load: Callable[[], Any]) -> None:
-        # It leaves a linear layer of other classes as it was drawn: rows that are zero before and after are no start
+        # It skips a linear layer with other classes. Zero rows tell attach that nothing was loaded.
         for layer in find_classifiers(model).values():
             nn.init.zeros_(layer.weight)
         load()
@@ -336,7 +336,7 @@ def _warn_of_timms_save(*options: str) -> None:
 
 
 def _restart(path: str, state_dict: Dict[str, Any]) -> None:
-    """Leave a head as it starts if its weight and bias are not there: timm takes them out where class counts differ."""
+    """Keep a head's initial values if timm has removed its weight and bias because class counts differ."""
     rest = [key for key in state_dict if key.startswith(f'{path}.')]
     if rest and not any(key.rpartition('.')[2] in ('weight', 'bias') for key in rest):
         for key in rest:
@@ -345,13 +345,13 @@ def _restart(path: str, state_dict: Dict[str, Any]) -> None:
 
 
 def _check_backbone(model: nn.Module, missing_keys: List[str], in_chans: Optional[int]) -> None:
-    """Refuse weights that leave a part of the backbone at random; timm only logs it when it adapts the class count."""
+    """Raise a RuntimeError if weights of the backbone are missing; timm only logs it if it adapts the class count."""
     cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     names = cfg.get('classifier') or ()
     paths = [*find_classifiers(model), *((names,) if isinstance(names, str) else names)]
     lenient = {path.partition('.')[0] for path in paths} | set(_POOLING_LAYERS)
     missing = [key for key in missing_keys if key.partition('.')[0] not in lenient]
-    if in_chans not in (None, cfg['input_size'][0]):  # timm starts an input layer anew that it can't convert
+    if in_chans not in (None, cfg['input_size'][0]):  # timm reinitialises an input layer that it can't convert
         first = cfg.get('first_conv') or ()
         inputs = {f'{name}.weight' for name in ((first,) if isinstance(first, str) else first)}
         missing = [key for key in missing if key not in inputs]

@@ -1,4 +1,4 @@
-"""Fit the heads of a model that timm has just built to images: the option ``zzz_fit`` of ``create_model``."""
+"""Fit the heads of a model that timm has just built to images: the argument ``zzz_fit`` of ``create_model``."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ NAMES = Names(FIT_PREFIX, f'{FIT_PREFIX}_class_map')
 BATCH_SIZE = 128
 MAX_WORKERS = 4
 
-_DATASET_TYPES = ('hfds', 'hfids', 'tfds', 'torch', 'wds')  # of timm, before the slash of a name
+_DATASET_TYPES = ('hfds', 'hfids', 'tfds', 'torch', 'wds')  # prefixes of timm's data set names
 _KEYS = ('data_dir', 'dataset', 'split', 'class_map', 'input_key', 'target_key')
 
 ClassMap = Union[None, str, Path, Sequence[str]]
@@ -44,19 +44,23 @@ def fit_start(
 ) -> None:
     """Fit the ZZZ heads of a model in closed form, in place, to the images that ``zzz_fit`` names.
 
-    It runs on ``device``, by default on the GPU of this process if there is one, and the model comes back to where it
-    was. In torch.distributed each process takes its share of the images, and all get the same heads.
+    It runs on the model's device, or if that is the CPU and ``device`` is None, on the GPU of this process if there is
+    one; the model is moved back afterwards. With torch.distributed, each process reads its share of the images, and all
+    get the same heads.
 
     Args:
-        fit: A folder with a folder of images for each class; a data set of timm as ``TYPE/NAME:SPLIT``; a dict of what
-            :func:`~timm_zzz.data.open_split` takes; or a loader of (images, class indices), ready for the model.
-        fit_class_map: Class names by index, or a file of them; else timm numbers the folders.
+        fit: A folder with one folder of images per class; a data set of timm as ``TYPE/NAME:SPLIT``; a dict of
+            arguments of :func:`~timm_zzz.data.open_split`; or a loader of (images, class indices), preprocessed for the
+            model.
+        fit_class_map: Class names by index, or a file of them; if None, timm numbers the folders.
         fit_preset: One of :data:`timm_zzz.fit.PRESETS`.
-        pretrained: Whether the backbone has weights; a warning if not.
+        pretrained: Whether the backbone has pretrained weights; if not, a warning is logged.
+        device: Device given to ``create_model``.
 
     Raises:
-        ValueError: If the model has no classifier or no values yet, the images can't be read or don't fit the model.
-        RuntimeError: If it failed in another process.
+        ValueError: If the model has no classifier or is on the meta device, or if the images can't be read or don't fit
+            the model.
+        RuntimeError: If the fit failed in another process.
     """
     first = process()[0] == 0
     if any(p.is_meta for p in model.parameters()):
@@ -72,7 +76,7 @@ def fit_start(
     fast = there.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
     images = fit if _is_loader(fit) else _images(model, fit, fit_class_map, there)
     try:
-        with torch.random.fork_rng(devices=[]):  # a loader draws its seed: training is to draw what it would otherwise
+        with torch.random.fork_rng(devices=[]):  # a loader draws a seed, which must not change training's
             fit_model(model, images, amp_dtype=torch.bfloat16 if fast else None, distributed=True, preset=fit_preset)
     except ValueError as e:
         if str(e).startswith(FIT_PREFIX):
@@ -87,7 +91,7 @@ def _is_loader(fit: Any) -> bool:
 
 
 def _images(model: Any, fit: Any, class_map: ClassMap, device: torch.device) -> Iterator[Any]:
-    """Open the images and yield this process's batches; a generator, so that errors come where all processes wait."""
+    """Yield this process's batches of images; as a generator, it raises where all processes wait for each other."""
     number, count = process()
     config = input_config(model)
     settings = settings_of(fit)
@@ -120,7 +124,7 @@ def _images(model: Any, fit: Any, class_map: ClassMap, device: torch.device) -> 
 
 
 def settings_of(fit: Any) -> Dict[str, Any]:
-    """Return what :func:`~timm_zzz.data.open_split` takes."""
+    """Convert the argument ``zzz_fit`` to arguments of :func:`~timm_zzz.data.open_split`; may raise a ValueError."""
     if isinstance(fit, dict):
         unknown = sorted(str(key) for key in fit.keys() - {*_KEYS})
         if unknown:
@@ -130,7 +134,7 @@ def settings_of(fit: Any) -> Dict[str, Any]:
         raise ValueError(f'zzz_fit: expected a folder, TYPE/NAME:SPLIT, a dict or a loader, got {fit!r:.60}')
     folder = Path(fit).expanduser()
     if str(fit) and folder.is_dir():
-        splits = (folder / name for name in (*SPLIT_FOLDERS[0], *SPLIT_FOLDERS[1], 'test'))  # those of training first
+        splits = (folder / name for name in (*SPLIT_FOLDERS[0], *SPLIT_FOLDERS[1], 'test'))  # training splits first
         nested = [path for path in splits if _has_folders(path)]
         if nested:
             raise ValueError(f'zzz_fit: {folder} has splits in it, not classes: name one, such as {nested[0]}')
