@@ -1,4 +1,4 @@
-"""Save, push and load models with a ZZZ head in timm's file formats, with checks."""
+"""Save, push and load models with a ZZZ head in timm's file formats, and check what is written and read."""
 
 from .load import from_pretrained
 from .save import push_to_hub, save_pretrained

@@ -1,4 +1,4 @@
-"""Model cards for the Hugging Face Hub: the facts about a model, put into ``hub_cards/template.md.jinja``.
+"""Write model cards for the Hugging Face Hub from the facts about a model and ``hub_cards/template.md.jinja``.
 
 ``python -m timm_zzz.hub.cards FACTS.yaml ...`` writes the card of a variant beside the file with its facts.
 """
@@ -23,7 +23,7 @@ __all__ = ['model_card', 'top1', 'write_card']
 
 TASK = 'image-classification'
 
-# Of the licences that timm records, those that are identifiers of the Hub
+# The licences recorded by timm that are also identifiers of the Hub
 _HUB_LICENSES = (
     'apache-2.0 apple-amlr apple-ascl bsd-3-clause cc-by-4.0 cc-by-nc-4.0 fair-noncommercial-research-license gemma '
     'mit other unknown'
@@ -31,7 +31,7 @@ _HUB_LICENSES = (
 
 
 def top1(value: float, dataset: str, split: Optional[str] = None, *, metric_name: str = 'Top-1 accuracy') -> EvalResult:
-    """Convert a top-1 accuracy in percent to the EvalResult that :func:`model_card` takes."""
+    """Convert a top-1 accuracy in percent to an EvalResult for :func:`model_card`."""
     identifier = re.sub(r'[^\w./-]+', '-', dataset).strip('-') or 'unknown'
     names: Dict[str, Any] = dict(task_name='Image classification', dataset_split=split, metric_name=metric_name)
     return EvalResult(TASK, identifier, dataset, 'accuracy', value, **names)
@@ -52,29 +52,28 @@ def model_card(
     published: bool = True,
     onnx: bool = False,
 ) -> ModelCard:
-    """Write the card of a model with a ZZZ head. It states what it is given and leaves open what it is not.
+    """Create the card of a model with a ZZZ head. It states only facts that it is given.
 
     Args:
         model: A model with a ZZZ head, or one without classifier (``num_classes=0``); may be on the meta device.
         repo_id: ``user/name`` of the repository, for the usage example.
-        results: What was measured, e.g. by :func:`top1`; values are numbers.
-        results_command: The commands that measured the results, with hardware and versions; required with results.
+        results: Measured results with numbers as values, e.g. from :func:`top1`.
+        results_command: Commands that measured the results, with hardware and versions; required with results.
         training: How the model was trained, in Markdown.
-        license: Licence of the weights, a Hub identifier such as ``apache-2.0``. If None, what timm records for the
-            backbone's weights, and said to be theirs; ``unknown`` if that is nothing.
-        base_model: Repository of the weights that training started from, e.g. ``timm/resnet50.a1_in1k``.
-        backbone: Where those weights come from, if not from a repository on the Hub.
-        datasets: Data sets on the Hub that the model was trained on, as their ids.
-        data_config: Preprocessing, as of :func:`~timm_zzz.save_pretrained`; the model's if None.
-        published: False for a card that is written before the weights are on the Hub; it then says so.
-        onnx: Say how to run model.onnx, which lies beside the card.
+        license: Licence of the weights, a Hub identifier such as ``apache-2.0``. If None, the licence that timm records
+            for the backbone's weights, named as theirs; ``unknown`` if there is none.
+        base_model: Repository of the weights from which training started, e.g. ``timm/resnet50.a1_in1k``.
+        backbone: Source of those weights, if it is not a repository on the Hub.
+        datasets: Ids of the data sets on the Hub that the model was trained on.
+        data_config: Preprocessing, as in :func:`~timm_zzz.save_pretrained`; the model's if None.
+        published: False if the weights are not on the Hub yet; the card then says so.
+        onnx: Describe how to run model.onnx, which lies beside the card.
 
     Returns:
-        The card; ``str(card)`` is the README.md, ``card.save(path)`` writes it, ``card.validate()`` asks the Hub.
+        The card: ``str(card)`` is the README.md, ``card.save(path)`` writes it, ``card.validate()`` asks the Hub.
 
     Raises:
-        ValueError: For results without the command that measured them, a value that is not a number, or a malformed
-            repository id.
+        ValueError: If results come without their command, a value is not a number, or the repository id is malformed.
     """
     from jinja2 import Template
 
@@ -85,7 +84,7 @@ def model_card(
     for result in results:
         if isinstance(result.metric_value, str):
             raise ValueError(f'results: expected a number, got {result.metric_value!r}')
-        result.metric_value = round(float(result.metric_value), 4)  # YAML has no numpy scalars
+        result.metric_value = round(float(result.metric_value), 4)  # YAML can't hold NumPy scalars
         texts = dict(
             metric=result.metric_name or result.metric_type, dataset=result.dataset_name, split=result.dataset_split
         )
@@ -145,7 +144,7 @@ def model_card(
 
 
 def license_of(data: CardData) -> Optional[str]:
-    """Read the licence from a card's metadata, None if it has none."""
+    """Return the licence in a card's metadata; None if it has none."""
     return data.get('license_name') or data.get('license')
 
 
@@ -154,7 +153,7 @@ def _count(*modules: nn.Module) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escape text so that one line of Markdown shows it as it stands: no markup, HTML, link or table cell."""
+    """Escape text so that Markdown shows it literally in one line, without markup, HTML, links or table cells."""
     return re.sub(r'([\\`*_{}\[\]<>()#|~$&!])', r'\\\1', ' '.join(text.split()))
 
 
@@ -164,7 +163,7 @@ def _code_block(text: str) -> str:
 
 
 def write_card(facts_file: Path) -> Path:
-    """Write the card of a variant beside the YAML file that holds its facts."""
+    """Write the card of a variant beside the YAML file with its facts; return its path."""
     facts: Dict[str, Any] = yaml.safe_load(facts_file.read_text(encoding='utf-8'))
     with torch.device('meta'):
         model = timm.create_model(facts.pop('model'), num_classes=facts.pop('num_classes'))

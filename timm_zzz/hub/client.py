@@ -1,4 +1,4 @@
-"""Translate what the Hub's client raises into the errors of this package."""
+"""Translate errors of the Hub's client into errors of this package."""
 
 import json
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from .config import WEIGHTS
 
 __all__ = ['TransportError', 'translated']
 
-# Base class of all failures on the way, of the HTTP library that this version of the client uses
+# Base class of transport errors of the HTTP library that this version of the client uses
 _bases = client.HfHubHTTPError.__mro__
 TransportError: Any = _bases[_bases.index(OSError) - 1]
 
@@ -31,7 +31,7 @@ def translated(repo_id: str, revision: Optional[str], filename: Optional[str] = 
 def _translate(e: Any, repo_id: str, revision: Optional[str], filename: Optional[str]) -> Optional[HubError]:
     at = f'{repo_id}@{revision}' if revision else repo_id
     status = _status(e)
-    match e:  # The first that fits: subclasses stand above their base class.
+    match e:  # The first match counts: subclasses stand before their base class.
         case client.GatedRepoError():
             return AccessError(
                 f'{repo_id} is gated: ask for access on its page, then pass a token of that account (or hf auth login)'
@@ -63,7 +63,7 @@ def _translate(e: Any, repo_id: str, revision: Optional[str], filename: Optional
             return HubError(f'{at}: {e}')
         case TransportError():
             return UnavailableError(f"{at}: the Hub can't be reached: {e}")
-        case ConnectionError() | TimeoutError() | OSError(errno=None):  # The local disk's have an errno.
+        case ConnectionError() | TimeoutError() | OSError(errno=None):  # Errors of the local disk have an errno.
             return UnavailableError(f"{at}: the Hub can't be reached or the transfer broke off: {e}")
         case json.JSONDecodeError():
             return UnavailableError(f'{at}: what answered is not the Hub: {e}')
@@ -73,5 +73,5 @@ def _translate(e: Any, repo_id: str, revision: Optional[str], filename: Optional
 
 
 def _status(e: Any) -> int:
-    """Return the status code of the answer that an error tells of, 0 if there was none."""
+    """Return the HTTP status code of an error's response, 0 if there was none."""
     return getattr(getattr(e, 'response', None), 'status_code', 0)

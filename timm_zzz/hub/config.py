@@ -1,4 +1,4 @@
-"""Check what a config.json and weights hold before a model is built from them."""
+"""Check a config.json and weights before a model is built from them."""
 
 import hashlib
 import json
@@ -42,20 +42,20 @@ _logger = logging.getLogger(__name__)
 
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
-SECTION = 'timm_zzz'  # of config.json
-PERCENTILES = 'percentiles'  # of the section
+SECTION = 'timm_zzz'  # section of config.json
+PERCENTILES = 'percentiles'  # key in that section
 
 _MAX_CLASSES = 1_000_000
-_MAX_INT = 10_000  # any other size that a config may ask for
-_MAX_CONFIG_BYTES = 256 * 2**20  # a million class names fit
+_MAX_INT = 10_000  # limit of all other sizes in a config
+_MAX_CONFIG_BYTES = 256 * 2**20  # enough for a million class names
 
-# What building a model may take. Timm's architectures take up to 14 calls a tensor, and have up to 2,000 tensors.
+# Limits for building a model. timm's architectures make up to 14 calls per tensor and have up to 2,000 tensors.
 _CALLS_PER_TENSOR = 25
 _MAX_TENSORS = 10_000
-_MAX_BUFFER = 2**24  # elements of what is not saved, e.g. indices of relative positions
+_MAX_BUFFER = 2**24  # elements of buffers that are not saved, e.g. indices of relative positions
 
-# What timm's functions that build a model act on; the others go to the model's class, where sizes are held against the
-# weights.
+# Arguments of timm's functions that build a model. All others go to the model's class, and their effect on sizes is
+# compared with the weights.
 BUILDER_ARGS = set('features_only out_indices feature_cls pruned device dtype'.split()).union(
     *(signature(function).parameters for function in (timm.create_model, timm.models.build_model_with_cfg))
 )
@@ -66,18 +66,18 @@ _CFG_KEYS = {f.name for f in fields(PretrainedCfg)} - {'architecture'}
 
 
 class Corrupt(CheckpointError):
-    """The bytes of the weights are wrong, which a new download may mend."""
+    """The bytes of the weights are wrong; a new download may fix that."""
 
 
 class Changed(Corrupt):
-    """The weights are not those that config.json was written for, which the owner of a folder may have meant."""
+    """The weights are not those that config.json was written for; the owner of a folder may have changed them."""
 
 
 def read_config(path: Path) -> Dict[str, Any]:
-    """Read a config.json and refuse everything in it that does not belong to a ZZZ model.
+    """Read a config.json, and refuse keys and values that do not belong to a ZZZ model.
 
     Raises:
-        ConfigError: If it is not one of timm, or has keys or values that are not allowed.
+        ConfigError: If the file is not a config.json of timm, or has keys or values that are not allowed.
     """
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ConfigError(f'{path}: larger than {_MAX_CONFIG_BYTES} bytes')
@@ -134,7 +134,7 @@ def _is_zzz(args: Any, cfg: Any) -> bool:
 
 
 def is_of_zzz_model(file: Path) -> bool:
-    """Tell whether a config.json asks for a ZZZ head; False also for one that can't be read."""
+    """Tell whether a config.json describes a model with a ZZZ head; False if it can't be read."""
     try:
         config = json.loads(file.read_text(encoding='utf-8'))
         return _is_zzz(config.get('model_args'), config.get('pretrained_cfg'))
@@ -169,15 +169,16 @@ def _check_value(name: str, value: Any, maximum: int, depth: int = 0) -> None:
 
 
 def check_weights(folder: Path, config: Dict[str, Any], *, check_sha256: bool = True) -> None:
-    """Compare the weights of a folder with its config, which has been read: shapes first, then the SHA-256.
+    """Compare the weights in a folder with its config from :func:`read_config`: first shapes, then the SHA-256.
 
     Raises:
-        Corrupt: If the file is incomplete; Changed if its bytes are not those that were written.
-        CheckpointError: If it holds another model.
+        Corrupt: If the file is incomplete.
+        Changed: If its bytes are not those that were written.
+        CheckpointError: If it holds the weights of another model.
         ConfigError: If no model can be built from the config.
     """
     try:
-        with safetensors.safe_open(folder / WEIGHTS, 'pt') as file:  # reads the header only
+        with safetensors.safe_open(folder / WEIGHTS, 'pt') as file:  # reads only the header
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     except safetensors.SafetensorError as e:
         raise Corrupt(f'{WEIGHTS} is not a complete safetensors file: {e}') from e
@@ -190,14 +191,14 @@ def check_weights(folder: Path, config: Dict[str, Any], *, check_sha256: bool = 
 
 
 def _check_shapes(folder: Path, config: Dict[str, Any], shapes: Dict[str, Tuple[int, ...]]) -> None:
-    """Compare the shapes of a file's tensors with a model without memory, built from the config."""
+    """Compare the shapes of a file's tensors with those of a model built from the config on the meta device."""
     size = sum(map(math.prod, shapes.values()))
     too_large = f'{folder / WEIGHTS} has {size} values, the model that {CONFIG} describes has many more'
     budget = _Budget(1000 + _CALLS_PER_TENSOR * min(len(shapes), _MAX_TENSORS), 2 * size + _MAX_BUFFER)
     try:
         with torch.device('meta'), budget:
             model: Any = timm.create_model(f'local-dir:{folder}')
-    except Exception as e:  # whatever a model's class raises at values that it was not made for
+    except Exception as e:  # a model's class may raise anything for unexpected values
         if budget.exceeded:
             raise CheckpointError(too_large) from e
         raise ConfigError(f'{folder / CONFIG} does not describe a model: {e}') from e
@@ -220,7 +221,7 @@ def _check_shapes(folder: Path, config: Dict[str, Any], shapes: Dict[str, Tuple[
 
 
 class _Budget(TorchFunctionMode):
-    """Stop what makes more calls of torch's functions, or a tensor of more elements, than a limit."""
+    """Raise a ValueError after a number of calls to torch, or at a tensor with too many elements."""
 
     def __init__(self, calls: int, elements: int):
         super().__init__()
@@ -236,7 +237,7 @@ class _Budget(TorchFunctionMode):
 
 
 def sha256(path: Path) -> str:
-    """Compute the SHA-256 of a file, in hexadecimal."""
+    """Compute the SHA-256 of a file as a hexadecimal string."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         for block in iter(partial(file.read, 2**20), b''):

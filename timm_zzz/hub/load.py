@@ -34,29 +34,34 @@ def from_pretrained(
 ) -> nn.Module:
     """Load a model with a ZZZ head from the Hugging Face Hub or from a folder.
 
-    Gives the same model as ``timm.create_model('hf-hub:...', pretrained=True)``, after these checks: config.json holds
-    only what such a file may hold; the shapes of the weights fit it; config and weights are of one commit; the weights'
-    SHA-256 is the one in config.json (timm writes none: then there is nothing to compare). No pickle is ever read.
+    The model is that of ``timm.create_model('hf-hub:...', pretrained=True)``. It is loaded after these checks:
+
+    - config.json has only keys and values that are allowed.
+    - The shapes of the weights fit config.json.
+    - config.json and the weights are from the same commit.
+    - The SHA-256 of the weights is the one in config.json. Files that timm wrote have none.
+
+    No pickle is ever read.
 
     Args:
         repo_id_or_folder: ``user/name``, a folder, or timm's ``hf-hub:user/name@revision`` or ``local-dir:folder``.
         revision: Branch, tag, commit or ``refs/pr/N``; the default branch if None.
-        token: Access token for a private repository; by default the one of ``hf auth login`` or HF_TOKEN.
-        cache_dir: Cache folder in place of huggingface_hub's own.
-        local_files_only: Use only what the cache has.
-        check_sha256: False to load a folder whose weights were changed after they were saved. Shapes are checked in any
-            case, and what comes from the Hub is always compared.
-        model_args: Arguments of ``create_model`` that differ from the saved ones. With another ``num_classes`` the head
-            starts anew and the backbone is kept; ``num_classes=0`` gives features; ``in_chans`` and ``img_size`` adapt
-            the weights as timm does.
+        token: Access token for a private repository; by default that of ``hf auth login`` or HF_TOKEN.
+        cache_dir: Cache folder; huggingface_hub's own if None.
+        local_files_only: Use only files in the cache.
+        check_sha256: False to load a folder whose weights were changed after saving. Shapes are always checked, and the
+            SHA-256 of downloaded weights too.
+        model_args: Arguments of ``create_model`` that differ from the saved ones. A different ``num_classes`` keeps the
+            backbone and gives a new head; ``num_classes=0`` gives features; ``in_chans`` and ``img_size`` adapt the
+            weights as timm does.
 
     Returns:
-        The model in training mode, like ``create_model``; call ``.eval()`` to predict. Weights come back in float32,
-        whatever they were saved in, unless ``dtype`` is given.
+        The model in training mode, as from ``create_model``; call ``.eval()`` to predict. Weights are float32, whatever
+        their dtype in the file, unless ``dtype`` is given.
 
     Raises:
-        HubError: One of its five subclasses in :mod:`timm_zzz.errors`, by what went wrong.
-        ValueError: For a malformed repository id, or ``check_sha256=False`` for a repository.
+        HubError: Usually one of its five subclasses in :mod:`timm_zzz.errors`.
+        ValueError: For a malformed repository id, or ``check_sha256=False`` with a repository.
 
     Example:
         >>> model = from_pretrained('someone/bird-zzz', num_classes=5)  # doctest: +SKIP
@@ -86,7 +91,7 @@ def from_pretrained(
         try:
             _drop(weights_file)
             advice = 'It was dropped from the cache: call again to download it.'
-        except OSError as not_dropped:  # a cache that others own
+        except OSError as not_dropped:  # e.g. a cache owned by another user
             advice = f'It is still in the cache ({not_dropped}): delete it, or give another cache_dir.'
         raise CheckpointError(f'{place}: {e}. {advice}') from e
     cfg: Dict[str, Any] = cast(Any, model).pretrained_cfg
@@ -98,12 +103,12 @@ def from_pretrained(
 def load_folder(
     folder: Path, config: Dict[str, Any], model_args: Dict[str, Any], *, check_sha256: bool = True
 ) -> nn.Module:
-    """Build and fill a model from a folder whose config has been read, after checking the weights."""
+    """Check the weights in a folder and load a model from it; ``config`` is from :func:`read_config`."""
     check_weights(folder, config, check_sha256=check_sha256)
     try:
         model = timm.create_model(f'local-dir:{folder}', pretrained=True, **model_args)
     except RuntimeError as e:
-        if model_args:  # which may not fit what was saved
+        if model_args:  # they may not fit the saved model
             raise
         raise CheckpointError(f'{folder / WEIGHTS} does not hold the model of {CONFIG}: {e}') from e
     if PERCENTILES in config.get(SECTION, {}):
@@ -112,7 +117,7 @@ def load_folder(
 
 
 def _locate(location: Union[str, os.PathLike], revision: Optional[str]) -> Tuple[Union[Path, str], Optional[str]]:
-    """Split into a folder (a path) or a repository (a string), and the revision."""
+    """Split a location into a folder (a path) or a repository (a string), and the revision."""
     source, _, rest = os.fspath(location).partition(':')
     hub = source in ('hf-hub', 'hf_hub')
     folder = Path(rest if source == 'local-dir' else location)
@@ -134,7 +139,7 @@ def _download(repo_id: str, filename: str, revision: Optional[str], options: Dic
         except TransportError as e:
             if isinstance(e, client_errors.HfHubHTTPError):
                 raise
-            try:  # The client itself turns to the cache after some failures only.
+            try:  # The client itself falls back to the cache only after some errors.
                 path = hf_hub_download(repo_id, filename, **{**options, 'local_files_only': True})
             except client_errors.LocalEntryNotFoundError:
                 raise e from None
@@ -143,6 +148,6 @@ def _download(repo_id: str, filename: str, revision: Optional[str], options: Dic
 
 
 def _drop(path: Path) -> None:
-    """Delete a file of the cache and what it is a link to."""
+    """Delete a file in the cache and the target of its link."""
     for file in (path.resolve(), path):
         file.unlink(missing_ok=True)

@@ -16,16 +16,16 @@ __all__ = ['export_onnx']
 
 
 def export_onnx(model: nn.Module, path: Path, data_config: Optional[Dict[str, Any]] = None) -> None:
-    """Write a copy of a model, fused, in eval mode and float32, by timm's ``onnx_export``; the model stays as it is.
+    """Export a fused copy of a model, in eval mode and float32, by timm's ``onnx_export``; the model is not changed.
 
-    Input ``input0`` has shape (B, channels, height, width), any B; output ``output0`` is what the model gives, logits
-    of shape (B, C).
+    The input ``input0`` has shape (B, channels, height, width) for any B; the output ``output0`` is that of the model,
+    logits of shape (B, C).
 
     Args:
-        data_config: As of :func:`~timm_zzz.save_pretrained`; it has the size of the images.
+        data_config: As in :func:`~timm_zzz.save_pretrained`; determines the size of the images.
 
     Raises:
-        ValueError: Without onnx and onnxscript, or if the model can't be exported.
+        ValueError: If onnx or onnxscript is missing, or if the model can't be exported.
     """
     from timm.utils.onnx import onnx_export
 
@@ -35,11 +35,11 @@ def export_onnx(model: nn.Module, path: Path, data_config: Optional[Dict[str, An
     log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of the tracer
+            warnings.simplefilter('ignore')  # warnings of the tracer
             onnx_export(fused, str(path), torch.zeros(2, *size))
     except ImportError as e:
         raise ValueError(f'--onnx: pip install "timm_zzz[onnx]" ({e})') from e
-    except Exception as e:  # whatever the exporter makes of a model
+    except Exception as e:  # the exporter may raise anything
         raise ValueError(f"--onnx: the model can't be exported: {one_line(e)}") from e
     finally:
         log.setLevel(level)

@@ -1,7 +1,7 @@
 """Save a model with a ZZZ head to a folder or push it to the Hugging Face Hub.
 
-Both hold timm's config.json, with the SHA-256 of the weights in a section that timm ignores, and model.safetensors.
-timm reads what this module writes and the other way round.
+Both contain model.safetensors and timm's config.json, with the SHA-256 of the weights in a section that timm ignores.
+timm loads what this module writes, and the other way round.
 """
 
 import json
@@ -40,26 +40,27 @@ def save_pretrained(
     data_config: Optional[Dict[str, Any]] = None,
     license: Optional[str] = None,
 ) -> Path:
-    """Write config.json and model.safetensors, having reloaded them and compared every tensor.
+    """Write config.json and model.safetensors, after reloading them and comparing every tensor.
 
     Args:
-        model: A model with a ZZZ head made by ``timm.create_model`` or :func:`~timm_zzz.attach`, or one made so with
-            ``num_classes=0``; wrappers of DistributedDataParallel and torch.compile are taken off.
-        folder: Where to write; made if need be. Other files in it stay. Nothing is written if a check fails.
-        label_names: Names of the classes in the order of the logits.
-        model_args: Arguments of ``create_model`` that the model needs and that it has not recorded itself, e.g. a
-            layer type as a string that was given as a class.
-        data_config: Preprocessing at test time where it differs from the model's: input_size, mean, std,
+        model: A model with a ZZZ head from ``timm.create_model`` or :func:`~timm_zzz.attach`, also with
+            ``num_classes=0``. Wrappers of DistributedDataParallel and torch.compile are removed.
+        folder: Folder to write to, created if necessary. Other files in it are kept. Nothing is written if a check
+            fails.
+        label_names: Class names in the order of the logits.
+        model_args: Arguments of ``create_model`` that the model needs but has not recorded, e.g. the name of a layer
+            type that was given as a class.
+        data_config: Settings of preprocessing at test time that differ from the model's: input_size, mean, std,
             interpolation, crop_pct, crop_mode.
-        license: Licence of the weights, if not that of the backbone's weights, which timm records.
+        license: Licence of the weights; by default that of the backbone's weights, which timm records.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the model has no ZZZ head, was not made by timm, or the label names don't fit.
-        CheckpointError: If what was written does not give the same model again.
-        ConfigError: If the model was built with arguments that a config may not hold.
+        ValueError: If the model has no ZZZ head or was not made by timm, or if the label names don't fit.
+        CheckpointError: If reloading the files does not give the same model.
+        ConfigError: If the model was built with arguments that are not allowed in a config.
     """
     model = unwrap_model(model)
     _check_model(model)
@@ -81,7 +82,7 @@ def save_pretrained(
         if percentiles is not None:
             config[SECTION][PERCENTILES] = percentiles._asdict()
         (new / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-        shutil.copymode(new / CONFIG, new / WEIGHTS)  # the umask's: safetensors writes for the owner only
+        shutil.copymode(new / CONFIG, new / WEIGHTS)  # the umask's mode: safetensors makes files private to the owner
         _check_saved(model, new)
         for name in (WEIGHTS, CONFIG):
             os.replace(new / name, folder / name)
@@ -115,7 +116,7 @@ def _check_labels(labels: _Labels, num_classes: int) -> List[str]:
 
 
 def _own_memory(module: nn.Module, state_dict: Dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Give each tensor contiguous memory of its own, which a safetensors file needs of tied or channels-last ones."""
+    """Give each tensor contiguous memory of its own: safetensors refuses tied and channels-last tensors."""
     seen = set()
     for key, value in state_dict.items():
         if isinstance(value, Tensor):
@@ -126,7 +127,7 @@ def _own_memory(module: nn.Module, state_dict: Dict[str, Any], prefix: str, loca
 
 
 def _check_saved(model: nn.Module, folder: Path) -> None:
-    """Load a saved folder as from_pretrained would and compare it with the model."""
+    """Load a saved folder as from_pretrained does, and compare it with the model."""
     try:
         config = read_config(folder / CONFIG)
     except ConfigError as e:
@@ -147,7 +148,7 @@ def _check_saved(model: nn.Module, folder: Path) -> None:
 
 
 def _equal(saved: Tensor, loaded: Tensor) -> bool:
-    """Compare two tensors, in the dtype of the second: timm loads in float32, whatever the weights were saved in."""
+    """Compare two tensors in the dtype of the second: timm loads in float32, whatever the dtype in the file."""
     saved = saved.to(loaded.dtype)
     return saved.shape == loaded.shape and bool(((saved == loaded) | saved.isnan() & loaded.isnan()).all())
 
@@ -170,32 +171,32 @@ def push_to_hub(
 ) -> CommitInfo:
     """Push a model with a ZZZ head and its card to the Hugging Face Hub, in one commit.
 
-    Nothing is created on the Hub before the saved files have been reloaded and compared and the card has been
-    validated. The repository then loads with :func:`from_pretrained` and ``timm.create_model('hf-hub:...')``.
+    Nothing is created on the Hub before the saved files have been reloaded and compared, and the card has been
+    validated. The repository loads with :func:`from_pretrained` and ``timm.create_model('hf-hub:...')``.
 
     Args:
-        model: As for :func:`save_pretrained`.
-        repo_id: ``user/name``; made if it does not exist.
-        token: Access token with the right to write; by default the one of ``hf auth login`` or HF_TOKEN.
-        revision: Branch to commit to, which has to exist; the default branch if None.
+        model: As in :func:`save_pretrained`.
+        repo_id: ``user/name``; created if it does not exist.
+        token: Access token with write permission; by default that of ``hf auth login`` or HF_TOKEN.
+        revision: Existing branch to commit to; the default branch if None.
         private: Make a new repository private (True) or public (False); the account's default if None.
         create_pr: Open a pull request with the commit.
         commit_message: First line of the commit.
-        label_names, model_args, data_config: As for :func:`save_pretrained`.
+        label_names, model_args, data_config: As in :func:`save_pretrained`.
         license: Licence of the weights, for config.json and the generated card; by default that of ``card``, if it has
             one, else that of the backbone's weights.
-        card: A model card; by default one is generated (:func:`timm_zzz.hub.cards.model_card`) unless the repository
-            has a card already, which then stays.
-        files: Further files to push, name in the repository to path.
+        card: A model card. By default one is generated by :func:`timm_zzz.hub.cards.model_card`, unless the repository
+            has a card already, which is kept.
+        files: Further files to push: paths, keyed by name in the repository.
 
     Returns:
-        The commit, with ``.commit_url``, ``.oid`` and ``.pr_url``, as huggingface_hub's HfApi.upload_folder gives it.
+        The commit, with ``.commit_url``, ``.oid`` and ``.pr_url``, as huggingface_hub's HfApi.upload_folder returns it.
 
     Raises:
-        ValueError: As :func:`save_pretrained`, and for a card that the Hub finds invalid.
-        HubError: As :func:`save_pretrained`; AccessError, NotFoundError or UnavailableError of the Hub.
+        ValueError: As :func:`save_pretrained`, and if the Hub finds the card invalid.
+        HubError: As :func:`save_pretrained`, and an AccessError, NotFoundError or UnavailableError if the Hub fails.
     """
-    from .cards import license_of, model_card  # python -m runs that module, which must not have been imported before
+    from .cards import license_of, model_card  # here: python -m warns if it is imported before it runs
 
     try:
         own_card = None if card is None else ModelCard(str(card))
