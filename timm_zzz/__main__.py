@@ -1,4 +1,4 @@
-"""Command line: ``python -m timm_zzz``, a table of commands, each imported when it runs."""
+"""Run ``python -m timm_zzz``: a command, which is imported when it runs, or one of timm's scripts."""
 
 import importlib
 import os
@@ -52,7 +52,7 @@ exit status: 0 done, 1 check-hparams found an error, 2 wrong use, wrong input or
 
 
 def usage() -> str:
-    """Compose the help of ``python -m timm_zzz``."""
+    """Return the help text of ``python -m timm_zzz``."""
     lines = []
     for name, text in COMMANDS.items():
         what, example = text.split('\n')
@@ -68,7 +68,7 @@ def fail(message: str) -> NoReturn:
 
 
 def run_script(path: str, arguments: List[str]) -> None:
-    """Run a Python file as ``python path arguments`` would, in this process: sys.argv, sys.path[0] and ``__main__``."""
+    """Run a Python file in this process as ``python path arguments`` does, with its sys.argv and sys.path[0]."""
     if not os.path.exists(path):
         fail(f'no such script or command: {path}{nearest(path, COMMANDS)} (see python -m timm_zzz --help)')
     if os.path.isdir(path):
@@ -84,7 +84,7 @@ def run_script(path: str, arguments: List[str]) -> None:
     try:
         runpy.run_path(path, run_name='__main__')
     except RuntimeError as e:
-        unknown = re.fullmatch(r'Unknown model \((.+)\)', str(e))  # of timm, without the tag
+        unknown = re.fullmatch(r'Unknown model \((.+)\)', str(e))  # timm's message, without the tag
         if unknown:
             values = (argument.rpartition('=')[2] for argument in arguments)
             name = next((value for value in values if value.partition('.')[0] == unknown[1]), unknown[1])
@@ -93,7 +93,7 @@ def run_script(path: str, arguments: List[str]) -> None:
 
 
 def run_command(name: str, arguments: List[str]) -> None:
-    """Run a command; each is a module of :mod:`timm_zzz.cli` with a ``main`` that may return an exit status."""
+    """Run a command: the ``main`` of a module of :mod:`timm_zzz.cli`, which may return an exit status."""
     module = importlib.import_module(f'timm_zzz.cli.{name.replace("-", "_")}')
     sys.exit(module.main(arguments))
 

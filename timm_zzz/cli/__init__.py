@@ -1,1 +1,1 @@
-"""The commands of ``python -m timm_zzz``: a module each, which parses and prints."""
+"""The commands of ``python -m timm_zzz``. Each is a module that parses arguments and prints results."""

@@ -1,4 +1,4 @@
-"""``python -m timm_zzz calibrate``: a temperature from held-out images, folded into what timm's train.py wrote."""
+"""Fold a temperature from held-out images into a checkpoint of train.py: ``python -m timm_zzz calibrate``."""
 
 import argparse
 from pathlib import Path
@@ -18,17 +18,18 @@ __all__ = ['calibrate_run', 'main', 'write_checkpoint']
 
 
 def calibrate_run(run: Run, options: argparse.Namespace) -> Calibration:
-    """Evaluate the model of a run on held-out images, and fold their temperature into every head that takes part.
+    """Fit a temperature to a run's model on held-out images, and fold it into every head that is used.
 
-    The model then also carries the percentiles of these images, of the outlier score under the heads as they are now.
-    timm's models with several heads answer with the mean of their logits: divided by one temperature each, so is it.
-    ``run.calibration`` says afterwards what was done.
+    Percentiles of the outlier score on these images, under the calibrated heads, are attached to the model. timm's
+    models with several heads return the mean of their logits, so one temperature for all heads is right.
+    ``run.calibration`` gets a line that describes the calibration.
 
     Args:
-        options: Those of :func:`~timm_zzz.cli.run.add_images_arguments`, data_dir and class_map.
+        options: Those of :func:`~timm_zzz.cli.run.add_images_arguments`, and data_dir and class_map.
 
     Raises:
-        ValueError: If the images can't be opened, as :func:`timm_zzz.metrics.evaluate`, or if no ZZZ head takes part.
+        ValueError: If the images can't be opened, if no ZZZ head is used in eval mode, and as
+            :func:`timm_zzz.metrics.evaluate`.
     """
     device, heads, kept = device_of(options), heads_of(run.model), KeptLogits()
     features: Dict[str, KeptLogits] = {}
@@ -60,7 +61,7 @@ def calibrate_run(run: Run, options: argparse.Namespace) -> Calibration:
 
 
 def write_checkpoint(run: Run, path: Path) -> None:
-    """Write the model of a run as a checkpoint of train.py, without what only ``--resume`` needs."""
+    """Write the model of a run as a checkpoint of train.py, without the parts that only ``--resume`` needs."""
     saved = read_checkpoint(run.checkpoint)
     state = {key: value.detach().cpu().contiguous() for key, value in run.model.state_dict().items()}
     new: Dict[str, Any] = {key: saved[key] for key in ('epoch', 'arch', 'version', 'metric') if key in saved}
@@ -68,7 +69,7 @@ def write_checkpoint(run: Run, path: Path) -> None:
     percentiles = percentiles_of(run.model)
     if percentiles is not None:
         new['percentiles'] = percentiles._asdict()
-    if run.averaged:  # so that readers that ask for the averaged weights get them, and summary.csv is about these
+    if run.averaged:  # readers that ask for averaged weights find them, and summary.csv matches them
         new['state_dict_ema'] = state
     with written_whole(path) as draft:
         torch.save(new, draft)

@@ -1,13 +1,14 @@
 """Check recipes for timm's train.py before it trains: ``python -m timm_zzz check-hparams FILE...``.
 
-A finding is a line ``FILE:LINE: error: ...`` or ``FILE:LINE: note: ...``, all of a file's in one pass and in the order
-of its lines. An error is what train.py would stop at, drop, or take for something else than the file says; a note is
-what is easily overlooked. The exit status is 1 if there is an error, 2 for a wrong command line, else 0.
+A finding is a line ``FILE:LINE: error: ...`` or ``FILE:LINE: note: ...``. All findings of a file come in one pass, in
+the order of its lines. An error is something that stops train.py, that it ignores, or that it reads in another way than
+the file means. A note is something that is easily overlooked. The exit status is 1 if there is an error, 2 for a wrong
+command line, else 0.
 
-The file is judged as train.py's --config. Options of train.py behind it beat it, as they do there; a finding about them
-has no line. A split for validation should be given, unless the default is seen to work. Files are looked up from the
-current folder. Nothing is downloaded. The model is built without memory and run once for each image size, and not
-fitted.
+The file is checked as train.py's --config. Options of train.py on the command line override it, as in train.py; a
+finding about them has no line. val_split should be set, unless the folders show that the default works. Files are
+looked up from the current folder. Nothing is downloaded. The model is built without memory and run once for each image
+size; it is not fitted.
 """
 
 import argparse
@@ -55,7 +56,7 @@ __all__ = ['Finding', 'channels_of', 'check', 'main', 'merged', 'model_arguments
 
 PLUGIN = 'timm_zzz'
 OPTIMIZER = 'zzzadamw'
-MAX_LR = 0.1  # of Adam and its kin, from which on it is noted
+MAX_LR = 0.1  # larger learning rates of Adam and its variants are noted
 _ZZZ_OPTIONS = [f'{OPTION_PREFIX}{name}' for name in (*HEAD_OPTIONS, *FIT_OPTIONS)]
 
 
@@ -65,9 +66,15 @@ def check(
     build_model: bool = True,
     given: Optional[Mapping[str, Any]] = None,
 ) -> List[Finding]:
-    """Check a recipe for a train.py; with ``build_model`` build the model without memory and run it at its sizes.
+    """Check a recipe for a train.py.
 
-    ``given`` are options of a command line, which beat the recipe's.
+    Args:
+        script: Options of the train.py.
+        build_model: Build the model without memory, and run it at its image sizes.
+        given: Options of a command line, which override the recipe's.
+
+    Returns:
+        Findings in the order of lines.
     """
     recipe = _new_recipe(script)
     with _quiet():
@@ -84,10 +91,10 @@ def check(
 
 
 def merged(path: Optional[str], given: Mapping[str, Any]) -> Recipe:
-    """Read a recipe, if there is one, and let options of a command line beat it, as train.py does.
+    """Read a recipe, if there is one, and override it by options of a command line, as train.py does.
 
     Raises:
-        ValueError: For the first option whose name or value is wrong, but for the model's and the data's.
+        ValueError: For the first option with a wrong name or value; those of model and data are not checked.
     """
     recipe = _new_recipe(NEWEST)
     with _quiet():
@@ -109,7 +116,7 @@ def _new_recipe(script: TrainScript) -> Recipe:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep timm's log and warnings out of the report."""
+    """Silence timm's log and warnings."""
     with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter('ignore')
         stack.callback(logging.disable, logging.root.manager.disable)
@@ -118,13 +125,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _model_name(recipe: Recipe) -> Optional[str]:
-    """Return the model's name unless it comes from the command line or is of a repository, which is not read here."""
+    """Return the model's name; None if there is none, or if it is of a repository, which is not read here."""
     name = recipe.values.get('model')
     return None if name is None or ':' in name else name
 
 
 def _zzz_key(recipe: Recipe) -> Optional[str]:
-    """Find the key that asks for a ZZZ head."""
+    """Return the key that asks for a ZZZ head; None if there is none."""
     if TAG.fullmatch((_model_name(recipe) or '').partition('.')[2]):
         return 'model'
     options = [key for key in recipe.settings.model_kwargs if key.startswith(OPTION_PREFIX)]
@@ -134,28 +141,31 @@ def _zzz_key(recipe: Recipe) -> Optional[str]:
 def _attempt(
     recipe: Recipe, function: Callable[[argparse.Namespace], Any], names: Mapping[str, str], fallback: str
 ) -> Any:
-    """Call what builds something of timm from the settings, without the keys that it refuses.
+    """Call a function that builds something of timm from the settings, and report the keys that it refuses.
 
     Args:
-        names: The keys that may be at fault, with the names that messages have for them.
-        fallback: The key of an error that stays without any of them.
+        names: Keys that may be at fault, with their names in timm's messages.
+        fallback: Key for an error that no single key explains.
+
+    Returns:
+        The function's result without the refused keys; None if an error remains.
     """
     keys, refused = [key for key in names if key.partition('.')[0] in recipe.values], list[str]()
 
     def call(*further: str) -> Tuple[str, Any]:
         try:
             return '', function(recipe.without([*refused, *further]))
-        except Exception as e:  # whatever timm makes of its arguments
+        except Exception as e:  # timm may raise anything for its arguments
             return reason(e), None
 
     def culprit(message: str, left: Sequence[str]) -> Optional[str]:
-        """Find the key without which there is no error, or else the one without which there is another."""
+        """Find the key without which there is no error, or else a different error."""
         others = {}
         for key in left:
             others[key] = call(key)[0]
             if not others[key]:
                 return key
-        text = partial(re.sub, '[0-9.]+', '')  # the same error about another number is no other
+        text = partial(re.sub, '[0-9.]+', '')  # an error that differs only in numbers is the same
         return next((key for key in left if text(others[key]) != text(message)), None)
 
     while True:
@@ -192,7 +202,7 @@ def _check_data(recipe: Recipe) -> None:
     s, kinds, torch_names = recipe.settings, FACTS['datasets'], FACTS['torch_folders'] + FACTS['torch_datasets']
     prefix, slash, name = s.dataset.partition('/')
     kind = prefix.lower() if slash else ''
-    torch_name = s.dataset.split('/', 2)[-1].lower()  # as timm takes it
+    torch_name = s.dataset.split('/', 2)[-1].lower()  # as timm parses it
     folder = kind not in kinds or (kind == 'torch' and torch_name in FACTS['torch_folders'])
     if kind == 'torch' and torch_name not in torch_names:
         recipe.error('dataset', f'timm knows no torch/{name}{nearest(torch_name, torch_names)}')
@@ -211,7 +221,7 @@ def _check_data(recipe: Recipe) -> None:
             _check_folders(recipe)
         elif folder:
             recipe.error(line, 'val_split is missing: without validation/ or val/ in its folder timm takes all images')
-        elif kind != 'torch':  # where timm takes the default for the split that there is
+        elif kind != 'torch':  # for torch/ timm maps the default to the split that exists
             recipe.note(line, f'val_split is missing: the data set needs a split named {s.val_split}')
     elif recipe.is_wrong('val_split'):
         return
@@ -271,7 +281,7 @@ def _check_files(recipe: Recipe) -> None:
 
 
 def _class_map_file(s: argparse.Namespace) -> Optional[str]:
-    """Find the class map where timm looks for it."""
+    """Find the class map in the folders where timm looks for it; None if it is in none."""
     root = s.data_dir or s.data or ''
     folders = ('', s.train_split, *SPLIT_FOLDERS[0])
     places = [s.class_map, *(os.path.join(root, name, s.class_map) for name in folders)] if s.class_map else []
@@ -279,7 +289,7 @@ def _class_map_file(s: argparse.Namespace) -> Optional[str]:
 
 
 def _check_settings(recipe: Recipe) -> None:
-    """Look for settings that stop train.py or do something else than they seem to."""
+    """Find settings that stop train.py or have an unexpected effect."""
     s, channels = recipe.settings, channels_of(recipe.settings)
     if s.workers == 0:
         recipe.note('workers', '0 loads the images within the training process, and stops older versions of timm')
@@ -314,18 +324,18 @@ def _check_settings(recipe: Recipe) -> None:
 
 
 def _create_transform(s: argparse.Namespace) -> Any:
-    """Create the augmentation of train.py."""
+    """Create the training transform of train.py."""
     arguments = {argument: getattr(s, key) for key, argument in FACTS['augmentation'].items()}
     return create_transform(is_training=True, **arguments)
 
 
 def channels_of(s: argparse.Namespace) -> int:
-    """Return the channels of the images."""
+    """Return the number of channels of the images."""
     return s.in_chans if s.in_chans is not None else s.input_size[0] if s.input_size else 3
 
 
 def _check_model(recipe: Recipe, build: bool) -> Optional[nn.Module]:
-    """Check the model's name, arguments and image sizes; return it, without memory, if it could be built."""
+    """Check the model's name, arguments and image sizes; return the model without memory, None if it can't be built."""
     s, name = recipe.settings, _model_name(recipe)
     unknown = [key for key in s.model_kwargs if key.startswith(OPTION_PREFIX) and key not in _ZZZ_OPTIONS]
     for key in unknown:
@@ -333,7 +343,7 @@ def _check_model(recipe: Recipe, build: bool) -> Optional[nn.Module]:
     if unknown:
         asked = _zzz_key(recipe)
         recipe.drop([f'model_kwargs.{key}' for key in unknown])
-        if asked and not _zzz_key(recipe):  # a head was asked for all the same
+        if asked and not _zzz_key(recipe):  # the recipe still asks for a head
             recipe.values['model_kwargs'].update(zzz_rank=1)
         s = recipe.settings
     if name is None:
@@ -345,7 +355,7 @@ def _check_model(recipe: Recipe, build: bool) -> Optional[nn.Module]:
         problem = f'no name of a model; of a repository it would be hf-hub:{name}'
     elif not is_model(architecture):
         problem = f'timm knows no {architecture}{did_you_mean(name)}'
-    elif not known and not asks_for_head(tag):  # the plugin knows better about its own
+    elif not known and not asks_for_head(tag):  # the plugin reports errors in its own tags
         tags = [other.partition('.')[2] for other in get_arch_pretrained_cfgs(architecture)]
         tags = [tag for tag in tags if not TAG.fullmatch(tag)]
         problem = f'timm knows no weights {tag} of {architecture}{nearest(tag, tags, 3)}'
@@ -371,10 +381,10 @@ def _check_model(recipe: Recipe, build: bool) -> Optional[nn.Module]:
 
 
 def model_arguments(s: argparse.Namespace) -> Dict[str, Any]:
-    """Collect the arguments of create_model that train.py has from its options, but for weights.
+    """Collect the arguments that train.py passes to create_model, except those for weights.
 
     Raises:
-        ValueError: If model_kwargs repeats one.
+        ValueError: If model_kwargs repeats an argument that train.py passes.
     """
     arguments = {argument: getattr(s, key) for key, argument in FACTS['model_arguments'].items()}
     arguments['in_chans'] = channels_of(s)
@@ -386,14 +396,14 @@ def model_arguments(s: argparse.Namespace) -> Dict[str, Any]:
 
 
 def _create(recipe: Recipe, name: str, s: argparse.Namespace) -> nn.Module:
-    """Build the model of train.py, without memory and weights."""
+    """Build the model of train.py without memory and weights."""
     arguments = model_arguments(s)
-    arguments['num_classes'] = max(s.num_classes or 2, 1)  # None comes with the command line
+    arguments['num_classes'] = max(s.num_classes or 2, 1)  # None: it will come from the command line
     fit = [arguments.pop(key) for key in s.model_kwargs if key.startswith(FIT_PREFIX)]
-    if fit and not TAG.fullmatch(name.partition('.')[2]):  # it asks for a ZZZ head
+    if fit and not TAG.fullmatch(name.partition('.')[2]):  # zzz_fit asks for a ZZZ head
         arguments.setdefault(f'{OPTION_PREFIX}rank', DEFAULT_RANK)
     arguments.pop('device', None)
-    resolve: Any = getattr(timm.models, 'resolve_model_input_args', None)  # from timm 1.0.31 on, as such scripts
+    resolve: Any = getattr(timm.models, 'resolve_model_input_args', None)  # in timm since 1.0.31, like such scripts
     if recipe.script.resizes_model and resolve is not None:
         arguments = resolve(name, vars(s), **arguments)
         name = arguments.pop('model_name')
@@ -412,7 +422,7 @@ def _check_sizes(recipe: Recipe, name: str, model: Any) -> None:
     channels, *size = resolve_data_config(given, model=model)['input_size']
 
     def refusal(size: Sequence[int], model_kwargs: Optional[Dict[str, Any]] = None) -> str:
-        """Return what the model, or one with other arguments, says to images of a size, '' if it takes them."""
+        """Return the error of the model, or of one with other arguments, for images of a size; '' if there is none."""
         try:
             changed = argparse.Namespace(**{**vars(s), 'model_kwargs': model_kwargs})
             taker = model if model_kwargs is None else _create(recipe, name, changed)
@@ -427,7 +437,7 @@ def _check_sizes(recipe: Recipe, name: str, model: Any) -> None:
         if not problem:
             continue
         if refusal(model.pretrained_cfg['input_size'][1:], {}):
-            return  # nothing can be said of a model that doesn't run without memory
+            return  # a model that does not run on the meta device can't be checked
         img_size = height if height == width else [height, width]
         if 'img_size' not in s.model_kwargs:
             fits = not refusal((height, width), {**s.model_kwargs, 'img_size': img_size})
@@ -438,13 +448,13 @@ def _check_sizes(recipe: Recipe, name: str, model: Any) -> None:
 
 
 def _check_fit(recipe: Recipe, model: Optional[nn.Module]) -> None:
-    """Check the options of the fit when the model is made, which sees none of train.py's options for images."""
+    """Check the options of the fit by create_model, which does not get train.py's options for images."""
     s, key = recipe.settings, f'model_kwargs.{FIT_PREFIX}'
     fit = {name: value for name, value in s.model_kwargs.items() if name.startswith(FIT_PREFIX)}
     if not fit:
         return
     preset = fit.get(f'{FIT_PREFIX}_preset', 'finetune')
-    if preset not in list(PRESETS):  # which any value of YAML can be compared with
+    if preset not in list(PRESETS):  # a list, since YAML values may be unhashable
         recipe.error(f'{key}_preset', f'{preset!r} is none of {", ".join(map(repr, PRESETS))}')
     if FIT_PREFIX not in fit:
         recipe.error(f'model_kwargs.{min(fit)}', f'it goes with {FIT_PREFIX}, the images to fit to')
@@ -467,7 +477,7 @@ def _check_fit(recipe: Recipe, model: Optional[nn.Module]) -> None:
 
 
 def _check_fitted_images(recipe: Recipe, images: Dict[str, Any]) -> None:
-    """Compare the images of the fit, as of open_split, with those of training: their classes and the numbering."""
+    """Compare classes and numbering of the images of the fit, given as arguments of open_split, with training."""
     s, key = recipe.settings, f'model_kwargs.{FIT_PREFIX}'
     dataset, class_map, mapped = images.get('dataset', ''), images['class_map'], f'model_kwargs.{NAMES.class_map}'
     if dataset != (s.dataset or ''):
@@ -504,14 +514,14 @@ def _check_fitted_images(recipe: Recipe, images: Dict[str, Any]) -> None:
 
 
 def _check_fitted_size(recipe: Recipe, model: nn.Module) -> None:
-    """Compare how the fit prepares images, by the model's own settings, with how train.py does."""
+    """Compare the preprocessing of the fit, which is the model's own, with that of train.py."""
     s, key, name = recipe.settings, f'model_kwargs.{FIT_PREFIX}', _model_name(recipe) or ''
     try:
         fitted, trained = input_config(model), resolve_data_config(dict(vars(s)), model=model)
-    except Exception:  # what is wrong with the settings is found elsewhere
+    except Exception:  # wrong settings are reported elsewhere
         return
     changes = {k: list(v) if isinstance(v, tuple) else v for k, v in trained.items() if v != fitted[k]}
-    for k in ('mean', 'std'):  # of grey images one has a number and the other three
+    for k in ('mean', 'std'):  # for grey images one of them has one number and the other three
         if len(fitted[k]) != len(trained[k]):
             changes.pop(k, None)
     (height, width), own = trained['input_size'][1:], fitted['input_size'][1:]
@@ -540,24 +550,24 @@ def _check_fitted_size(recipe: Recipe, model: nn.Module) -> None:
 
 
 def _flow(value: Any) -> str:
-    """Write as YAML has it in a line."""
+    """Write a value as YAML in one line."""
     return yaml.safe_dump(json.loads(json.dumps(value)), default_flow_style=True, width=1000, sort_keys=False).strip()
 
 
 def _parameters(optimizer: Any) -> Set[str]:
-    """List the arguments of an optimiser, those of its base classes included."""
+    """List the arguments of an optimiser, including those of its base classes."""
     names = {name for cls in inspect.getmro(optimizer) for name in inspect.signature(cls).parameters}
     return names - {'params', 'defaults', 'args', 'kwargs', 'lr'}
 
 
 def _check_optimizer(recipe: Recipe, model: Optional[nn.Module]) -> None:
-    """Check the optimiser, its options and the schedule, with a stand-in for a model that could not be built."""
+    """Check the optimiser, its options and the schedule; a small module stands in for a model that was not built."""
     s, names = recipe.settings, [str(name) for name in list_optimizers()]
     name = s.opt.lower().removeprefix('lookahead_')
     optimizer = None
     if name not in names:
         recipe.error('opt', f'timm knows no {s.opt}{nearest(s.opt.lower(), names)}')
-    elif torch.cuda.is_available() or not name.startswith(('bnb', 'fused')):  # which need a GPU even to be looked up
+    elif torch.cuda.is_available() or not name.startswith(('bnb', 'fused')):  # these need a GPU even to be looked up
         known = _parameters(get_optimizer_class(name, bind_defaults=False))
         unknown = s.opt_kwargs.keys() - known - inspect.signature(create_optimizer_v2).parameters.keys()
         if not recipe.is_wrong('opt'):
@@ -588,13 +598,13 @@ def _check_optimizer(recipe: Recipe, model: Optional[nn.Module]) -> None:
 
 def _create_scheduler(optimizer: torch.optim.Optimizer, s: argparse.Namespace) -> Any:
     scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(s), updates_per_epoch=1)
-    if scheduler is None and s.sched != 'none':  # timm itself refuses it from 1.0.31 on
+    if scheduler is None and s.sched != 'none':  # timm itself raises since 1.0.31
         raise ValueError(f"Unknown scheduler '{s.sched}'")
     return scheduler
 
 
 def _check_lr(recipe: Recipe, optimizer: str) -> None:
-    """Note a learning rate that is too large for Adam and its kin, whose updates don't shrink with the gradient."""
+    """Note a learning rate too large for Adam and its variants, whose updates do not shrink with the gradient."""
     s, scale = recipe.settings, recipe.settings.opt_kwargs.get('head_lr_scale', 1)
     if not re.search('adam|adan|adopt|adabelief|lion', optimizer):
         return

@@ -1,4 +1,4 @@
-"""What several commands share: arguments, warnings, and how they end with an error."""
+"""Helpers that several commands share: arguments, warnings, errors and output files."""
 
 import argparse
 import os
@@ -45,13 +45,13 @@ __all__ = [
 
 @contextmanager
 def exit_on_error(parser: argparse.ArgumentParser, interrupted: str = 'interrupted') -> Iterator[None]:
-    """End a command as all do: an error that a user can mend is one line and status 2, an interrupt status 130."""
+    """End a command: print an error that the user can fix in one line and exit with 2, after an interrupt with 130."""
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, `head` say, has seen enough
+    except BrokenPipeError:  # the reader, e.g. `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # as a shell reports SIGPIPE
+        sys.exit(141)  # the shell's status for SIGPIPE
     except (HubError, ValueError, OSError, torch.OutOfMemoryError) as e:
         fail(one_line(e))
     except KeyboardInterrupt:
@@ -70,33 +70,36 @@ def warn(message: str) -> None:
 
 
 def _print(line: str, color: int) -> None:
-    """Print a line above the progress bars that are open, on a terminal its second word in colour (no-color.org)."""
+    """Print a line above open progress bars; on a terminal, its second word in colour (see no-color.org)."""
     if sys.stderr.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM') != 'dumb':
         line = re.sub(r' (\S+)', rf' \033[1;{color}m\1\033[0m', line, count=1)
     tqdm.write(line, file=sys.stderr)
 
 
 def progress(batches: Any, name: str) -> Any:
-    """Show the progress of a loader, from its first batch on: what the start of its processes prints comes before."""
+    """Show the progress of a loader from its first batch on, after the output of its starting processes."""
     return tqdm(batches, desc=name, unit='batch', file=sys.stderr, delay=1e-9)
 
 
 def warn_left_out(left_out: LeftOut, name: str, known: str = '--class-map') -> None:
-    """Warn of what timm leaves out of the folder of a split; ``known`` is what names the classes."""
+    """Warn of files that timm leaves out of the folder of a split; ``known`` names the source of the classes."""
     for message in left_out.messages(name, known):
         warn(message)
 
 
 def open_known(options: argparse.Namespace, name: str, class_map: Any, known: str, **settings: Any) -> Split:
-    """Open a split whose classes are numbered by those of another, or by a class map, and warn of what is left out.
+    """Open a split with the class numbers of another split or a class map, and warn of files that are left out.
 
     Args:
-        class_map: As of :func:`~timm_zzz.data.open_split`.
-        known: What it is from, in messages.
+        options: data_dir and ignore_unknown_classes.
+        name: Name of the split.
+        class_map: As in :func:`~timm_zzz.data.open_split`.
+        known: Source of the class map, for messages.
         settings: Further arguments of open_split.
 
     Raises:
-        ValueError: If it can't be opened, or has images of other classes and ``--ignore-unknown-classes`` is not given.
+        ValueError: If the split can't be opened, or has images of other classes and ``--ignore-unknown-classes`` is
+            not given.
     """
     try:
         split = open_split(options.data_dir, name, class_map=class_map, **settings)
@@ -113,8 +116,8 @@ def open_known(options: argparse.Namespace, name: str, class_map: Any, known: st
 
 
 def check_output(path: Path, force: bool, suffix: str = '') -> None:
-    """Raise a ValueError if a file has another suffix, or exists and ``--force`` is not given."""
-    if suffix and not path.name[1:].endswith(suffix):  # a name, and then the suffix
+    """Raise a ValueError if a file name has another suffix, or if the file exists and ``force`` is False."""
+    if suffix and not path.name[1:].endswith(suffix):  # at least one character before the suffix
         raise ValueError(f'--output: expected a name that ends in {suffix}, got {path}')
     if path.is_dir() or path.exists() and not force:
         raise ValueError(f'--output: {path} exists already; give another one or --force')
@@ -122,13 +125,13 @@ def check_output(path: Path, force: bool, suffix: str = '') -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield the path of a draft, which becomes the file when the context ends without an error."""
+    """Yield the path of a draft, which replaces the file if the context ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix='.zzz-') as temporary:
         draft, new = Path(temporary) / path.name, Path(temporary) / 'new'
         yield draft
         new.touch()
-        shutil.copymode(new, draft)  # the umask's: safetensors writes for the owner only
+        shutil.copymode(new, draft)  # the umask's mode: safetensors makes files private to the owner
         os.replace(draft, path)
 
 
@@ -140,16 +143,16 @@ def check_count(where: str, found: int, count: Any) -> None:
 
 
 def check_order(names: Sequence[str], own: Sequence[str]) -> None:
-    """Raise a ValueError if a class map has the classes that the model names, in another order."""
+    """Raise a ValueError if a class map has the classes of the model, but in another order."""
     if list(names) != list(own) and sorted(names) == sorted(own):
         raise ValueError('--class-map: it has the classes of the model in another order; leave the option out')
 
 
 def tensors_of(state: Any, source: str) -> Dict[str, Tensor]:
-    """Return a state dict.
+    """Return a copy of a state dict.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If ``state`` is not a dict of tensors by name.
     """
     named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
     if not named or not all(isinstance(value, Tensor) for value in state.values()):
@@ -158,7 +161,7 @@ def tensors_of(state: Any, source: str) -> Dict[str, Tensor]:
 
 
 def add_ignore_unknown(parser: argparse.ArgumentParser) -> None:
-    """Add the option that leaves out what :func:`open_known` refuses."""
+    """Add the option ``--ignore-unknown-classes`` of :func:`open_known`."""
     help = 'leave out images of classes that the model does not know, with a warning; else they are an error'
     parser.add_argument('--ignore-unknown-classes', action='store_true', help=help)
 
@@ -181,7 +184,7 @@ def count(text: str) -> int:
 
 
 def add_loader_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """Add the options of a pass over images: batches, processes, device and precision."""
+    """Add the options of a pass over images: batch size, workers, device and precision."""
     add = parser.add_argument
     add('-b', '--batch-size', type=positive_int, default=batch_size, metavar='N', help='images at a time')
     add('-j', '--workers', type=count, default=4, metavar='N', help='processes that load images')
@@ -195,7 +198,7 @@ def device_of(options: argparse.Namespace) -> torch.device:
     """Return the device of ``--device``.
 
     Raises:
-        ValueError: If it is not there.
+        ValueError: If it is not available.
     """
     try:
         torch.empty(0, device=options.device)
@@ -205,27 +208,27 @@ def device_of(options: argparse.Namespace) -> torch.device:
 
 
 def amp_dtype_of(options: argparse.Namespace, args: Optional[Mapping[str, Any]] = None) -> Optional[torch.dtype]:
-    """Return the dtype of mixed precision, None without: of the options or, where they leave it open, of a run."""
+    """Return the dtype of mixed precision by the options, or else by the arguments of a run; None if it is off."""
     args = args or {}
     amp = args.get('amp') if options.amp is None else options.amp
     return getattr(torch, options.amp_dtype or args.get('amp_dtype') or 'float16') if amp else None
 
 
 def data_config_of(settings: Mapping[str, Any], model: nn.Module) -> Dict[str, Any]:
-    """Return how images are prepared, by timm's ``resolve_data_config``.
+    """Resolve the preprocessing by timm's ``resolve_data_config``.
 
     Raises:
         ValueError: If the settings contradict each other.
     """
     try:
         config: Dict[str, Any] = resolve_data_config(dict(settings), model=model)
-    except Exception as e:  # it asserts
+    except Exception as e:  # timm asserts
         raise ValueError(f"images can't be prepared as the settings say: {one_line(e)}") from e
     return config
 
 
 class Images:
-    """A loader of timm whose errors are ValueErrors: of images that can't be read, or labels without a class."""
+    """A loader of timm that raises a ValueError if images can't be read or a label is not a class."""
 
     def __init__(self, loader: Any):
         self.loader = loader
@@ -237,7 +240,7 @@ class Images:
     def __iter__(self) -> Iterator[Any]:
         try:
             yield from self.loader
-        except Exception as e:  # whatever a broken file or its reader raises
+        except Exception as e:  # a broken file or its reader may raise anything
             raise ValueError(f"--data-dir: the images can't be read: {one_line(e)}") from e
 
 
@@ -245,19 +248,19 @@ def loader_of(options: argparse.Namespace, dataset: Any, config: Dict[str, Any],
     """Create the loader that the options ask for.
 
     Raises:
-        ValueError: If images can't be prepared so.
+        ValueError: If timm rejects the preprocessing.
     """
     try:
         loader = eval_loader(dataset, config, batch_size=options.batch_size, workers=options.workers, device=device)
-    except Exception as e:  # whatever timm's transforms make of their arguments
+    except Exception as e:  # timm's transforms may raise anything
         raise ValueError(f"images can't be prepared as the settings say: {one_line(e)}") from e
     return Images(loader)
 
 
 def check_size(model: nn.Module, config: Dict[str, Any]) -> None:
-    """Raise a ValueError unless the model, which is put in eval mode, takes images of the size, wherever it is now."""
+    """Raise a ValueError unless the model accepts images of the configured size; it is put in eval mode."""
     try:
         with torch.inference_mode():
             model.eval()(torch.zeros(1, *config['input_size'], device=next(model.parameters()).device))
-    except Exception as e:  # whatever a model makes of a size
+    except Exception as e:  # a model may raise anything for a size
         raise ValueError(f'the model takes no images of {config["input_size"]}: {one_line(e)}') from e

@@ -1,4 +1,4 @@
-"""``python -m timm_zzz compare``: trained models side by side on the same images, with a paired test."""
+"""Compare trained models on the same images, with a paired test: ``python -m timm_zzz compare``."""
 
 import argparse
 import csv
@@ -17,11 +17,11 @@ from .trained import SOURCES, load_trained
 
 __all__ = ['Difference', 'difference', 'labels', 'main']
 
-BINS = 5  # of the reliability table
+BINS = 5  # number of bins of the reliability table
 
 
 class Result(NamedTuple):
-    """Hold the predictions of one model."""
+    """Predictions and calibration of one model."""
 
     name: str
     predictions: Predictions
@@ -29,20 +29,20 @@ class Result(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Compare the second of two models with the first, on the same images."""
+    """Difference between two models on the same images: the second compared with the first."""
 
     only_first: int  # images that only the first classifies correctly
     only_second: int
     top1: float  # second minus first, percentage points
-    interval: Tuple[float, float]  # of 95 %
-    p_value: float  # of McNemar's exact test that both are right equally often
+    interval: Tuple[float, float]  # 95 % confidence interval of top1, percentage points
+    p_value: float  # of McNemar's exact test of equal accuracy
 
 
 def difference(first: Tensor, second: Tensor) -> Difference:
-    """Compare two models by which of the same N images they classify correctly, masks (N,).
+    """Compare two models by masks (N,) of the images that they classify correctly.
 
-    The interval is that of Agresti and Min 2005 (doi:10.1002/sim.1781): Wald's, after half an image has been added to
-    each of the four cells, so that it is not too short where few images differ.
+    The interval is that of Agresti and Min 2005 (doi:10.1002/sim.1781): Wald's after adding half an image to each of
+    the four cells, so that it is not too short if few images differ.
     """
     count, b, c = len(first), int((first & ~second).sum()), int((second & ~first).sum())
     n, most = b + c, min(b, c)
@@ -117,10 +117,10 @@ def _evaluated(label: str, run: Run, loader: Images, options: argparse.Namespace
 
 
 def labels(sources: Sequence[str]) -> List[str]:
-    """Shorten the sources to what tells them apart: of paths, what they do not share.
+    """Shorten the paths of models to the parts in which they differ.
 
     Raises:
-        ValueError: If one is there twice.
+        ValueError: If a model is named twice.
     """
     paths = [Path(source).parts for source in sources]
     if len({*paths}) < len(paths):
@@ -185,7 +185,7 @@ def _print_items(title: str, items: Sequence[str]) -> None:
 
 
 def _write(path: Path, results: Sequence[Result], names: Sequence[str], files: Sequence[str]) -> None:
-    """Write a row an image: its class, and what each model takes it for, with the probability."""
+    """Write a row per image: its class, and the prediction of each model with its probability."""
     with open(path, 'w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file)
         writer.writerow(

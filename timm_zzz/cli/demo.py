@@ -1,6 +1,6 @@
-"""``python -m timm_zzz demo``: fine-tune to new classes with few images, by a linear head and by a ZZZ head.
+"""Fine-tune to new classes with few images, with a linear and with a ZZZ head: ``python -m timm_zzz demo``.
 
-The images are of beetles, drawn on the spot. All but the drawing is timm's: models, loaders, optimiser and schedule.
+The images show beetles and are drawn by this module. Models, loaders, optimiser and schedule are timm's.
 """
 
 import argparse
@@ -43,18 +43,18 @@ PREPROCESSING: Dict[str, Any] = dict(
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
 )
-# What tells species apart: pairs of spots in front and behind, a band across the wings, the antennae
+# Features that distinguish species: pairs of spots in front and behind, a band across the wings, the antennae
 SPOTS = {'2spots': (-0.45, 0.5), '3spots': (-0.6, -0.3, 0.45), '4spots': (-0.6, -0.3, 0.35, 0.65)}
 WINGS, ANTENNAE = ('plain', 'banded'), ('straight', 'curled')
 Classes = Dict[str, List[Tuple[str, str, str]]]  # the kinds of beetles in each class
 FINE: Classes = {'_'.join(kind): [kind] for kind in itertools.product(SPOTS, WINGS, ANTENNAE)}
-# Each holds two of them: those of three spots may have any wings, the others any antennae
+# Each coarse class has two kinds: beetles with three spots may have any wings, the others any antennae
 COARSE: Classes = {}
 for _spots, _wings, _antennae in itertools.product(SPOTS, WINGS, ANTENNAE):
     _name = f'{_spots}_{_antennae if _spots == "3spots" else _wings}'
     COARSE.setdefault(_name, []).append((_spots, _wings, _antennae))
 UNKNOWN: Classes = {'striped': [(spots, 'striped', antennae) for spots, antennae in itertools.product(SPOTS, ANTENNAE)]}
-COARSE_IMAGES, COARSE_EPOCHS = 160, 24  # of the backbone's own training, images per class
+COARSE_IMAGES, COARSE_EPOCHS = 160, 24  # to train the backbone; images per class
 TEST_IMAGES = 40  # per class
 BATCH_SIZE = 64
 BLACK = (20, 20, 20)
@@ -68,15 +68,15 @@ class Rates(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A way from the coarse classes to the finer ones."""
+    """A way to train a model for the finer classes on the backbone of the coarse ones."""
 
-    preset: Optional[str]  # of the fit of a ZZZ head; None for a linear head
-    rates: Optional[Rates]  # to fine-tune with
-    score: str  # that tells unknown classes
+    preset: Optional[str]  # for the fit of a ZZZ head; None for a linear head
+    rates: Optional[Rates]  # for fine-tuning; None for none
+    score: str  # outlier score that detects unknown classes
 
 
 COARSE_RATES, ZZZ_RATES = Rates(4e-3, 4e-3), Rates(1e-4, 5e-4)
-# docs/results.md says which rates and scores were tried
+# docs/results.md lists the rates and scores that were tried
 METHODS = {
     'linear, best rates': Method(None, Rates(3e-5, 3.2e-2), 'max_softmax'),
     "linear, ZZZ's rates": Method(None, ZZZ_RATES, 'energy'),
@@ -90,8 +90,8 @@ def _color(rng: random.Random, saturation: Tuple[float, float], value: Tuple[flo
 
 
 def draw_beetle(rng: random.Random, spots: str, wings: str, antennae: str, size: int = IMAGE_SIZE) -> Image.Image:
-    """Draw a beetle of one class, of random colour, size, place and direction, on a random background with noise."""
-    side, center = 4 * size, 2 * size  # drawn large, then reduced
+    """Draw a beetle of one kind with random colour, size, place and direction, on a random, noisy background."""
+    side, center = 4 * size, 2 * size  # drawn at four times the size, then reduced
     length = side * rng.uniform(0.24, 0.32)
     width = length * rng.uniform(0.6, 0.75)
     line = max(1, round(side * 0.015))
@@ -143,7 +143,7 @@ def draw_beetle(rng: random.Random, spots: str, wings: str, antennae: str, size:
 
 
 def draw_classes(folder: Path, classes: Classes, images: int, seed: str) -> None:
-    """Write an ImageFolder, folder/CLASS/N.png, with ``images`` images a class, of its kinds in turn."""
+    """Write an ImageFolder, folder/CLASS/N.png, with ``images`` images per class, whose kinds alternate."""
     rng = random.Random(seed)
     for name, kinds in classes.items():
         (folder / name).mkdir(parents=True)
@@ -152,14 +152,14 @@ def draw_classes(folder: Path, classes: Classes, images: int, seed: str) -> None
 
 
 def images_of(folder: Path, device: torch.device, workers: int) -> Any:
-    """Create the loader of a folder's images, prepared for evaluation."""
+    """Create a loader of the images in a folder, preprocessed for evaluation."""
     return eval_loader(ImageDataset(str(folder)), PREPROCESSING, batch_size=128, workers=workers, device=device)
 
 
 def create_model(rank: Optional[int], weights: Path, **start: Any) -> Any:
     """Create a model for the finer classes on the backbone of a checkpoint, with a ZZZ head unless ``rank`` is None.
 
-    A linear head starts at zero (``train.py --head-init-scale 0.0``), a ZZZ head as the arguments ``start`` say.
+    A linear head starts at zero, as with ``train.py --head-init-scale 0.0``; ``start`` has the arguments of a ZZZ head.
     """
     checkpoint = dict(PREPROCESSING, file=str(weights), num_classes=len(COARSE))
     options: Dict[str, Any] = dict(pretrained=True, pretrained_cfg_overlay=checkpoint, num_classes=len(FINE))
@@ -171,7 +171,7 @@ def create_model(rank: Optional[int], weights: Path, **start: Any) -> Any:
 
 
 def train(model: nn.Module, folder: Path, epochs: int, rates: Rates, device: torch.device, workers: int) -> None:
-    """Train a model on a folder of images."""
+    """Train a model on a folder of images, in place."""
     dataset = ImageDataset(str(folder))
     options: Dict[str, Any] = {key: PREPROCESSING[key] for key in ('input_size', 'interpolation', 'mean', 'std')}
     options.update(scale=(0.8, 1.0), ratio=(0.9, 1.1), color_jitter=0.2, persistent_workers=workers > 0)
@@ -181,7 +181,7 @@ def train(model: nn.Module, folder: Path, epochs: int, rates: Rates, device: tor
     )
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     scale = rates.backbone / rates.head
-    scales: Dict[str, Any] = dict(layer_decay=scale, layer_decay_min_scale=scale)  # of all below the head
+    scales: Dict[str, Any] = dict(layer_decay=scale, layer_decay_min_scale=scale)  # of all layers below the head
     optimizer = create_optimizer_v2(model, opt='adamw', lr=rates.head, weight_decay=0.05, **scales)
     steps: Dict[str, Any] = dict(step_on_epochs=False, updates_per_epoch=len(loader))
     scheduler, _ = create_scheduler_v2(optimizer, num_epochs=epochs, warmup_epochs=epochs // 10, warmup_lr=0.0, **steps)
@@ -198,7 +198,7 @@ def train(model: nn.Module, folder: Path, epochs: int, rates: Rates, device: tor
 
 
 class Result(NamedTuple):
-    """What a model makes of the validation images and of those of an unknown class."""
+    """Predictions for the validation images, and how well an outlier score detects an unknown class."""
 
     predictions: Predictions
     auroc: float  # percent
@@ -207,7 +207,7 @@ class Result(NamedTuple):
 
 @torch.inference_mode()
 def features_of(model: Any, loader: Any, device: torch.device) -> Tuple[Tensor, Tensor]:
-    """Compute what a model's head is given for a loader's images, shape (N, d), and return it with their classes."""
+    """Compute the inputs (N, d) of a model's head for a loader's images; return them with the classes (N,)."""
     model.eval()
     batches = [(model.forward_head(model.forward_features(x.to(device)), pre_logits=True), y) for x, y in loader]
     features, target = (torch.cat(column) for column in zip(*batches, strict=True))
@@ -215,7 +215,7 @@ def features_of(model: Any, loader: Any, device: torch.device) -> Tuple[Tensor, 
 
 
 def auroc(inliers: Tensor, outliers: Tensor) -> float:
-    """Compute in percent how often an outlier's score is larger than an inlier's, ties counted half."""
+    """Compute the AUROC in percent: how often an outlier has a larger score than an inlier, ties counted half."""
     return 50 + 50 * (outliers[:, None] - inliers).sign().double().mean().item()
 
 
@@ -245,16 +245,21 @@ def draw_confusions(results: Dict[str, Predictions], folder: Path, size: int = 2
 def run_demo(
     output: Path, epochs: int, images: int, repeats: int, rank: int, seed: int, workers: int, device: torch.device
 ) -> Dict[str, List[Result]]:
-    """Train a backbone, take it on by each of the methods, and write the last model and validation images to a folder.
+    """Train a backbone, fine-tune it by each method, and write the last model and the validation images to a folder.
 
-    The folder, which has a picture of the confusions too, appears when everything is in it.
+    The folder also gets a picture of the confusions. It appears once it is complete.
+
+    Args:
+        output: The folder; must not exist.
+        images: Training images per class.
+        repeats: Number of repeats, each with training images of its own.
 
     Returns:
-        By name of the method, a result of each repeat, which has training images of its own.
+        Results by name of the method, one per repeat.
 
     Raises:
         ValueError: If the folder exists.
-        CheckpointError: If timm does not load the model that was saved.
+        CheckpointError: If timm loads another model from the folder.
     """
     if output.exists():
         raise ValueError(f'{output} exists already; give another --output')
@@ -320,7 +325,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='device to train on')
     options = parser.parse_args(arguments)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as fast for tiny images, and threads that wait for each other spin beside busy processes
+    torch.set_num_threads(1)  # as fast for tiny images; waiting threads would keep the cores of loader processes busy
     try:
         with exit_on_error(parser, 'interrupted, nothing was saved'):
             results = run_demo(**{**vars(options), 'device': device_of(options)})

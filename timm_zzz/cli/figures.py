@@ -1,4 +1,4 @@
-"""The figures of a report: drawn by matplotlib, as inline SVG in the colours of the page."""
+"""Draw the figures of a report with matplotlib, as inline SVG in the colours of the page."""
 
 import html
 import io
@@ -23,20 +23,20 @@ __all__ = [
     'shorten',
 ]
 
-MAX_COLORS = 20  # classes that colours tell apart, and names beside a map
+MAX_COLORS = 20  # largest number of classes with a colour of their own and a name beside the map
 
 
 def shorten(text: str, size: int = 24) -> str:
-    """Drop the middle of a text that is too long: its ends tell classes apart."""
+    """Drop the middle of a text longer than ``size``: class names mostly differ at the ends."""
     text = ' '.join(text.split())
     return text if len(text) <= size else f'{text[: size // 2]}…{text[-(size - 1) // 2 :]}'
 
 
-# Figures, in inches of 96 pixels. In the SVG, variables of the page's CSS stand for these colours.
+# Sizes are in inches of 96 pixels. In the SVG, these colours are replaced by CSS variables of the page.
 
 TEXT, PAGE, FAINT, LINE, BLUE, ORANGE = '#000000', '#ffffff', '#59636e', '#d1d9e0', '#0072b2', '#b45f00'
 _VARIABLES = {TEXT: 'text', PAGE: 'page', FAINT: 'faint', LINE: 'line', BLUE: 'blue', ORANGE: 'orange'}
-_SHADES = [(0.17, 0.55, 0.78, 0.1), (0.17, 0.55, 0.78, 1)]  # the same on a light and on a dark page
+_SHADES = [(0.17, 0.55, 0.78, 0.1), (0.17, 0.55, 0.78, 1)]  # the same on light and dark pages
 STYLE: Any = {
     'svg.fonttype': 'none',
     'font.size': 9,
@@ -54,7 +54,7 @@ STYLE: Any = {
     'xtick.color': FAINT,
     'ytick.color': FAINT,
 }
-# What the page has no use for: XML, metadata, a style for all elements, ids that repeat, and fonts
+# Parts that are dropped from the SVG: XML header, metadata, the global style, repeated ids and fonts
 _DROPPED = re.compile(
     r'^.*?(?=<svg)|<metadata>.*?</metadata>|<style.*?</style>|(?<=<g) id="[^"]*"| xmlns(:xlink)?="[^"]*"'
     '|; font-family: [^;"]*',
@@ -69,11 +69,11 @@ def _figure(width: float, height: float, **kwargs: Any) -> Any:
 
 
 def svg(figure: Any, title: str, **kwargs: Any) -> str:
-    """Write a figure as an SVG element of an HTML page, always the same bytes."""
+    """Return a figure as an SVG element for an HTML page, reproducibly."""
     from matplotlib import rc_context
 
     file = io.StringIO()
-    with rc_context({'svg.hashsalt': title}):  # ids derive from it
+    with rc_context({'svg.hashsalt': title}):  # ids are derived from it
         figure.savefig(file, format='svg', transparent=True, metadata={'Date': None}, **kwargs)
     text = re.sub(r'\n *', '\n', _DROPPED.sub('', file.getvalue()))
     for color, variable in _VARIABLES.items():
@@ -88,9 +88,9 @@ def draw_map(
     pictures: Sequence[Optional[bytes]] = (),
     shares: bool = False,
 ) -> str:
-    """Draw values of all pairs of classes as shades, beside pictures of the classes if they are given.
+    """Draw values (C, C) of all pairs of classes as shades, with pictures of the classes if they are given.
 
-    The diagonal is left out, and so are shares of 0.
+    The diagonal and, with ``shares``, values of 0 are left out.
     """
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -98,7 +98,7 @@ def draw_map(
     cell = max(13, min(24, 360 // count))  # pixels
     side = count * cell / 96
     figure = _figure(side, side)
-    ax = figure.add_axes((0, 0, 1, 1))  # what lies outside is saved too
+    ax = figure.add_axes((0, 0, 1, 1))  # bbox_inches keeps what lies outside
     others = values[~torch.eye(count, dtype=torch.bool)]
     low, high = (1e-9, max(0.01, float(others.max()))) if shares else (float(others.min()), float(others.max()))
     colors = LinearSegmentedColormap.from_list('shades', _SHADES).with_extremes(bad=(0.5, 0.5, 0.5, 0.3), under='none')
@@ -125,7 +125,7 @@ def draw_map(
 
 
 def _strip(pictures: Sequence[Optional[bytes]], size: int, down: bool) -> Any:
-    """Put pictures side by side, or one below the other, as squares; where there is none, the strip is clear."""
+    """Join pictures to a strip of squares, to the right or down; a missing picture leaves a transparent square."""
     shape = (size * len(pictures), size)
     strip = Image.new('RGBA', shape[::-1] if down else shape)
     for i, picture in enumerate(pictures):
@@ -137,7 +137,7 @@ def _strip(pictures: Sequence[Optional[bytes]], size: int, down: bool) -> Any:
 
 
 def draw_spectra(values: Tensor, sigma2: float) -> str:
-    """Draw how the variances (C, r) of each direction are spread over the classes."""
+    """Draw box plots of the variances (C, r) over classes, one for each direction."""
     rank = values.shape[1]
     figure = _figure(5.2, 2.7, layout='constrained')
     ax = figure.subplots()
@@ -157,7 +157,7 @@ def draw_spectra(values: Tensor, sigma2: float) -> str:
 
 
 def draw_spread(deviations: Tensor, labels: Sequence[str]) -> str:
-    """Draw standard deviations (C, 3) along the class's own directions, those of the nearest class, and all others."""
+    """Draw standard deviations (C, 3): along a class's directions, those of the nearest class, all but its own."""
     figure = _figure(6.6, 0.9 + 0.24 * len(labels), layout='constrained')
     ax = figure.subplots()
     markers = {"the class's own directions": 'o', 'those of the nearest class': 'D', 'all but its own': '|'}
@@ -171,7 +171,7 @@ def draw_spread(deviations: Tensor, labels: Sequence[str]) -> str:
 
 
 def draw_points(points: Tensor, target: Tensor, correct: Tensor, means: Tensor, labels: Mapping[int, str]) -> str:
-    """Draw points (N, 2) by class and the means (C, 2) of the classes; ``labels`` of some stand in the margins."""
+    """Draw points (N, 2) by class and the class means (C, 2), with ``labels`` of some classes in the margins."""
     from matplotlib import colormaps
 
     figure = _figure(9, 5)
@@ -196,7 +196,7 @@ def draw_points(points: Tensor, target: Tensor, correct: Tensor, means: Tensor, 
 
 
 def draw_reliability(bins: Sequence[Bin]) -> str:
-    """Draw accuracy and number of images by confidence, of bins with images."""
+    """Draw accuracy and number of images by confidence; ``bins`` are those with images."""
     middle, width = [50 * (each.low + each.high) for each in bins], 93 * (bins[0].high - bins[0].low)
     figure = _figure(4, 4.5, layout='constrained')
     ax, below = figure.subplots(2, sharex=True, height_ratios=(5, 1))

@@ -1,4 +1,4 @@
-"""``python -m timm_zzz fit``: a closed-form start for timm's train.py, by train.py's own options."""
+"""Fit a closed-form start for timm's train.py, with train.py's own options: ``python -m timm_zzz fit``."""
 
 import argparse
 import ast
@@ -47,8 +47,8 @@ from .run import args_of
 
 __all__ = ['TRAINING', 'main']
 
-# What train.py is told where neither the recipe nor the command line says it: the settings of the quickstart recipe,
-# with the learning rate that suits this start (docs/results.md). Its own, SGD at 0.05, would forget the start at once.
+# Options for train.py that neither the recipe nor the command line gives: those of the quickstart recipe, with a
+# learning rate that suits this start (docs/results.md). train.py's defaults, SGD at 0.05, would undo it at once.
 TRAINING = dict(opt='adamw', lr=5e-4, weight_decay=0.05, epochs=20, warmup_epochs=2)
 _NUMBERS = ('sigma2', 'max_precision', 'mean_spread', 'v_ratio', 'shrinkage', 'prior_count', 'temperature')
 _FIT = tuple(f'{OPTION_PREFIX}{name}' for name in FIT_OPTIONS)
@@ -64,7 +64,7 @@ def _auto_or_float(text: str) -> Union[str, float]:
 
 def _parser() -> TrainParser:
     parser = TrainParser(
-        {key: option for key, option in NEWEST.options.items() if key != 'output'},  # which means another one here
+        {key: option for key, option in NEWEST.options.items() if key != 'output'},  # has another meaning here
         dict(train_split='split', initial_checkpoint='checkpoint'),
         prog='python -m timm_zzz fit',
         usage='%(prog)s [--config FILE.yaml] [options of train.py] -o FILE.safetensors [options below]',
@@ -100,12 +100,12 @@ def _fit(options: argparse.Namespace) -> None:
     output: Path = options.file
     check_output(output, options.force, '.safetensors')
     choices = {key: getattr(options, key) for key in ('preset', 'objective', *_NUMBERS)}
-    ZZZFit(num_classes=1, **choices)  # which checks them
+    ZZZFit(num_classes=1, **choices)  # checks the options
     given = {key: value for key, value in vars(options).items() if key in NEWEST.options}
     recipe = merged(options.config, given)
     s = argparse.Namespace(**{**vars(options), **vars(recipe.settings)})
     if 'device' not in recipe.values and not torch.cuda.is_available():
-        given['device'] = s.device = 'cpu'  # which train.py has to be told
+        given['device'] = s.device = 'cpu'  # train.py has to be told as well
     s.data_dir = s.data_dir or s.data
     s.model_kwargs = {key: s.model_kwargs[key] for key in s.model_kwargs if key not in _FIT}
     device, amp_dtype = device_of(s), amp_dtype_of(s)
@@ -124,7 +124,7 @@ def _fit(options: argparse.Namespace) -> None:
     config = data_config_of(vars(s), model)
     check_size(model, config)
     output.parent.mkdir(parents=True, exist_ok=True)
-    TemporaryFile(dir=output.parent).close()  # an OSError if nothing can be written there
+    TemporaryFile(dir=output.parent).close()  # raises an OSError if the folder is not writable
 
     def loader(split: Split, name: str) -> Any:
         return progress(loader_of(s, split.dataset, config, device), name)
@@ -140,7 +140,7 @@ def _fit(options: argparse.Namespace) -> None:
         figures = f'top-1 {result.top1:.2f} %, negative log-likelihood {result.mean_nll:.4f}'
         print(f'{figures} ({len(result.target)} images of {s.val_split})')
     else:
-        given['val_split'] = ''  # train.py would take the images of training
+        given['val_split'] = ''  # train.py would evaluate on the training images
     if recipe.values.get('num_classes') != model.num_classes:
         given['num_classes'] = model.num_classes
     if given.get('model_kwargs', recipe.values.get('model_kwargs', {})) != s.model_kwargs:
@@ -183,7 +183,7 @@ def _build(s: argparse.Namespace, names: List[str]) -> nn.Module:
             raise ValueError(f'--initial-checkpoint: no such file: {s.initial_checkpoint}')
         try:
             state = load_state_dict(s.initial_checkpoint, use_ema=s.use_ema)
-        except Exception as e:  # whatever a broken archive or pickle raises
+        except Exception as e:  # a broken archive or pickle may raise anything
             raise ValueError(f"{source} can't be read: {one_line(e)}") from e
         load_weights(model, tensors_of(state, source), source, keep_heads=True)
     return model
@@ -196,7 +196,7 @@ def _write(path: Path, model: nn.Module, metadata: Dict[str, str]) -> None:
 
 
 def _train_command(config: Optional[str], given: Mapping[str, Any], recipe: Recipe, output: Path) -> Iterator[str]:
-    """Yield the command to go on with: the recipe, what was given besides, and what both leave open."""
+    """Yield the lines of the train.py command: the recipe, the options given, and defaults for missing ones."""
     values = recipe.values
     told = {key: value for key, value in given.items() if config or key not in _WEIGHTS}
     modules = values.get('device_modules') or []
@@ -217,7 +217,7 @@ def _train_command(config: Optional[str], given: Mapping[str, Any], recipe: Reci
 
 
 def _literal(value: Any) -> str:
-    """Write a value of KEY=VALUE so that timm reads it as it is."""
+    """Write the value of KEY=VALUE so that timm reads the same value back."""
     try:
         return repr(value) if not isinstance(value, str) or ast.literal_eval(value) != value else value
     except (SyntaxError, ValueError):

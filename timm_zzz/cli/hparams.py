@@ -1,4 +1,4 @@
-"""``python -m timm_zzz hparams``: the recipes that travel with the package."""
+"""List the recipes installed with the package: ``python -m timm_zzz hparams``."""
 
 import argparse
 from typing import List, Optional

@@ -1,4 +1,4 @@
-"""``python -m timm_zzz predict``: the most probable classes of images, and which images are outlying."""
+"""Predict the classes of images, and find outlying images: ``python -m timm_zzz predict``."""
 
 import argparse
 import csv
@@ -36,7 +36,7 @@ NONE = 'none of these'
 
 
 def find_images(places: Sequence[str]) -> List[str]:
-    """List the images in files, folders, patterns and, for ``-``, the lines of stdin; files as they are named."""
+    """List the images named by files, folders, glob patterns and, for ``-``, the lines of stdin."""
     files: List[str] = []
     for place in places:
         if place == '-':
@@ -134,7 +134,7 @@ def _predict(options: argparse.Namespace) -> None:
 
     def rows() -> Iterator[Row]:
         nonlocal broken
-        hidden = not sys.stderr.isatty() or output is None and sys.stdout.isatty()  # where rows show how far it is
+        hidden = not sys.stderr.isatty() or output is None and sys.stdout.isatty()  # printed rows show the progress
         with tqdm(predictions, total=len(files), unit='image', file=sys.stderr, disable=hidden) as found:
             for name, each in zip(files, found, strict=True):
                 broken += bool(each.error)
@@ -172,7 +172,7 @@ class Row(NamedTuple):
 class Layout(NamedTuple):
     top_k: int
     percentiles: bool
-    width: int  # of the names of images
+    width: int  # of the column of image names
 
 
 def _write_table(file: TextIO, rows: Iterable[Row], layout: Layout) -> None:
@@ -187,7 +187,7 @@ def _write_table(file: TextIO, rows: Iterable[Row], layout: Layout) -> None:
 
 
 def _write_csv(file: TextIO, rows: Iterable[Row], layout: Layout) -> None:
-    """Write a row an image: the first answer, then classes and probabilities."""
+    """Write a row per image: the answer, then classes and probabilities."""
     writer = csv.writer(file, lineterminator='\n')
     pairs = [name for k in range(layout.top_k) for name in (f'class {k + 1}', f'probability {k + 1}')]
     writer.writerow(['image', 'answer', *(['percentile'] if layout.percentiles else []), *pairs, 'error'])
@@ -199,7 +199,7 @@ def _write_csv(file: TextIO, rows: Iterable[Row], layout: Layout) -> None:
 
 
 def _write_jsonl(file: TextIO, rows: Iterable[Row], layout: Layout) -> None:
-    """Write an object an image, with the same as the other formats."""
+    """Write a JSON object per image, with the content of the other formats."""
     for row in rows:
         names, probabilities, percentile, error = row.prediction
         about: Dict[str, Any] = dict(image=row.image)

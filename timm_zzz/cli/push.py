@@ -1,4 +1,4 @@
-"""``python -m timm_zzz push``: what timm's train.py wrote, to the Hugging Face Hub."""
+"""Push a run of timm's train.py to the Hugging Face Hub: ``python -m timm_zzz push``."""
 
 import argparse
 import os
@@ -27,10 +27,10 @@ python train.py --config args.yaml --data-dir DIR"""
 
 
 def public_args(args: Mapping[str, Any]) -> str:
-    """Write arguments as YAML without the user's folders: of a path only its last component is kept.
+    """Write arguments as YAML, without the user's folders: only the last component of a path is kept.
 
     Raises:
-        ValueError: If there is something among them that YAML doesn't hold.
+        ValueError: If a value can't be written as YAML.
     """
 
     def cleaned(value: Any) -> Any:
@@ -49,13 +49,13 @@ def public_args(args: Mapping[str, Any]) -> str:
 def run_card(
     run: Run, repo_id: str, *, dataset: Optional[str], license: Optional[str], recipe: bool, onnx: bool = False
 ) -> ModelCard:
-    """Write the model card of a run; where it has no result, ``run.notes`` says why afterwards.
+    """Create the model card of a run; if it has no result, add the reason to ``run.notes``.
 
     Args:
-        dataset: Name of the data set, if not that of the run's data folder.
-        license: Licence of the weights, if not that of the backbone's, where the run says which those were.
-        recipe: Whether recipe.yaml will lie beside the card.
-        onnx: Whether model.onnx will.
+        dataset: Name of the data set; by default that of the run's data set or data folder.
+        license: Licence of the weights; by default that of the backbone's weights, if the run says which they were.
+        recipe: Whether recipe.yaml is pushed with the card.
+        onnx: Whether model.onnx is pushed with the card.
     """
     args = run.args
     dataset = dataset or args.get('dataset') or Path(args.get('data_dir') or '').name
@@ -81,14 +81,14 @@ def run_card(
 
 
 def _acted(args: Mapping[str, Any]) -> List[str]:
-    """List the options of train.py that the card names, without those that had no effect."""
+    """List the options of train.py to name on the card, without those that had no effect."""
     off = {'lr_base'} if args.get('lr') else set()
     off |= {'mixup', 'cutmix'} if args.get('mixup_prob') == 0 else set()
     return [key for key in CARD_OPTIONS if key not in off and args.get(key) not in (None, 0, '', 'none')]
 
 
 def _base_model(run: Run) -> Optional[str]:
-    """Find the repository of the weights that a run started from, if its arguments say so without doubt."""
+    """Return the repository of the weights that a run started from; None if its arguments leave doubt."""
     cfg: Dict[str, Any] = run.model.pretrained_cfg  # type: ignore[assignment]
     elsewhere = run.args.get('pretrained_path') or run.args.get('initial_checkpoint')
     if not run.args.get('pretrained') or elsewhere or not cfg.get('hf_hub_id'):
@@ -111,12 +111,13 @@ def push_run(
 
     Args:
         names: Class names in the order of the logits.
-        onnx: Add the model as model.onnx.
-        output: Write the files to this folder instead.
+        recipe: File to push as recipe.yaml.
+        onnx: Export the model as model.onnx, too.
+        output: Write all files to this folder instead of pushing them.
         commit: Further arguments of :func:`~timm_zzz.push_to_hub`.
 
     Returns:
-        The address of the commit or pull request, or the folder.
+        URL of the commit or pull request, or the folder.
     """
     saving: Dict[str, Any] = dict(label_names=names, data_config=run.data_config)
     with TemporaryDirectory() as temporary:
@@ -131,7 +132,7 @@ def push_run(
             info = push_to_hub(run.model, repo_id, card=card, files=files, **saving, **commit)
             return str(info.pr_url or info.commit_url)
         card.save(save_pretrained(run.model, output, license=license_of(card.data), **saving) / 'README.md')
-        (output / 'model.onnx').unlink(missing_ok=True)  # of other weights
+        (output / 'model.onnx').unlink(missing_ok=True)  # an older export has other weights
         for name, path in files.items():
             shutil.copyfile(path, output / name)
     return str(output)

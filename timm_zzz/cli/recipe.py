@@ -1,4 +1,4 @@
-"""Read recipes for timm's train.py: the lines of the YAML file, its keys, and its values as argparse takes them."""
+"""Read recipes for timm's train.py: keys, values as argparse converts them, and their lines in the YAML file."""
 
 import argparse
 import ast
@@ -36,26 +36,26 @@ _PAIRS = ('scale', 'ratio', 'cutmix_minmax')
 
 
 class Option(NamedTuple):
-    """Describe an option: type is str, int, float, flag, mapping (``KEY=VALUE ...``) or any (the script's own)."""
+    """An option of train.py; type is str, int, float, flag, mapping (``KEY=VALUE ...``) or any (one of the script)."""
 
     type: str = 'str'
     default: Any = None
     nargs: Union[None, int, str] = None
     choices: Optional[List[Any]] = None
     const: Any = None
-    other_names: List[str] = []  # on the command line, besides the key
+    other_names: List[str] = []  # further names on the command line
 
     @property
     def is_list(self) -> bool:
         return self.type not in ('flag', 'mapping') and (self.nargs in ('+', '*') or isinstance(self.nargs, int))
 
     def convert(self, value: Any) -> Any:
-        """Pass text, and only text, to the option's type, as argparse does with defaults; raises ValueError."""
+        """Convert text, and only text, to the option's type, as argparse does with defaults; may raise a ValueError."""
         return _TYPES[self.type](value) if isinstance(value, str) and self.type in _TYPES else value
 
 
 class Range(NamedTuple):
-    """Describe the numbers that an option may be."""
+    """The range of numbers that are valid for an option."""
 
     low: float
     high: float
@@ -64,7 +64,7 @@ class Range(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> 'Range':
-        """Parse what mathematics writes, such as '[0, 1)'."""
+        """Parse an interval in mathematical notation, such as '[0, 1)'."""
         low, high = map(float, text[1:-1].split(','))
         return cls(low, high, text[0] == '(', text[-1] == ')')
 
@@ -81,13 +81,13 @@ class Range(NamedTuple):
 
 
 class TrainScript(NamedTuple):
-    """Describe a train.py: its options by key, and whether it builds the model for ``img_size``."""
+    """The options of a train.py by key, and whether it builds the model for ``img_size``."""
 
     options: Dict[str, Option]
     resizes_model: bool = False
 
     def dump(self) -> str:
-        """Write YAML; what an option has by default is left out."""
+        """Return YAML, without fields that have their default."""
         options = {
             name: {field: value for field, value in option._asdict().items() if value != Option._field_defaults[field]}
             for name, option in self.options.items()
@@ -105,7 +105,7 @@ NEWEST = TrainScript({name: Option(**fields) for name, fields in FACTS['options'
 
 
 def ask_script(path: Union[str, Path]) -> TrainScript:
-    """Import a train.py, whose top level runs, and ask its largest parser; raises ValueError if that fails."""
+    """Import a train.py, whose top level runs, and read its largest parser; raise a ValueError if that fails."""
     saved = sys.argv, sys.path[:]
     sys.argv, sys.path[0] = [str(path)], os.path.dirname(os.path.realpath(path))
     try:
@@ -134,10 +134,10 @@ def _option(action: argparse.Action) -> Option:
 
 
 class TrainParser(argparse.ArgumentParser):
-    """Parse a command line of train.py, and options of a command's own.
+    """Parser for the options of train.py and further options of a command.
 
-    Options of train.py that are not given are not in the result. What is wrong is a ValueError, that of an unknown
-    option has the nearest name.
+    The result has only those options of train.py that are given. Errors are ValueErrors; for an unknown option the
+    message has the nearest name.
     """
 
     def __init__(self, options: Mapping[str, Option], other_names: Optional[Mapping[str, str]] = None, **kwargs: Any):
@@ -147,7 +147,7 @@ class TrainParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=formatter, epilog=epilog, **kwargs)
         other_names = other_names or {}
         for key, option in options.items():
-            if key == 'data':  # which has no name on the command line
+            if key == 'data':  # it has no name on the command line
                 continue
             names = [key, *option.other_names, *filter(None, [other_names.get(key)])]
             flags = [f'{dashes}{name}'.replace('_', '-') for name in names for dashes in ('-', '--')[len(name) > 2 :]]
@@ -175,7 +175,7 @@ class TrainParser(argparse.ArgumentParser):
 
 
 class _Pairs(argparse.Action):
-    """Make a dict of pairs, as timm's ParseKwargs, whose older versions stop at ``KEY=/a/path``."""
+    """Collect pairs in a dict, as timm's ParseKwargs, whose older versions fail at ``KEY=/a/path``."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
         setattr(namespace, self.dest, dict(values))
@@ -187,7 +187,7 @@ def _key_value(text: str) -> Tuple[str, Any]:
         raise argparse.ArgumentTypeError(f'expected KEY=VALUE, got {text}')
     try:
         literal = ast.literal_eval(value)
-        yaml.safe_dump(literal)  # which train.py does for args.yaml
+        yaml.safe_dump(literal)  # as train.py does for args.yaml
     except (SyntaxError, ValueError):
         return key, value
     except (TypeError, MemoryError, RecursionError, yaml.YAMLError) as e:
@@ -196,7 +196,7 @@ def _key_value(text: str) -> Tuple[str, Any]:
 
 
 class Finding(NamedTuple):
-    """Say what was found in a line of a recipe, None for the whole file; the level is 'error' or 'note'."""
+    """A finding in a line of a recipe, or in the whole file if None; the level is 'error' or 'note'."""
 
     line: Optional[int]
     level: str
@@ -204,27 +204,27 @@ class Finding(NamedTuple):
 
 
 class Recipe:
-    """Hold a recipe's options as a train.py will have them, and what is wrong with them."""
+    """The options of a recipe as train.py gets them, and the findings about them."""
 
     def __init__(self, script: TrainScript, places: Mapping[str, str]):
         self.script = script
-        self.places = places  # the options that misplaced keys belong under, by key
+        self.places = places  # the option under which each misplaced key belongs
         self.findings: List[Finding] = []
-        # Of keys; of keys within a mapping as 'model_kwargs.img_size'; None for what the command line says
+        # Lines of keys, and of keys in mappings ('model_kwargs.img_size'); None for options of the command line
         self.lines: Dict[str, Optional[int]] = {}
-        self.values: Dict[str, Any] = {}  # what argparse makes of the keys that are right
-        # What another script lacks, or means otherwise than the newest, counts as not given.
+        self.values: Dict[str, Any] = {}  # converted values of all valid keys
+        # Options that another script lacks, or has with another type than the newest, count as not given.
         known, kind = NEWEST.options, lambda option: (option.type, option.is_list)
         self._alike = {key: o for key, o in script.options.items() if kind(o) == kind(known.get(key, o))}
         self._defaults = {key: option.default for key, option in {**known, **self._alike}.items()}
 
     @property
     def settings(self) -> argparse.Namespace:
-        """All options: the file's values, and train.py's defaults."""
+        """All options: values of the file, or else train.py's defaults."""
         return self.without(())
 
     def without(self, keys: Iterable[str]) -> argparse.Namespace:
-        """Return all options, as if some keys, or keys within a mapping as 'model_kwargs.img_size', were not there."""
+        """Return all options without some keys, or keys in mappings such as 'model_kwargs.img_size'."""
         values = {key: dict(value) if isinstance(value, dict) else value for key, value in self.values.items()}
         for key in keys:
             name, _, inner = key.partition('.')
@@ -232,12 +232,12 @@ class Recipe:
         return argparse.Namespace(**{**self._defaults, **values})
 
     def drop(self, keys: Iterable[str]) -> None:
-        """Go on without some keys, which have been found wrong."""
+        """Remove keys that were found wrong."""
         settings = vars(self.without(keys))
         self.values = {key: settings[key] for key in self.values if key not in keys}
 
     def error(self, where: Union[str, int, None], message: str, level: str = 'error') -> None:
-        """Add a finding; ``where`` is a line, or a key, which then starts the message."""
+        """Add a finding; ``where`` is a line, or a key that then starts the message."""
         line = self.line(where) if isinstance(where, str) else where
         message = f'{where}: {message}' if isinstance(where, str) else message
         self.findings.append(Finding(line, level, ' '.join(message.split())))
@@ -249,7 +249,7 @@ class Recipe:
         return self.lines.get(key) or self.lines.get(key.partition('.')[0], 1)
 
     def first(self, *keys: str) -> str:
-        """Return the first of some keys that is in the file, the last of them if none is."""
+        """Return the first of the keys that is in the file; the last key if none is."""
         return next((key for key in keys if key in self.lines), keys[-1])
 
     def is_wrong(self, key: str) -> bool:
@@ -257,7 +257,7 @@ class Recipe:
         return key in self.lines and key not in self.values
 
     def read(self, path: Union[str, Path]) -> bool:
-        """Fill in lines and values; return False if there is nothing to go on with."""
+        """Read lines and values from a file; return False if it has no mapping."""
         try:
             return self.parse(Path(path).read_text(encoding='utf-8'))
         except OSError as e:
@@ -267,7 +267,7 @@ class Recipe:
         return False
 
     def override(self, given: Mapping[str, Any]) -> None:
-        """Let options of a command line, which have no line, take the place of the file's."""
+        """Replace options of the file by those of a command line, which have no line."""
         other = Recipe(self.script, self.places)
         other.parse(yaml.safe_dump(dict(given), allow_unicode=True) if given else '{}')
         self.findings += [finding._replace(line=None) for finding in other.findings]
@@ -276,7 +276,7 @@ class Recipe:
         self.values = {**{key: value for key, value in self.values.items() if key not in given}, **other.values}
 
     def parse(self, text: str) -> bool:
-        """Do the same with the text of a recipe."""
+        """Read lines and values from text; return False if it has no mapping."""
         try:
             loader = yaml.SafeLoader(text)
             root = loader.get_single_node()
@@ -311,10 +311,10 @@ class Recipe:
             key = loader.construct_object(key_node, deep=True)
             if isinstance(key, str):
                 self.lines[key] = _line(key_node)
-                self.values.pop(key, None)  # of a key that is written twice
+                self.values.pop(key, None)  # the key may be there twice
             part = node
             value = loader.construct_object(node, deep=True)
-        except Exception as e:  # YAML's errors, and PyYAML's own: the 45th of a month, !!int nonsense, a list as a key
+        except Exception as e:  # of YAML, and others of PyYAML: the 45th of a month, !!int nonsense, a list as a key
             self.error(*_yaml_error(e, part))
             return
         if not isinstance(key, str):
@@ -342,17 +342,17 @@ class Recipe:
         elif key == 'config':
             message = 'train.py reads --config on the command line only'
         elif name in options:
-            self.lines.setdefault(name, self.line(key))  # there, though wrong
+            self.lines.setdefault(name, self.line(key))  # the key is present, though misspelt
         self.error(self.line(key), f'{shorten(key, 60)}: {message}')
 
 
 def reason(e: BaseException) -> str:
-    """Give an error's message in one line, its type if it has none."""
+    """Return an error's message in one line, or its type if it has none."""
     return shorten(str(e), 300) or type(e).__name__
 
 
 def shorten(text: str, width: int) -> str:
-    """Give one line of text, not longer than ``width``."""
+    """Shorten text to one line of at most ``width`` characters."""
     return textwrap.shorten(text[: 10 * width], width, placeholder=' ...')[:width]
 
 
@@ -370,7 +370,7 @@ def _line(node: Optional[yaml.Node]) -> int:
 
 
 def _show(node: yaml.Node) -> str:
-    """Show a value as the file has it."""
+    """Return a value as it is written in the file."""
     if not isinstance(node, yaml.ScalarNode):
         return 'a mapping' if isinstance(node, yaml.MappingNode) else 'a list'
     quote = node.style if node.style in ('"', "'") else '' if node.value else "'"
@@ -378,10 +378,10 @@ def _show(node: yaml.Node) -> str:
 
 
 def _problems(key: str, option: Option, node: yaml.Node, value: Any) -> Iterator[Tuple[yaml.Node, str]]:
-    """Say what is wrong with a value, and where; argparse converts text only, the rest stays as YAML reads it."""
+    """Yield the problems of a value, each with its node; argparse converts only text, and leaves YAML's other types."""
     shown = _show(node)
     if value is None:
-        # Where its default is empty train.py asks only whether there is something; not so of the data set.
+        # If the default is empty, train.py only asks whether there is a value, except for the data set.
         empty = option.default is None or option.default is False or option.default == ''
         if not (empty and key != 'dataset') and option.type != 'any' and key != 'val_split':
             yield node, f'null in place of a value; without the line it would be {option.default!r}'
@@ -410,7 +410,7 @@ def _problems(key: str, option: Option, node: yaml.Node, value: Any) -> Iterator
 
 
 def _scalar_problem(key: str, option: Option, node: yaml.Node, value: Any) -> str:
-    """Say what is wrong with a single value of type str, int or float; '' if nothing."""
+    """Return the problem of a single value of type str, int or float; '' if there is none."""
     shown, quote_it = _show(node), '; quote it' if option.type == 'str' else ''
     if value is None or isinstance(value, list | dict | set | tuple):
         return f'one value is needed, not {shown}'
@@ -423,7 +423,7 @@ def _scalar_problem(key: str, option: Option, node: yaml.Node, value: Any) -> st
         return f'YAML reads {shown} as {kind}{quote_it}'
     octal = re.fullmatch('[-+]?0[0-7_]+', node.value)
     differs = ':' in node.value or (octal and int(node.value.replace('_', ''), 10) != value)
-    if isinstance(value, int | float) and differs:  # from how its reader takes it: 010 is 8, 1:30 is 90
+    if isinstance(value, int | float) and differs:  # YAML and the reader differ: 010 is 8, 1:30 is 90
         return f'YAML reads {shown} as {value!r}'
     try:
         taken = option.convert(value)
@@ -435,7 +435,7 @@ def _scalar_problem(key: str, option: Option, node: yaml.Node, value: Any) -> st
         return f'{needed} is needed, not {shown}{rounded}'
     if isinstance(taken, float) and not math.isfinite(taken):
         return f'not a finite number: {shown}'
-    if option.is_list and taken != value:  # argparse leaves lists alone
+    if option.is_list and taken != value:  # argparse does not convert lists
         return f'{shown} stays text in a list{_as_number(value)}'
     if key in _RANGES and isinstance(taken, int | float) and not _RANGES[key].has(taken):
         return f'{_RANGES[key]} is needed, not {shown}'
@@ -444,7 +444,7 @@ def _scalar_problem(key: str, option: Option, node: yaml.Node, value: Any) -> st
 
 
 def _numbers_as_text(node: yaml.Node, seen: Set[int]) -> Iterator[Tuple[yaml.Node, str]]:
-    """Find unquoted numbers within lists and mappings that YAML reads as text, such as 1e-5."""
+    """Yield unquoted numbers in lists and mappings that YAML reads as text, such as 1e-5."""
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -457,7 +457,7 @@ def _numbers_as_text(node: yaml.Node, seen: Set[int]) -> Iterator[Tuple[yaml.Nod
 
 
 def _as_number(text: str) -> str:
-    """End a message: how to write a number so that YAML takes it for one; '' for what is none."""
+    """Return the end of a message on how to write a number for YAML; '' if the text is not a number."""
     try:
         if not math.isfinite(float(text)):
             return ''

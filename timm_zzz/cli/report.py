@@ -1,7 +1,7 @@
-"""``python -m timm_zzz report``: one HTML page about a trained model.
+"""Write an HTML page about a trained model: ``python -m timm_zzz report``.
 
-The page is report.html.jinja, its figures are drawn by matplotlib. Of each image eight numbers are kept, and its logits
-as far as :class:`~timm_zzz.metrics.KeptLogits` does; of the images to show, small JPEGs.
+The template is report.html.jinja, and matplotlib draws the figures. Eight numbers per image are kept, its logits as in
+:class:`~timm_zzz.metrics.KeptLogits`, and small JPEGs of the images that are shown.
 """
 
 import argparse
@@ -49,22 +49,22 @@ __all__ = ['main', 'write_report']
 
 PAIRS = 30  # rows of a table of class pairs
 PICTURED = 6  # confusions that are shown in pictures
-KEPT_PAIRS = 500  # confusions that keep their picture where there are twice as many
+KEPT_PAIRS = 500  # confusions whose picture is kept; others are dropped once there are twice as many
 OUTLIERS = 24
 WIDEST = 8  # classes whose spread is drawn
-LABELLED = 5  # closest pairs that are named on the map of many classes
-MAX_MAP = 60  # classes that a map of all pairs shows
-POINTS = 2000  # images on the map of the embeddings
+LABELLED = 5  # closest pairs that are named on a map of many classes
+MAX_MAP = 60  # largest number of classes on a map of all pairs
+POINTS = 2000  # largest number of images on the map of embeddings
 THUMBNAIL = 96  # pixels
 
 
-# What the model makes of the images
+# Evaluation on the images
 
 
 class Lowest:
-    """The images with the lowest scores so far, of equal ones the first, in memory that does not grow.
+    """Collects the images with the lowest scores, in constant memory; of equal scores the first image is kept.
 
-    Of each it has what ``keep`` makes of it, which must not be a view: that would keep all of its batch.
+    ``keep`` converts an image to what is stored. It must not return a view, which would keep the whole batch.
     """
 
     def __init__(self, size: int, keep: Callable[[Tensor], Any] = Tensor.clone):
@@ -73,7 +73,7 @@ class Lowest:
         self.items: List[Tuple[float, int, Any]] = []  # score, place among all images, what is kept
 
     def update(self, start: int, score: Tensor, images: Tensor) -> None:
-        """Offer images (B, ...) of scores (B,); the first is the ``start``-th of all."""
+        """Add images (B, ...) with scores (B,); ``start`` is the number of images before them."""
         for value, i in sorted(zip(score.tolist(), range(len(score)), strict=True))[: self.size]:
             if len(self.items) < self.size or value < self.items[-1][0]:
                 new = (value, start + i, self.keep(images[i]))
@@ -81,7 +81,7 @@ class Lowest:
 
 
 class Embeddings:
-    """What is kept of the embeddings of one head, normalised: two coordinates of each, and moments of each class."""
+    """Collects two coordinates of each normalised embedding of one head, and moments of each class."""
 
     def __init__(self, classes: ClassGaussians):
         self.classes = ClassGaussians(*(t if t is None else t.float().cpu() for t in classes))  # type: ignore[arg-type]
@@ -91,10 +91,10 @@ class Embeddings:
         self.points: List[Tensor] = []
         self.nearest = (mu @ mu.T).fill_diagonal_(-math.inf).argmax(1).tolist()
         self.sum, self.count = torch.zeros_like(mu), torch.zeros(len(mu), 1)
-        self.squares = torch.zeros(len(mu), 2)  # summed up along the bases of the class and of the nearest
+        self.squares = torch.zeros(len(mu), 2)  # sums along the bases of the class and of the nearest class
 
     def add(self, x: Tensor, target: Tensor) -> None:
-        """Take in the embeddings (B, d) of images and their classes."""
+        """Add embeddings (B, d) and their classes (B,)."""
         x = normalize(x.float().cpu())
         self.points.append(x @ self.axes)
         self.sum.index_add_(0, target, x)
@@ -104,11 +104,11 @@ class Embeddings:
                 self.squares[c] += (x[target == c] @ basis[[c, self.nearest[c]]]).square().sum((1, 2))
 
     def deviations(self) -> Tensor:
-        """Compute the standard deviation of the images of each class about their mean, per direction.
+        """Compute the standard deviation of each class's embeddings about their mean, per direction.
 
         Returns:
-            Shape (C, 3): along the class's directions, those of the nearest class, and all but its own; NaN for classes
-            of fewer than two images.
+            Shape (C, 3): along the class's directions, those of the nearest class, and all but its own. NaN for classes
+            with fewer than two images.
         """
         basis = self.classes.basis
         assert basis is not None
@@ -122,20 +122,20 @@ class Embeddings:
 
 @dataclass
 class Seen:
-    """What a model made of the images, and the pictures that are kept of them."""
+    """Predictions of a model, statistics of its heads, and pictures of some images."""
 
     predictions: Predictions
     kept: KeptLogits
-    heads: Sequence[str]  # those that take part
-    rank: Optional[int]  # of the first; None if it is no ZZZ head
-    classes: ClassGaussians  # of the first; of another head only the normalised rows, as means
-    # Both None if a head is not given one embedding per image
+    heads: Sequence[str]  # paths of the heads that were called
+    rank: Optional[int]  # of the first head; None if it is not a ZZZ head
+    classes: ClassGaussians  # of the first head; for a linear head only means, its normalised rows
+    # Both None if a head does not get one embedding per image
     density: Optional[Tensor]  # the largest log-density of a class, averaged over the heads, in nats
-    embeddings: Optional[Embeddings]  # that the first head is given
-    outliers: Lowest  # for which it is lowest
-    # By class, the images of it with its largest logits, which are its log-densities up to a constant
+    embeddings: Optional[Embeddings]  # inputs of the first head
+    outliers: Lowest  # images with the lowest density
+    # By class, its images with the largest logits of the class, which are log-densities up to a constant
     typical: Mapping[int, Lowest]
-    mistaken: Mapping[Tuple[int, int], Lowest]  # by true and predicted class, the image that it is most confident of
+    mistaken: Mapping[Tuple[int, int], Lowest]  # by true and predicted class, the image with the largest confidence
 
 
 def observe(
@@ -145,13 +145,14 @@ def observe(
     amp_dtype: Optional[torch.dtype],
     picture: Callable[[Tensor], Optional[bytes]],
 ) -> Seen:
-    """Evaluate a model, and how well each image fits the classes of its heads.
+    """Evaluate a model on images, and measure how well each image fits the classes of its heads.
 
     Args:
-        picture: Makes what is kept of an image.
+        amp_dtype: Dtype of mixed precision; None for full precision.
+        picture: Converts an image to the picture that is stored.
 
     Raises:
-        ValueError: As :func:`timm_zzz.metrics.evaluate`, and if none of the heads takes part.
+        ValueError: As :func:`timm_zzz.metrics.evaluate`, and if no head is used in eval mode.
     """
     zzz_heads = heads_of(model)
     heads: Dict[str, Any] = {**(zzz_heads or find_classifiers(model))}
@@ -209,23 +210,23 @@ def observe(
 
 
 def _rows_of(classifier: nn.Module) -> ClassGaussians:
-    """Take the normalised rows of a linear layer or 1x1 convolution for means of classes without a covariance."""
+    """Return the normalised rows of a linear layer or 1x1 convolution as class means, without a covariance."""
     rows = classifier.weight.detach().flatten(1)  # type: ignore[operator]
     return ClassGaussians(normalize(rows.float()), None, None, rows.new_tensor(math.nan), rows.new_zeros(len(rows)))
 
 
-# What the page says
+# Contents of the page
 
 
 def pairs_of(seen: Seen, names: Sequence[str], dataset: Any) -> Dict[str, Any]:
-    """Compare classes, at least two: by the confusions between them, and by their means."""
+    """Compare the classes, at least two, by their confusions and their means."""
     classes, predictions = seen.classes, seen.predictions
     cosine = (classes.mu @ classes.mu.T).fill_diagonal_(-math.inf)
     images = predictions.target.bincount(minlength=len(names))
     taken = torch.stack(predictions[:2], 1)[~predictions.correct].tolist()
-    # The most frequent first, then by index
+    # Most frequent first, then by index
     confusions = dict(sorted(Counter(map(tuple, taken)).items(), key=lambda item: (-item[1], item[0])))
-    # Of the second class among the neighbours of the first, 1 for the nearest
+    # Rank of the second class among the neighbours of the first; 1 is the nearest
     places = {(a, b): 1 + int((cosine[a] > cosine[a, b]).sum()) for a, b in confusions}
 
     def row(a: int, b: int) -> Dict[str, Any]:
@@ -274,7 +275,7 @@ def pairs_of(seen: Seen, names: Sequence[str], dataset: Any) -> Dict[str, Any]:
 
 
 def draw_embeddings(seen: Seen, similar: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """Draw the map of at most :data:`POINTS` embeddings, with the names of the classes or, of many, of the closest."""
+    """Draw a map of at most :data:`POINTS` embeddings with class names; of many classes, only the closest pairs."""
     assert seen.embeddings is not None
     points, predictions = torch.cat(seen.embeddings.points), seen.predictions
     means = seen.embeddings.sum @ seen.embeddings.axes / seen.embeddings.count  # NaN without images
@@ -286,9 +287,10 @@ def draw_embeddings(seen: Seen, similar: Sequence[Mapping[str, Any]], names: Seq
 
 
 def order_of(mu: Tensor) -> List[int]:
-    """Order classes so that like ones are side by side.
+    """Order classes by their means (C, d), so that similar ones are side by side.
 
-    By the second eigenvector of the graph Laplacian of the cosines (Atkins et al. 1998, doi:10.1137/S0097539795285771).
+    Sorts by the second eigenvector of the graph Laplacian of the cosines (Atkins et al. 1998,
+    doi:10.1137/S0097539795285771).
     """
     if len(mu) < 3:
         return list(range(len(mu)))
@@ -300,7 +302,7 @@ def order_of(mu: Tensor) -> List[int]:
 
 
 def spectra_of(seen: Seen, names: Sequence[str]) -> Dict[str, Any]:
-    """Describe the variances of the classes along their bases, for rank >= 1, and the spread of the images there."""
+    """Describe the variances of the classes along their bases, and the spread of the images there; rank >= 1."""
     classes = seen.classes
     assert classes.v is not None
     values = classes.v.double().sort(1, descending=True)[0] + classes.sigma2
@@ -320,9 +322,9 @@ def spectra_of(seen: Seen, names: Sequence[str]) -> Dict[str, Any]:
 
 
 def name_of(dataset: Any, i: int) -> str:
-    """Name the file of an image, as far as there are files: that which timm takes where the ``i``-th can't be read."""
+    """Name the file of the ``i``-th image; if it can't be read, name also the file that timm takes in its place."""
     name = file_of(dataset, i)
-    with suppress(Exception):  # what is not read by a reader and PIL
+    with suppress(Exception):  # data sets without a reader, or not read by PIL
         for j in range(i, i + len(dataset)):
             with suppress(OSError), Image.open(dataset.reader[j % len(dataset)][0]) as image:
                 image.load()
@@ -341,7 +343,7 @@ def outliers_of(seen: Seen, dataset: Any) -> List[Dict[str, Any]]:
 
 
 def picture_of(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Optional[bytes]:
-    """Undo the normalisation of what the model was given: a small JPEG; None if neither grey nor RGB."""
+    """Convert a normalised image to a small JPEG; None if it is neither grey nor RGB."""
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         return None
     image = image.cpu().float() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
@@ -356,7 +358,7 @@ def picture_of(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Op
 
 
 def check_extra() -> None:
-    """Raise a ValueError that says how to install what draws the page, if it is missing."""
+    """Raise a ValueError with the command to install matplotlib, if it is missing."""
     try:
         importlib.import_module('matplotlib')
     except ImportError as e:
@@ -374,15 +376,17 @@ def write_report(
     title: str = 'Report',
     about: Optional[Mapping[str, str]] = None,
 ) -> None:
-    """Evaluate a model on images and write the page about it, in the place of one that is there.
+    """Evaluate a model on images and write the page about it; an existing page is replaced.
 
     Args:
-        loader: Batches of images, prepared as ``run.data_config`` says, and class indices.
-        names: Class names by index, if they are known.
+        loader: Batches of (images, class indices), preprocessed as in ``run.data_config``.
+        output: File of the page.
+        amp_dtype: Dtype of mixed precision; None for full precision.
+        names: Class names by index, if known.
         about: Rows of the table about the page.
 
     Raises:
-        ValueError: Without matplotlib, and as :func:`observe`.
+        ValueError: If matplotlib is missing, and as :func:`observe`.
     """
     check_extra()
     from jinja2 import Environment, StrictUndefined
@@ -398,7 +402,7 @@ def write_report(
     environment.filters['base64'] = lambda data: base64.b64encode(data).decode()
     template = environment.from_string(Path(__file__).with_name('report.html.jinja').read_text(encoding='utf-8'))
     with style.context(['default', STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph')  # the browser has other fonts
+        warnings.filterwarnings('ignore', 'Glyph')  # the browser has fonts of its own
         page = template.render(
             title=title,
             about=about or {},

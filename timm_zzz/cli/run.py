@@ -1,4 +1,4 @@
-"""What a finished run of timm's train.py left: checkpoint, arguments, metrics, its classes and their images."""
+"""Read a finished run of timm's train.py: checkpoint, arguments, metrics, classes and images."""
 
 import argparse
 import csv
@@ -51,11 +51,11 @@ __all__ = [
     'read_checkpoint',
 ]
 
-# Options of train.py that say how test images are prepared
+# Options of train.py for the preprocessing of test images
 _DATA_OPTIONS = ('input_size', 'img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
-# Those that a model card states
+# Options that a model card lists
 CARD_OPTIONS = ('opt', 'lr', 'lr_base', 'weight_decay', 'sched', 'epochs', 'batch_size', 'smoothing', 'mixup', 'cutmix')
-# Both, and the others that a run is read by
+# All options that are used to read a run
 _USED = (
     *(*_DATA_OPTIONS, *CARD_OPTIONS),
     *('model', 'model_kwargs', 'gp', 'bn_momentum', 'bn_eps', 'model_ema', 'model_ema_force_cpu'),
@@ -68,32 +68,32 @@ _TYPES: Dict[str, Any] = {'str': str, 'int': int, 'float': (int, float), 'flag':
 
 @dataclass
 class Run:
-    """A trained model, and what train.py wrote about it."""
+    """A trained model, and the facts that train.py wrote about it."""
 
     checkpoint: Path
     model: nn.Module
-    averaged: bool = False  # the weights, by EMA
-    args: Mapping[str, Any] = field(default_factory=dict)  # of train.py; empty if not known
-    data_config: Dict[str, Any] = field(default_factory=dict)  # preprocessing at test time, as of save_pretrained
+    averaged: bool = False  # whether the weights are averaged by EMA
+    args: Mapping[str, Any] = field(default_factory=dict)  # arguments of train.py; empty if unknown
+    data_config: Dict[str, Any] = field(default_factory=dict)  # preprocessing at test time, as in save_pretrained
     epoch: Optional[int] = None  # counted from 0
     summary: Optional[Path] = None  # summary.csv
     top1: Optional[float] = None  # on the validation images, in percent
-    notes: List[str] = field(default_factory=list)  # why there is no top1
-    calibration: str = ''  # what was folded into the heads, a line each time
-    names: List[str] = field(default_factory=list)  # of the classes, where the model brings them
+    notes: List[str] = field(default_factory=list)  # reasons why top1 is None
+    calibration: str = ''  # a line for each temperature folded into the heads
+    names: List[str] = field(default_factory=list)  # class names, if they are stored with the model
 
 
 def load_run(path: Path, *, use_ema: bool = False, model_name: Optional[str] = None, any_head: bool = False) -> Run:
     """Read a checkpoint of train.py, with args.yaml and summary.csv if they lie beside it.
 
     Args:
-        path: A ``.pth.tar`` file, or the folder of a run; read with ``weights_only``, so that no code of it runs.
+        path: A ``.pth.tar`` file, or the folder of a run. It is read with ``weights_only``, so that no code in it runs.
         use_ema: Take the averaged weights.
         model_name: timm's name of the model, if neither the checkpoint nor args.yaml has it.
-        any_head: Take a model without a ZZZ head, too.
+        any_head: Accept a model without a ZZZ head, too.
 
     Raises:
-        ValueError: If the checkpoint is not one of train.py, is not of a ZZZ model or lacks what is asked for.
+        ValueError: If the checkpoint is not from train.py, has no ZZZ head, or lacks averaged weights or a model name.
     """
     checkpoint = path / 'model_best.pth.tar' if path.is_dir() else path
     if not checkpoint.is_file():
@@ -106,7 +106,7 @@ def load_run(path: Path, *, use_ema: bool = False, model_name: Optional[str] = N
         source = args_file
         try:
             args = yaml.safe_load(args_file.read_text(encoding='utf-8'))
-        except Exception as e:  # whatever a broken YAML file raises
+        except Exception as e:  # a broken YAML file may raise anything
             raise ValueError(f"{args_file} can't be read: {one_line(e)}") from e
     args = checked_args(args, source)
     if use_ema and 'state_dict_ema' not in saved:
@@ -137,15 +137,15 @@ def load_run(path: Path, *, use_ema: bool = False, model_name: Optional[str] = N
 
 
 def read_checkpoint(path: Path) -> Dict[str, Any]:
-    """Read the file of a checkpoint of train.py, on the CPU.
+    """Read a checkpoint file of train.py to the CPU.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If the file is not such a checkpoint.
     """
     try:
         with torch.serialization.safe_globals([Namespace]):
             saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except Exception as e:  # whatever a broken archive or pickle raises
+    except Exception as e:  # a broken archive or pickle may raise anything
         raise ValueError(f"{path} can't be read as a checkpoint of train.py: {one_line(e)}") from e
     if not isinstance(saved, dict) or not isinstance(saved.get('state_dict'), dict):
         raise ValueError(f'{path} is not a checkpoint of train.py: it has no state_dict')
@@ -153,23 +153,23 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
 
 
 def data_config_of_args(args: Mapping[str, Any]) -> Dict[str, Any]:
-    """Of the options of train.py return those that say how images are prepared."""
+    """Select the options of train.py for preprocessing."""
     return {key: args[key] for key in _DATA_OPTIONS if args.get(key) not in (None, '')}
 
 
 def args_of(settings: Mapping[str, Any]) -> Dict[str, Any]:
-    """Of the options of train.py return those that a model is built and images are prepared by."""
+    """Select the options of train.py for building the model and for preprocessing."""
     keys = (*_DATA_OPTIONS, 'model_kwargs', 'gp', 'bn_momentum', 'bn_eps')
     found = {key: settings[key] for key in keys if settings.get(key) is not None}
     return {**found, 'model_kwargs': _model_kwargs(found)}
 
 
 def _model_kwargs(args: Mapping[str, Any]) -> Dict[str, Any]:
-    """Return the arguments of a model's class: all weights are at hand, so none may say what else to open."""
+    """Return the arguments of the model's class, without those that could open other files."""
     kwargs: Dict[str, Any] = args.get('model_kwargs') or {}
-    others = {'any_head', 'pretrained_path', *BUILDER_ARGS}  # of build_model and timm's own functions
+    others = {'any_head', 'pretrained_path', *BUILDER_ARGS}  # arguments of build_model and of timm's functions
     found = {key: value for key, value in kwargs.items() if not key.startswith(FIT_PREFIX) and key not in others}
-    if isinstance(overlay := kwargs.get('pretrained_cfg_overlay'), dict):  # of which the preprocessing stays
+    if isinstance(overlay := kwargs.get('pretrained_cfg_overlay'), dict):  # keep only the preprocessing
         found['pretrained_cfg_overlay'] = {key: value for key, value in overlay.items() if key in _DATA_OPTIONS}
     return found
 
@@ -184,7 +184,7 @@ def _is(option: Option, value: Any) -> bool:
 
 
 def checked_args(args: Any, source: Path) -> Dict[str, Any]:
-    """Return the arguments of train.py if those that are used are what it writes."""
+    """Return the arguments of train.py; raise a ValueError if those in use have values that it does not write."""
     args = {} if args is None else args
     if not isinstance(args, dict) or not all(isinstance(key, str) for key in args):
         raise ValueError(f'{source}: expected the arguments of train.py by name, got {args!r:.60}')
@@ -199,7 +199,7 @@ def checked_args(args: Any, source: Path) -> Dict[str, Any]:
 
 
 def build_for(name: str, args: Mapping[str, Any], state: Mapping[str, Any], any_head: bool) -> nn.Module:
-    """Build a model as train.py does, with the classes of a state dict: args has none where they were the default."""
+    """Build a model as train.py does, with the class count of the state dict: args may not have it."""
     heads = {key.removesuffix('sigma2_raw') for key in state if key.endswith('sigma2_raw')}
     if any_head and not heads:
         cfg = get_pretrained_cfg(name, allow_unregistered=True)
@@ -216,7 +216,7 @@ def build_for(name: str, args: Mapping[str, Any], state: Mapping[str, Any], any_
     options.update({'global_pool': args.get('gp'), **_model_kwargs(args)})
     model = build_model(name, any_head=any_head, **options)
     if any(key in state and not same_shape(key, state[key].shape, t.shape) for key, t in model.state_dict().items()):
-        # Newer versions of train.py build models of a fixed input size for the size that they train at.
+        # Newer versions of train.py build a model with a fixed input size for the size of the training images.
         size = args.get('img_size') or (tuple(size[1:]) if size else None)
         if size and 'img_size' not in options:
             model = build_model(name, any_head=any_head, **{**options, 'img_size': size})
@@ -224,7 +224,7 @@ def build_for(name: str, args: Mapping[str, Any], state: Mapping[str, Any], any_
 
 
 def _read_metric(run: Run, metric: Any) -> None:
-    """Read the top-1 accuracy of the checkpoint's epoch, if it was measured with these weights."""
+    """Read the top-1 accuracy at the checkpoint's epoch, if it was measured with these weights, into the run."""
     if run.summary is None:
         run.notes.append('no summary.csv beside the checkpoint')
         return
@@ -260,10 +260,10 @@ def _number(text: Any) -> Optional[float]:
 
 
 def mapped_names(run: Run, class_map: Optional[Path]) -> Optional[List[str]]:
-    """Read the class names of a class map, None without one.
+    """Read the class names of a class map; None without one.
 
     Raises:
-        ValueError: If it can't be read, or the run had one and it is not given again.
+        ValueError: If the file can't be read, or if the run had a class map and none is given.
     """
     if class_map is None and run.args.get('class_map') and not run.names:
         raise ValueError(f'--class-map: the model was trained with one ({run.args["class_map"]}); give it again')
@@ -274,8 +274,8 @@ def class_names(run: Run, class_map: Optional[Path], data_dir: Optional[Path]) -
     """Read the class names by index, as timm numbers them, from a class map or the folders of the training images.
 
     Raises:
-        ValueError: If the file or the folder can't be read, the run had a class map and only the folder is given, or
-            the model has another number of classes.
+        ValueError: If the file or folder can't be read, the run had a class map and none is given, or the model has
+            another number of classes.
     """
     names, where = mapped_names(run, class_map), '--class-map'
     if data_dir is not None:
@@ -293,7 +293,7 @@ def class_names(run: Run, class_map: Optional[Path], data_dir: Optional[Path]) -
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, name: str = 'checkpoint', **run: Any) -> None:
-    """Add the run and the images that a command evaluates it on; ``run`` are the arguments of add_argument for it."""
+    """Add the run, with the arguments ``run`` of add_argument, and the images on which a command evaluates it."""
     add = parser.add_argument
     add(name, **(run or dict(type=Path, help="e.g. output/train/NAME/model_best.pth.tar, or the run's folder")))
     add('--data-dir', type=Path, required=True, metavar='DIR', help='the ImageFolder')
@@ -304,7 +304,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, name: str = 'checkpoint',
 
 
 def add_images_arguments(parser: Any) -> None:
-    """Add which images a run is evaluated on, and how."""
+    """Add the options for the images on which a run is evaluated."""
     add = parser.add_argument
     add('--dataset', metavar='NAME', help="timm's TYPE/NAME of the data, if not that of the run")
     add('--split', '--val-split', default='validation', metavar='NAME', help='which images')
@@ -313,13 +313,13 @@ def add_images_arguments(parser: Any) -> None:
 
 
 def open_images(options: argparse.Namespace, run: Run, device: torch.device) -> Tuple[Split, Images, Dict[str, Any]]:
-    """Open the images that the options ask for, their labels numbered as in training.
+    """Open the images that the options name, with classes numbered as in training.
 
     Returns:
-        The split, a loader of it, and how it prepares images.
+        The split, its loader, and the preprocessing.
 
     Raises:
-        ValueError: If they can't be opened, can't be numbered so, or the model does not take them.
+        ValueError: If the images can't be opened, the class numbers are unknown, or the model does not accept the size.
     """
     config = data_config_of(run.data_config, run.model)
     dataset = options.dataset if options.dataset is not None else run.args.get('dataset') or ''
@@ -332,7 +332,7 @@ def open_images(options: argparse.Namespace, run: Run, device: torch.device) -> 
     elif run.names and not dataset:
         names, known = run.names, 'the model'
     elif not dataset and any((options.data_dir / name).is_dir() for name in (train, *SPLIT_FOLDERS[0])):
-        # timm numbers the classes that it finds: not all need be among these images, nor these among them
+        # timm numbers the classes that it finds in a split, which may differ from those of training
         with suppress(ValueError):  # a folder without images
             trained = open_split(options.data_dir, train).class_names
             names, known = (trained, train) if len(trained) == count else (None, '')

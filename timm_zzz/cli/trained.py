@@ -24,15 +24,15 @@ _REPOSITORY = re.compile(r'(hf[-_]hub:)?([\w.-]+/[\w.-]+)(@[\w./-]+)?')
 
 
 def load_trained(source: str, *, use_ema: bool = False, model_name: Optional[str] = None) -> Run:
-    """Load a model with any head from what it was saved as; no code in it runs.
+    """Load a trained model with any head; no code in the files runs.
 
     Args:
         source: One of :data:`SOURCES`.
-        use_ema: Take the averaged weights of a checkpoint that has any.
-        model_name: timm's name of the model, for a checkpoint that has none.
+        use_ema: Take the averaged weights of a checkpoint.
+        model_name: timm's name of the model, for a checkpoint without one.
 
     Raises:
-        ValueError: If there is nothing of that name, or it can't be read as a trained model.
+        ValueError: If the source does not exist, or can't be read as a trained model.
         HubError: As :func:`timm_zzz.from_pretrained`.
     """
     path = Path(source.removeprefix('local-dir:'))
@@ -48,7 +48,7 @@ def load_trained(source: str, *, use_ema: bool = False, model_name: Optional[str
 
 
 def _saved(path: Path, repo_id: Optional[str], revision: Optional[str]) -> Run:
-    """Load what save_pretrained, push or timm saved, in a folder or in a repository; a linear head by timm alone."""
+    """Load a model saved by save_pretrained, push or timm from a folder or repository; without a ZZZ head, by timm."""
     name, config = str(path), path / CONFIG
     if repo_id:
         name = f'{repo_id}@{revision}' if revision else repo_id
@@ -60,13 +60,13 @@ def _saved(path: Path, repo_id: Optional[str], revision: Optional[str]) -> Run:
     else:
         try:
             model = timm.create_model(f'{"hf-hub" if repo_id else "local-dir"}:{name}', pretrained=True)
-        except Exception as e:  # whatever a file of anyone makes timm raise
+        except Exception as e:  # timm may raise anything for a foreign file
             raise ValueError(f'{name}: {one_line(e)}') from e
     return Run(Path(name), model, names=label_names(model))
 
 
 def _fitted(path: Path, model_name: Optional[str]) -> Run:
-    """Load what the command fit wrote."""
+    """Load an output of the command fit."""
     try:
         with safe_open(path, 'pt') as file:
             about: Dict[str, str] = file.metadata() or {}
