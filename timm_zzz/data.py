@@ -206,8 +206,8 @@ def find_left_out(split: Split) -> LeftOut:
 def read_class_map(path: Union[str, Path], name: str = '--class-map') -> List[str]:
     """Read the class names by index from a class map, as timm does.
 
-    A text file has one name a line; a blank line is a class without a name. Of a pickled
-    dict of indices by name, only names and indices are read. ``name`` stands for the file in error messages.
+    A text file has one name a line; a blank line is a class without a name. Of a pickled dict of indices by name, only
+    names and indices are read. ``name`` stands for the file in error messages.
 
     Raises:
         ValueError: If the file does not exist, can't be read, or does not give each index exactly one name.
@@ -218,7 +218,7 @@ def read_class_map(path: Union[str, Path], name: str = '--class-map') -> List[st
     try:
         indices: Dict[str, int] = load_class_map(str(path))
         names = sorted(indices, key=lambda each: indices[each])
-    except Exception as e:  # whatever an unreadable file or a broken pickle raises
+    except Exception as e:  # an unreadable file or a broken pickle may raise anything
         raise ValueError(f"{name}: {path} can't be read: {e}") from e
     if not names:
         raise ValueError(f'{name}: {path} names no class')

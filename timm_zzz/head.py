@@ -143,12 +143,12 @@ class FusedZZZHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Class means divided by sigma2, shape (C, d): the weight of a linear layer on normalised embeddings."""
+        """Class means divided by sigma2, shape (C, d), as the weight of a linear layer on normalised embeddings."""
         return self._of_the_means(self.linear.weight)
 
     @property
     def bias(self) -> Tensor:
-        """Offsets of the classes, shape (C,): the bias of that linear layer."""
+        """Offsets of the classes, shape (C,), as the bias of that linear layer."""
         return self._of_the_means(self.linear.bias)
 
     @torch.jit.unused

@@ -220,7 +220,7 @@ class Recipe:
 
     @property
     def settings(self) -> argparse.Namespace:
-        """All options: values of the file, or else train.py's defaults."""
+        """All options, with values of the file or else train.py's defaults."""
         return self.without(())
 
     def without(self, keys: Iterable[str]) -> argparse.Namespace:

@@ -181,7 +181,7 @@ class ZZZFit:
             raise ValueError(f'rank: expected at most the width {width} of the features, got {self.rank}')
         if self._held_out is None:
             device = X.device if self.device is None else self.device
-            if device.type == 'mps':  # has no float64
+            if device.type == 'mps':  # does not support float64
                 device = torch.device('cpu')
             moments = Moments(self.num_classes, width, min(self.rank + OVERSAMPLING, width) if self.rank else 0, device)
             self._held_out = HeldOut(moments, self.holdout if self._tunes() else 0.0, self.max_holdout)

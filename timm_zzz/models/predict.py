@@ -174,7 +174,7 @@ class _Prepared(Dataset):
                 return self.transform(image.convert(self.mode))
             with Image.open(image) as file:
                 return self.transform(file.convert(self.mode))
-        except Exception as e:  # whatever a broken file raises
+        except Exception as e:  # a broken file may raise anything
             return one_line(e)
 
 

@@ -119,7 +119,7 @@ def _images(model: Any, fit: Any, class_map: ClassMap, device: torch.device) -> 
         with tqdm(loader, desc=FIT_PREFIX, unit='batch', file=sys.stderr, disable=number > 0) as batches:
             for images, target in batches:
                 yield images.to(dtype), target
-    except Exception as e:  # whatever a broken file, its reader or timm's transforms raise
+    except Exception as e:  # a broken file, its reader or timm's transforms may raise anything
         raise ValueError(f"zzz_fit: the images can't be read: {one_line(e)}") from e
 
 

@@ -343,7 +343,7 @@ def logits(features: Tensor, p: Parameters, v_min: float, sigma2_min: float) -> 
     return gaussian_logits(normalize(features.to(dtype)), mu, basis, v, sigma2) + p.bias.to(dtype)
 
 
-# The fused head: rows sqrt(a / 2) mu_c and sqrt(s_ci / 2) u_ci of one matrix product, s_ci = a (a v_ci) / (1 + a v_ci)
+# The fused head
 
 
 def fuse(
