@@ -13,13 +13,13 @@ from .models.registry import did_you_mean
 
 # What each command does, and an example
 COMMANDS: Dict[str, str] = {
-    'calibrate': """divide the logits of what train.py wrote by the temperature of held-out images
+    'calibrate': """calibrate a checkpoint of train.py by a temperature fitted to held-out images
   python -m timm_zzz calibrate output/train/mine/model_best.pth.tar --data-dir DIR""",
-    'check-hparams': """say what is wrong with recipes for timm's train.py, before it trains
+    'check-hparams': """find errors in recipes for timm's train.py, before it trains
   python -m timm_zzz check-hparams mine.yaml --data-dir DIR""",
     'compare': """evaluate trained models, with ZZZ or other heads, on the same images, with a paired test
   python -m timm_zzz compare output/train/linear output/train/mine --data-dir DIR""",
-    'demo': """train a ZZZ head and a linear head on images drawn on the spot, and compare them
+    'demo': """train a ZZZ head and a linear head on generated images, and compare them
   python -m timm_zzz demo --output zzz-demo""",
     'fit': """fit the head in closed form to a folder of images, as a start for train.py
   python -m timm_zzz fit --config mine.yaml --data-dir DIR --num-classes N -o start.safetensors""",
@@ -27,9 +27,9 @@ COMMANDS: Dict[str, str] = {
   python train.py --config "$(python -m timm_zzz hparams quickstart_mobilenetv2_100.zzz_r8)" --data-dir DIR""",
     'predict': """name the most probable classes of images, and say which images are outlying
   python -m timm_zzz predict USER/bird-zzz photos""",
-    'push': """push what train.py wrote to the Hugging Face Hub, with a model card
+    'push': """push a run of train.py to the Hugging Face Hub, with a model card
   python -m timm_zzz push output/train/mine/model_best.pth.tar USER/bird-zzz --data-dir DIR""",
-    'report': """write an HTML page about what train.py trained: confusions, spectra, calibration, outliers
+    'report': """write an HTML page about a trained model: confusions, spectra, calibration, outliers
   python -m timm_zzz report output/train/mine/model_best.pth.tar --data-dir DIR""",
 }
 

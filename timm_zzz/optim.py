@@ -139,8 +139,8 @@ class ZZZAdamW(torch.optim.AdamW):
             self._heads()
             self._step_supports_amp_scaling = False  # a GradScaler then unscales before the step, even a fused one
         self.register_step_pre_hook(_before_step)
-        agc = '--clip-mode agc leaves out sigma2_raw and bias alone: take norm'
-        _logger.info(f'zzzadamw: lr times {head_lr_scale:g} for the head. Of its parameters {agc}.')
+        agc = '--clip-mode agc leaves out sigma2_raw and bias only: use --clip-mode norm'
+        _logger.info(f'zzzadamw: the lr of the head is multiplied by {head_lr_scale:g}. Of its parameters, {agc}.')
 
     def add_param_group(self, param_group: Dict[str, Any]) -> None:
         params = param_group['params']

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_run_arguments(parser)
     add = parser.add_argument
-    help = 'the new checkpoint; calibrated.pth.tar beside the old one, where push finds summary.csv, if not given'
+    help = 'the new checkpoint; if not given, calibrated.pth.tar beside the old one, where push finds summary.csv'
     add('-o', '--output', type=Path, metavar='FILE', help=help)
     add('--force', action='store_true', help='replace the file if it exists')
     return parser

@@ -211,7 +211,7 @@ def _check_data(recipe: Recipe) -> None:
         recipe.error(
             'dataset', f'{s.dataset} does not start with {start}/: timm ignores it and reads a folder of images'
         )
-    if s.data_dir and recipe.line('data_dir'):  # in the file
+    if s.data_dir and recipe.line('data_dir'):  # the key is in the file
         recipe.note('data_dir', 'on the command line only --data-dir beats it, not a folder without an option')
     if s.dataset and not folder and 'num_classes' not in recipe.lines:
         recipe.note('dataset', "num_classes is missing: it has to come with the command line, or the model's own stays")
@@ -428,7 +428,7 @@ def _check_sizes(recipe: Recipe, name: str, model: Any) -> None:
             taker = model if model_kwargs is None else _create(recipe, name, changed)
             with torch.no_grad():
                 taker(torch.empty(1, channels, *size, device='meta'))
-        except Exception as e:  # whatever a model makes of a size
+        except Exception as e:  # a model may raise anything for a size
             return reason(e)
         return ''
 
@@ -535,7 +535,7 @@ def _check_fitted_size(recipe: Recipe, model: nn.Module) -> None:
     add = f'pretrained_cfg_overlay: {_flow(overlay)}'
     if 'input_size' in changes:
         img_size = height if height == width else [height, width]
-        with suppress(Exception):  # a model without this argument
+        with suppress(Exception):  # the model may not have this argument
             other = argparse.Namespace(**{**vars(s), 'model_kwargs': {**s.model_kwargs, 'img_size': img_size}})
             if input_config(_create(recipe, name, other))['input_size'][1:] == (height, width):
                 add = f'img_size: {img_size}'
@@ -640,7 +640,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         )
         add = parser.add_argument
         add('files', nargs='*', metavar='FILE', help='recipe for train.py --config')
-        add('--config', '-c', metavar='FILE', help='one more, as train.py has it')
+        add('--config', '-c', metavar='FILE', help='a further recipe, given as to train.py')
         add('--no-model', action='store_true', help="don't build the model: no check of arguments and sizes")
         add('--print-options', action='store_true', help='print the options as YAML instead')
         args = parser.parse_args(arguments)

@@ -189,9 +189,9 @@ def add_loader_arguments(parser: argparse.ArgumentParser, batch_size: int) -> No
     add('-b', '--batch-size', type=positive_int, default=batch_size, metavar='N', help='images at a time')
     add('-j', '--workers', type=count, default=4, metavar='N', help='processes that load images')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
-    help = "run the backbone in mixed precision, or not; as the run's validation did, if not given"
+    help = "run the backbone in mixed precision, or not; if not given, as in the run's validation"
     add('--amp', action=argparse.BooleanOptionalAction, help=help)
-    add('--amp-dtype', choices=('float16', 'bfloat16'), help='of mixed precision; that of the run, if not given')
+    add('--amp-dtype', choices=('float16', 'bfloat16'), help='dtype of mixed precision; if not given, that of the run')
 
 
 def device_of(options: argparse.Namespace) -> torch.device:

@@ -64,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add_run_arguments(parser, 'models', nargs='+', metavar='MODEL', help=SOURCES)
-    add('--show', type=positive_int, default=5, metavar='N', help='classes, and images, that are listed')
-    add('-o', '--output', type=Path, metavar='FILE.csv', help='every image with the prediction of each model')
+    add('--show', type=positive_int, default=5, metavar='N', help='number of classes and of images to list')
+    add('-o', '--output', type=Path, metavar='FILE.csv', help='write the prediction of each model for every image')
     add('--force', action='store_true', help='replace the file if it exists')
     return parser
 

@@ -309,16 +309,16 @@ def run_demo(
 def main(arguments: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m timm_zzz demo',
-        description=f'Draws beetles, trains {ARCHITECTURE} on {len(COARSE)} coarse classes of them, and takes it on to '
-        f'{len(FINE)} finer ones with few images each: with a linear head that starts at zero, and with a ZZZ head '
-        'that starts from the images. Saves the latter. Needs no data set and no network.',
+        description=f'Draw images of beetles, train {ARCHITECTURE} on {len(COARSE)} coarse classes, and fine-tune it '
+        f'to {len(FINE)} finer classes with few images each: with a linear head that starts at zero, and with a ZZZ '
+        'head that is fitted to the images first. Save the latter. No data set and no network are needed.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add('--output', type=Path, default=Path('zzz-demo'), help='folder for the results; must not exist')
     add('--epochs', type=positive_int, default=30, help='epochs of fine-tuning')
     add('--images', type=positive_int, default=5, help='training images of each finer class')
-    add('--repeats', type=positive_int, default=2, help='how often to fine-tune, each time to other images')
+    add('--repeats', type=positive_int, default=2, help='number of repeats, each with other training images')
     add('--rank', type=int, choices=RANKS, default=8, help='rank of the ZZZ head')
     add('--seed', type=int, default=0, help='random seed')
     add('--workers', type=count, default=2, help='processes that load images')

@@ -71,17 +71,17 @@ def _parser() -> TrainParser:
         description='Fit the ZZZ head of a model in closed form, in one pass over the training images, and write the\n'
         "model for train.py's --initial-checkpoint. Options are those of train.py, and those below. The model, its\n"
         'weights (--pretrained, --pretrained-path or --initial-checkpoint), the data and how images are prepared\n'
-        'are taken from a recipe and the options as train.py takes them. The rest goes into the command to go on\n'
-        'with, which is printed. Images are prepared as for validation; the backbone stays as it is.',
+        'are taken from a recipe and the options, as in train.py. All other options go into the train.py command that\n'
+        'is printed at the end. Images are prepared as for validation; the backbone is not changed.',
     )
     add = parser.add_argument
-    add('-c', '--config', metavar='FILE.yaml', help='recipe of train.py, whose values the options beat')
+    add('-c', '--config', metavar='FILE.yaml', help='recipe of train.py; options override its values')
     add('-o', '--output', dest='file', type=Path, required=True, metavar='FILE.safetensors', help='what to write')
     add('--force', action='store_true', help='replace the file if it exists')
-    add('--use-ema', action='store_true', help="take the averaged weights of --initial-checkpoint's file")
+    add('--use-ema', action='store_true', help='take the averaged weights of --initial-checkpoint')
     add_ignore_unknown(parser)
-    add('--preset', choices=tuple(PRESETS), default='finetune', help='what the head is for (default: %(default)s)')
-    numbers = parser.add_argument_group('numbers in place of those of the preset, see docs/fit.md')
+    add('--preset', choices=tuple(PRESETS), default='finetune', help='what the head is used for (default: %(default)s)')
+    numbers = parser.add_argument_group('options that override the preset, see docs/fit.md')
     numbers.add_argument('--objective', choices=tuple(OBJECTIVES), default='discriminant')
     for name in _NUMBERS:
         kind: Dict[str, Any] = dict(type=_auto_or_float, default='auto')

@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--class-map', type=Path, metavar='FILE.txt', help='class names by index, one per line')
     help = f'answer "{NONE}" first where an image is more outlying than all but this share of the validation images'
     add('--reject', type=_share, metavar='SHARE', help=help)
-    add('--format', choices=tuple(_WRITERS), help="by default that of the output's suffix, else a table")
+    add('--format', choices=tuple(_WRITERS), help="format; if not given, that of the output's suffix, else a table")
     add('-o', '--output', type=Path, metavar='FILE', help='write to a file instead of stdout')
     add('--force', action='store_true', help='replace the file if it exists')
     add('--use-ema', action='store_true', help='take the averaged weights of a checkpoint')

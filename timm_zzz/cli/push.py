@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m timm_zzz push',
         description="Push what timm's train.py wrote to the Hugging Face Hub: weights, config, class names, card, "
-        'args.yaml (without your folders) and summary.csv. A card that is there is written anew. The token is that of '
+        'args.yaml (without your folders) and summary.csv. An existing card is replaced. The token is that of '
         '`hf auth login` or HF_TOKEN.',
     )
     add = parser.add_argument
@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--data-dir', type=Path, metavar='DIR', help='the ImageFolder, for the class names and --calibrate')
     add('--recipe', type=Path, metavar='FILE.yaml', help='the recipe that train.py was given')
     add('--dataset-name', metavar='NAME', help='for the card; by default the name of the data folder')
-    add('--license', metavar='ID', help="licence of the weights, e.g. apache-2.0; the backbone's if known")
+    add('--license', metavar='ID', help="licence of the weights, e.g. apache-2.0; by default the backbone's, if known")
     add('--model', metavar='NAME', help="timm's name of the model, if the checkpoint has none")
     add('--revision', help='branch to commit to')
     add('--private', action='store_true', default=None, help='make a new repository private')

@@ -307,7 +307,7 @@ def add_images_arguments(parser: Any) -> None:
     """Add the options for the images on which a run is evaluated."""
     add = parser.add_argument
     add('--dataset', metavar='NAME', help="timm's TYPE/NAME of the data, if not that of the run")
-    add('--split', '--val-split', default='validation', metavar='NAME', help='which images')
+    add('--split', '--val-split', default='validation', metavar='NAME', help='split to evaluate')
     add_ignore_unknown(parser)
     add_loader_arguments(parser, batch_size=256)
 
@@ -333,7 +333,7 @@ def open_images(options: argparse.Namespace, run: Run, device: torch.device) -> 
         names, known = run.names, 'the model'
     elif not dataset and any((options.data_dir / name).is_dir() for name in (train, *SPLIT_FOLDERS[0])):
         # timm numbers the classes that it finds in a split, which may differ from those of training
-        with suppress(ValueError):  # a folder without images
+        with suppress(ValueError):  # the folder may have no images
             trained = open_split(options.data_dir, train).class_names
             names, known = (trained, train) if len(trained) == count else (None, '')
     data = open_known(options, options.split, options.class_map or names, known, **settings)
