@@ -640,7 +640,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         )
         add = parser.add_argument
         add('files', nargs='*', metavar='FILE', help='recipe for train.py --config')
-        add('--config', '-c', metavar='FILE', help='a further recipe, given as to train.py')
+        add('--config', '-c', metavar='FILE', help='a further recipe, as for train.py')
         add('--no-model', action='store_true', help="don't build the model: no check of arguments and sizes")
         add('--print-options', action='store_true', help='print the options as YAML instead')
         args = parser.parse_args(arguments)

@@ -81,7 +81,7 @@ def _parser() -> TrainParser:
     add('--use-ema', action='store_true', help='take the averaged weights of --initial-checkpoint')
     add_ignore_unknown(parser)
     add('--preset', choices=tuple(PRESETS), default='finetune', help='what the head is used for (default: %(default)s)')
-    numbers = parser.add_argument_group('options that override the preset, see docs/fit.md')
+    numbers = parser.add_argument_group('further options of the fit, see docs/fit.md; some override the preset')
     numbers.add_argument('--objective', choices=tuple(OBJECTIVES), default='discriminant')
     for name in _NUMBERS:
         kind: Dict[str, Any] = dict(type=_auto_or_float, default='auto')
