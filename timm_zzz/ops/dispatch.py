@@ -230,8 +230,8 @@ def zzz_logits(
         v_min: Lower bound of the variances along the basis.
         sigma2_min: Lower bound of the isotropic variance.
         impl: ``'torch'``, ``'triton'`` or ``'auto'``, which takes Triton where it can run: on an NVIDIA GPU of compute
-            capability 8.0 or higher, for ranks 1 to 32, and not in float64. Traced, scripted and exported code uses
-            torch.
+            capability 8.0 or higher, for ranks 1 to 32 and widths up to 16384, and not in float64. Traced, scripted and
+            exported code uses torch.
         log_density: Return log N(x; mu_c, Sigma_c) + d/2 log(2 pi) + bias_c instead. It has the same softmax, but the
             term that all classes share is hundreds of nats: do not use it with sigmoids, 16-bit floats or int8.
 
