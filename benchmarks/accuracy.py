@@ -147,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--backbone', nargs=3, action='append', required=True, metavar=('NAME', 'FILE', 'PIXELS'), help='several times')
     add('--lrs', type=float, nargs='*', default=[5e-5, 1.5e-4, 5e-4], help='of the backbone; none: no grid')
     add('--head-lrs', type=float, nargs='+', default=[1.0, 5.0], metavar='X', help='factors on it for the head')
+    add('--at', type=float, nargs=2, metavar=('LR', 'X'), help='rate and factor of all heads, in place of a grid')
     add('--grid-seed', type=int, default=0, metavar='N', help='of the runs to choose by')
     add('--grid-only', action='store_true', help='no runs at the own rates')
     add('--epochs', type=int, default=20)
@@ -186,17 +187,19 @@ def chosen_rates(rows: Iterable[Row]) -> Dict[Tuple[Any, ...], Dict[str, float]]
 
 def grid(options: argparse.Namespace, shots: int) -> List[Row]:
     """List the runs by which the learning rates are chosen."""
+    if options.at:
+        return []
     rates = [dict(lr=lr, head_lr=head_lr) for lr in options.lrs for head_lr in options.head_lrs]
     return [dict(job, **each) for job in _jobs(options, 'inner', [options.grid_seed], shots) for each in rates]
 
 
 def final(options: argparse.Namespace, shots: int, rows: Sequence[Row]) -> List[Row]:
-    """List the runs at each head's own learning rates, which ``rows`` say."""
+    """List the runs at each head's own learning rates, which ``rows`` say, or at the rates given."""
+    jobs = _jobs(options, 'validation', options.seeds, shots)
+    if options.at:
+        return [dict(job, **dict(zip(RATES, options.at, strict=True))) for job in jobs]
     chosen = chosen_rates(rows)
-    return [
-        dict(job, **chosen[job['backbone'], job['head'], shots])
-        for job in _jobs(options, 'validation', options.seeds, shots)
-    ]
+    return [dict(job, **chosen[job['backbone'], job['head'], shots]) for job in jobs]
 
 
 def _jobs(options: argparse.Namespace, split: str, seeds: Sequence[int], shots: int) -> Iterator[Row]:

@@ -73,6 +73,10 @@ def test_grid_then_own_rates(run, results, tmp_path):
     assert [(row['split'], row['lr']) for row in more] == [
         ('validation', row['lr']) for row in rows if row['split'] == 'validation' and row['head'] == 'zzz_r2'
     ][:1]
+    at = run(tmp_path / 'at.jsonl', '--heads', *HEADS, '--at', 1e-4, 5, '--seeds', 0)  # no grid: the rates given
+    assert [(row['head'], row['split'], row['lr'], row['head_lr']) for row in at] == [
+        (head, 'validation', 1e-4, 5.0) for head in HEADS
+    ]
     again = run(tmp_path / 'again.jsonl', '--heads', 'zzz_r2', '--lrs', 1e-4, '--head-lrs', 5, '--grid-only')
     first = next(row for row in rows if row['head'] == 'zzz_r2' and row['lr'] == 1e-4)
     assert len(again) == 1 and again[0]['nll'] == pytest.approx(first['nll'], rel=1e-4)
