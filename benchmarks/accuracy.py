@@ -350,7 +350,7 @@ class Runs:
             print(f'{label}: {row["error"]}', file=sys.stderr, flush=True)
             return
         with self.options.results.open('a') as f:
-            f.write(json.dumps({k: _short(v) for k, v in row.items()}) + '\n')
+            f.write(json.dumps(short(row)) + '\n')
         figures = ', '.join(f'{k} {row[k]:.3f}' for k in ('top1', 'nll', 'nll_t', 'seconds'))
         print(f'{label}: {figures}', file=sys.stderr, flush=True)
 
@@ -372,11 +372,12 @@ def main(arguments: Optional[List[str]] = None) -> None:
     runs.close()
 
 
-def _short(value: Any) -> Any:
+def short(value: Any) -> Any:
+    """Round the numbers in a row to six digits."""
     if isinstance(value, list):
-        return [_short(item) for item in value]
+        return [short(item) for item in value]
     if isinstance(value, dict):
-        return {key: _short(item) for key, item in value.items()}
+        return {key: short(item) for key, item in value.items()}
     return float(f'{value:.6g}') if isinstance(value, float) else value
 
 
