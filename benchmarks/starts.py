@@ -41,8 +41,6 @@ class HeadSpec:
     margin: float = 0.2  # of arcface, an angle, and cosface
     scalar_lr: float = 1.0  # factor on the head's learning rate for v_raw, sigma2_raw and a cosine head's scale
     basis_lr: float = 1.0  # the same for A
-    v_shrinkage: float = 0.0  # the regularisers of zzzadamw
-    mu_decoupling: float = 0.0
     train: int = 1  # 0: no training after the start
 
 

@@ -16,8 +16,6 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_zzz.optim import mean_decoupling, variance_shrinkage
-
 _EVAL_BATCH = 512
 _AHEAD = 50  # steps that are launched before the first of them has to be done
 
@@ -132,7 +130,7 @@ class Runner:
         epochs = max(self.settings.epochs, -(-self.settings.min_steps // steps))
         groups = parameter_groups(model, head, spec, lr, head_lr, self.settings.weight_decay)
         rates = learning_rates([group['lr'] for group in groups], epochs, steps, self.settings)
-        loop = _Loop(self, model, head, spec, images, groups, rates.to(self.device), seed)
+        loop = _Loop(self, model, head, images, groups, rates.to(self.device), seed)
         for i in range(epochs * steps):
             loop.step()
             if self.device.type == 'cuda' and i % _AHEAD == 0:
@@ -168,19 +166,8 @@ class _Loop:
     Small backbones would be bound by launches otherwise, and several runs on one GPU by each other's.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        model: Any,
-        head: Any,
-        spec: HeadSpec,
-        images: Images,
-        groups: Any,
-        rates: Tensor,
-        seed: int,
-    ):
-        self.runner, self.model, self.head, self.spec = runner, model, head, spec
-        self.images, self.rates = images, rates
+    def __init__(self, runner: Runner, model: Any, head: Any, images: Images, groups: Any, rates: Tensor, seed: int):
+        self.runner, self.model, self.head, self.images, self.rates = runner, model, head, images, rates
         device, batch_size = runner.device, runner.settings.batch_size
         self.number = torch.zeros(1, dtype=torch.int64, device=device)
         self.rate = rates[0].clone()
@@ -225,12 +212,7 @@ class _Loop:
             logits = self.model.forward_head(runner.features(self.model, x)).float()
         if isinstance(self.head, CosineHead):
             logits = self.head.with_margin(logits, target)
-        loss = F.cross_entropy(logits, target, label_smoothing=settings.smoothing)
-        if self.spec.v_shrinkage:
-            loss = loss + self.spec.v_shrinkage * variance_shrinkage(self.head)
-        if self.spec.mu_decoupling:
-            loss = loss + self.spec.mu_decoupling * mean_decoupling(self.head)
-        loss.backward()
+        F.cross_entropy(logits, target, label_smoothing=settings.smoothing).backward()
         self.optimizer.step()
         self.number += 1
 
