@@ -171,16 +171,19 @@ def read(path: Path) -> List[Row]:
 
 
 def chosen_rates(rows: Iterable[Row]) -> Dict[Tuple[Any, ...], Dict[str, float]]:
-    """Choose the learning rates of each (backbone, head, shots), by the mean over the sets of the inner top-1."""
-    found: Dict[Tuple[Any, ...], Dict[Tuple[float, float], List[float]]] = {}
+    """Choose the learning rates of each (backbone, head, shots), by the mean over the sets of the inner top-1.
+
+    Among the pairs that ran on the most sets. A run that was repeated counts once.
+    """
+    found: Dict[Tuple[Any, ...], Dict[Tuple[float, float], Dict[Any, float]]] = {}
     for row in rows:
         if row['split'] == 'inner':
             means = found.setdefault((row['backbone'], row['head'], row['shots']), {})
-            means.setdefault((row['lr'], row['head_lr']), []).append(row['top1'])
+            means.setdefault((row['lr'], row['head_lr']), {})[row['data'], row['seed']] = row['top1']
     best = {}
     for key, means in found.items():
         full = max(map(len, means.values()))
-        complete = {rates: statistics.fmean(top1) for rates, top1 in means.items() if len(top1) == full}
+        complete = {rates: statistics.fmean(each.values()) for rates, each in means.items() if len(each) == full}
         best[key] = dict(zip(RATES, max(complete, key=lambda rates: complete[rates]), strict=True))
     return best
 

@@ -200,6 +200,8 @@ def test_table():
         f'| all | net | {base} | 0.001 × 1 | 60.0 | 50.0 |  |  |',
         '| all | net | zzz_r8 | 0.001 × 1 | 61.0 | 58.0 | -20 % | -11 % |',
     ]
+    twice = [*rows, row('zzz_r8', 0, 55, 'inner', lr=1e-4), row(base, 0, 90, 'inner', data='cars')]
+    assert accuracy.chosen_rates(twice) == accuracy.chosen_rates(rows)  # a run that was repeated counts once
     table = accuracy_table.grid_table(rows).splitlines()
     assert table[0].endswith('| head | 0.0001 × 1 | 0.001 × 1 | mean |')
     assert table[3] == '| all | net | birds | zzz_r8 | 55.0 | 61.0 | 58.0 |'
