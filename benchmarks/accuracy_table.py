@@ -242,7 +242,8 @@ def grid_table(rows: List[Row]) -> str:
     rates = sorted({tuple(row[k] for k in RATES) for row in inner})
     titles = ['images a class', 'backbone', 'set', 'head', *(f'{lr:g} × {head_lr:g}' for lr, head_lr in rates), 'mean']
     lines = ['| ' + ' | '.join(titles) + ' |', '|' + '---|' * len(titles)]
-    for (shots, backbone, data, head), group in groups(inner, 'shots', 'backbone', 'data', 'head').items():
+    by_head = groups(inner, 'shots', 'backbone', 'data', 'head')
+    for (shots, backbone, data, head), group in sorted(by_head.items(), key=lambda item: item[0][:3]):
         of_rates = groups(group, *RATES)
         means = {rate: statistics.fmean(row['top1'] for row in each) for rate, each in of_rates.items()}
         cells = [f'{means[rate]:.1f}' if rate in means else '' for rate in rates]
@@ -260,7 +261,7 @@ def choice_table(rows: List[Row], base: str = BASE) -> str:
     ]
     chosen = chosen_rates(rows)
     inner = groups((row for row in rows if row['split'] == 'inner'), 'shots', 'backbone')
-    for (shots, backbone), of_all in inner.items():
+    for (shots, backbone), of_all in sorted(inner.items()):
         heads = groups(of_all, 'head')
         runs = {
             head: {tuple(row[k] for k in ('data', *RATES, 'seed')): row for row in each} for head, each in heads.items()
