@@ -13,6 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
+import numpy
 import torch
 from accuracy import JOB, RATES, Row, chosen_rates, read, unpacked
 from torch import Tensor
@@ -57,21 +58,19 @@ def rights(rows: Sequence[Row]) -> Tensor:
 
 
 def p_value(difference: Tensor) -> float:
-    """Two-sided bootstrap test of a mean of 0 for paired differences (seeds, N), over images and seeds."""
-    generator = torch.Generator().manual_seed(0)
+    """Two-sided bootstrap test of a mean of 0 for paired differences (seeds, N), over images and seeds.
+
+    Images that differ alike in all seeds are drawn together, by their number, which is much faster than one by one.
+    """
+    generator = numpy.random.default_rng(0)
     seeds, count = difference.shape
-    difference = difference.double()
-    drawn = torch.randint(seeds, (RESAMPLES, seeds), generator=generator)
-    below = above = 0
-    for part in drawn.split(500):
-        weight = torch.zeros(len(part), count, dtype=torch.float64)
-        images = torch.randint(count, (len(part), count), generator=generator)
-        weight.scatter_add_(1, images, torch.ones(1, dtype=torch.float64).expand(images.shape))
-        of_seed = weight @ difference.T / count  # (resamples, seeds)
-        means = of_seed.gather(1, part).mean(1)
-        below += int((means <= 0).sum())
-        above += int((means >= 0).sum())
-    return min(1.0, 2 * (min(below, above) + 1) / (RESAMPLES + 1))
+    patterns, sizes = difference.unique(dim=1, return_counts=True)
+    drawn = generator.multinomial(count, sizes.double().numpy() / count, RESAMPLES)
+    of_seed = drawn @ patterns.double().numpy().T / count  # (resamples, seeds)
+    chosen = generator.integers(seeds, size=(RESAMPLES, seeds))
+    means = numpy.take_along_axis(of_seed, chosen, 1).mean(1)
+    least = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    return min(1.0, 2 * (least + 1) / (RESAMPLES + 1))
 
 
 def holm(p_values: Sequence[float]) -> List[float]:
