@@ -147,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--backbone', nargs=3, action='append', required=True, metavar=('NAME', 'FILE', 'PIXELS'), help='several times')
     add('--lrs', type=float, nargs='*', default=[5e-5, 1.5e-4, 5e-4], help='of the backbone; none: no grid')
     add('--head-lrs', type=float, nargs='+', default=[1.0, 5.0], metavar='X', help='factors on it for the head')
+    add('--at', type=float, nargs=2, metavar=('LR', 'X'), help='rate and factor of all heads, in place of a grid')
     add('--grid-seed', type=int, default=0, metavar='N', help='of the runs to choose by')
     add('--grid-only', action='store_true', help='no runs at the own rates')
     add('--epochs', type=int, default=20)
@@ -170,33 +171,38 @@ def read(path: Path) -> List[Row]:
 
 
 def chosen_rates(rows: Iterable[Row]) -> Dict[Tuple[Any, ...], Dict[str, float]]:
-    """Choose the learning rates of each (backbone, head, shots), by the mean over the sets of the inner top-1."""
-    found: Dict[Tuple[Any, ...], Dict[Tuple[float, float], List[float]]] = {}
+    """Choose the learning rates of each (backbone, head, shots), by the mean over the sets of the inner top-1.
+
+    Among the pairs that ran on the most sets. A run that was repeated counts once.
+    """
+    found: Dict[Tuple[Any, ...], Dict[Tuple[float, float], Dict[Any, float]]] = {}
     for row in rows:
         if row['split'] == 'inner':
             means = found.setdefault((row['backbone'], row['head'], row['shots']), {})
-            means.setdefault((row['lr'], row['head_lr']), []).append(row['top1'])
+            means.setdefault((row['lr'], row['head_lr']), {})[row['data'], row['seed']] = row['top1']
     best = {}
     for key, means in found.items():
         full = max(map(len, means.values()))
-        complete = {rates: statistics.fmean(top1) for rates, top1 in means.items() if len(top1) == full}
+        complete = {rates: statistics.fmean(each.values()) for rates, each in means.items() if len(each) == full}
         best[key] = dict(zip(RATES, max(complete, key=lambda rates: complete[rates]), strict=True))
     return best
 
 
 def grid(options: argparse.Namespace, shots: int) -> List[Row]:
     """List the runs by which the learning rates are chosen."""
+    if options.at:
+        return []
     rates = [dict(lr=lr, head_lr=head_lr) for lr in options.lrs for head_lr in options.head_lrs]
     return [dict(job, **each) for job in _jobs(options, 'inner', [options.grid_seed], shots) for each in rates]
 
 
 def final(options: argparse.Namespace, shots: int, rows: Sequence[Row]) -> List[Row]:
-    """List the runs at each head's own learning rates, which ``rows`` say."""
+    """List the runs at each head's own learning rates, which ``rows`` say, or at the rates given."""
+    jobs = _jobs(options, 'validation', options.seeds, shots)
+    if options.at:
+        return [dict(job, **dict(zip(RATES, options.at, strict=True))) for job in jobs]
     chosen = chosen_rates(rows)
-    return [
-        dict(job, **chosen[job['backbone'], job['head'], shots])
-        for job in _jobs(options, 'validation', options.seeds, shots)
-    ]
+    return [dict(job, **chosen[job['backbone'], job['head'], shots]) for job in jobs]
 
 
 def _jobs(options: argparse.Namespace, split: str, seeds: Sequence[int], shots: int) -> Iterator[Row]:
@@ -347,7 +353,7 @@ class Runs:
             print(f'{label}: {row["error"]}', file=sys.stderr, flush=True)
             return
         with self.options.results.open('a') as f:
-            f.write(json.dumps({k: _short(v) for k, v in row.items()}) + '\n')
+            f.write(json.dumps(short(row)) + '\n')
         figures = ', '.join(f'{k} {row[k]:.3f}' for k in ('top1', 'nll', 'nll_t', 'seconds'))
         print(f'{label}: {figures}', file=sys.stderr, flush=True)
 
@@ -369,11 +375,12 @@ def main(arguments: Optional[List[str]] = None) -> None:
     runs.close()
 
 
-def _short(value: Any) -> Any:
+def short(value: Any) -> Any:
+    """Round the numbers in a row to six digits."""
     if isinstance(value, list):
-        return [_short(item) for item in value]
+        return [short(item) for item in value]
     if isinstance(value, dict):
-        return {key: _short(item) for key, item in value.items()}
+        return {key: short(item) for key, item in value.items()}
     return float(f'{value:.6g}') if isinstance(value, float) else value
 
 

@@ -1,17 +1,21 @@
 """Frozen features and few examples per class: the closed-form fit against a tuned linear probe, without fine-tuning.
 
-    python benchmarks/few_shot.py --data DIR [DIR ...] --backbone mobilenetv2_100 FILE PIXELS --cache FOLDER
+    python benchmarks/few_shot.py --data DIR [DIR ...] --backbone NAME FILE PIXELS --cache FOLDER --results FILE.jsonl
 
-Features are those of timm's evaluation transform, in float32, and lie in the cache afterwards. Prints a table of top-1
-and NLL on the validation images, mean and standard error over draws of the examples.
+Features are those of timm's evaluation transform, in float32, and lie in the cache afterwards. Every classifier is a
+line of the results file, which holds its figures on the validation images; what is there is not computed again.
+tables.py makes tables of them.
 """
 
 import argparse
+import json
+import sys
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from accuracy_table import show
+from accuracy import quality, short
+from measure import environment_line
 from probe import fit_probe
 from timm.data import resolve_data_config
 from torch import Tensor, nn
@@ -19,7 +23,9 @@ from training import Backbone, create
 
 from timm_zzz.data import eval_loader, open_split
 from timm_zzz.fit import fit_head
-from timm_zzz.metrics import evaluate, predict
+from timm_zzz.metrics import predict
+
+JOB = ('data', 'backbone', 'size', 'shots', 'seed', 'head')  # what tells rows apart
 
 Set = Dict[str, Tuple[Tensor, Tensor]]
 
@@ -50,41 +56,51 @@ def draw(target: Tensor, shots: int, seed: int) -> Tensor:
     return torch.cat([order[target[order] == c][:shots] for c in range(int(target.max()) + 1)])
 
 
-def heads(x: Tensor, y: Tensor, num_classes: int, ranks: Sequence[int]) -> Dict[str, nn.Module]:
-    """The classifiers that are compared, each from the same features (N, d); the fit normalises them."""
-    probe = nn.Linear(x.shape[1], num_classes)
-    fit_probe(probe, x, y)
-    found: Dict[str, nn.Module] = {'linear probe, tuned': probe}
-    for rank in ranks:
-        found[f'fit, rank {rank}'] = fit_head(x, y, rank=rank, num_classes=num_classes)
-    return found
+def classifiers(x: Tensor, y: Tensor, ranks: Sequence[int]) -> Dict[str, Callable[[], nn.Module]]:
+    """List what is compared, by name, each made from the same features (N, d), which the fit normalises."""
+
+    def probe() -> nn.Module:
+        head = nn.Linear(x.shape[1], int(y.max()) + 1)
+        fit_probe(head, x, y)
+        return head
+
+    def fit(rank: int) -> Callable[[], nn.Module]:
+        return lambda: fit_head(x, y, rank=rank, num_classes=int(y.max()) + 1)
+
+    return {'linear:rows=probe': probe, **{f'zzz_r{rank}:fit=frozen,train=0': fit(rank) for rank in ranks}}
 
 
 def main(arguments: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', type=Path, nargs='+', required=True, metavar='DIR')
     parser.add_argument('--backbone', nargs=3, required=True, metavar=('NAME', 'FILE', 'PIXELS'))
-    parser.add_argument('--cache', type=Path, required=True)
+    parser.add_argument('--cache', type=Path, required=True, metavar='FOLDER')
+    parser.add_argument('--results', type=Path, required=True, metavar='FILE.jsonl')
     parser.add_argument('--shots', type=int, nargs='+', default=[1, 2, 5, 10, 0], help='examples per class; 0: all')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of the draws of examples')
     parser.add_argument('--ranks', type=int, nargs='+', default=[0, 8], help='of the fit')
     options = parser.parse_args(arguments)
     name, checkpoint, size = options.backbone
-    backbone = Backbone(name, checkpoint, int(size))
-    print('| set | per class | head | top-1 | NLL |\n|---|---|---|---|---|')
+    backbone, cpu = Backbone(name, checkpoint, int(size)), torch.device('cpu')
+    options.results.touch()
+    rows = [json.loads(line) for line in options.results.read_text().splitlines()]
+    done = {tuple(row[k] for k in JOB) for row in rows}
     for root in options.data:
         data = features_of(root, backbone, options.cache)
         (x, y), (test_x, test_y) = data['train'], data['validation']
         for shots in options.shots:
-            figures: Dict[str, List[Tuple[float, float]]] = {}
             for seed in options.seeds if shots else options.seeds[:1]:
                 index = draw(y, shots, seed)
-                for name, head in heads(x[index], y[index], int(y.max()) + 1, options.ranks).items():
-                    predicted = evaluate(head, [(test_x, test_y)], torch.device('cpu'))
-                    figures.setdefault(name, []).append((predicted.top1, predicted.mean_nll))
-            for name, values in figures.items():
-                top1s, nlls = zip(*values, strict=True)
-                print(f'| {root.name} | {shots or "all"} | {name} | {show(top1s)} | {show(nlls, 3)} |', flush=True)
+                for head, make in classifiers(x[index], y[index], options.ranks).items():
+                    job = (root.name, name, backbone.size, shots, seed, head)
+                    if job in done:
+                        continue
+                    with torch.no_grad():
+                        found = quality(make()(test_x), test_y)
+                    row = dict(zip(JOB, job, strict=True), **found, environment=environment_line(cpu))
+                    with options.results.open('a') as f:
+                        f.write(json.dumps(short(row)) + '\n')
+                    print(*job, f'{found["top1"]:.2f} {found["nll"]:.3f}', file=sys.stderr, flush=True)
 
 
 if __name__ == '__main__':

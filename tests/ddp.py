@@ -29,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 STEPS, BATCH, ACCUMULATE, EMA_DECAY = 6, 8, 2, 0.5
 OPTIONS = dict(lr=1e-3, weight_decay=0.05, eps=0.1, head_lr_scale=20.0, head_weight_decay=0.01)
-PENALTIES = dict(v_shrinkage=0.3, mu_decoupling=3.0)
 SCHEDULE = dict(num_epochs=STEPS, warmup_epochs=2, warmup_lr=1e-4, step_on_epochs=False, updates_per_epoch=1)
 
 
@@ -46,7 +45,7 @@ def batch(step):
 def fit(model, parallel, average, device, dtype):
     """A user's loop with what train.py takes of timm: each process has its share of the batch, in several parts."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    optimizer = timm.optim.create_optimizer_v2(model, 'zzzadamw', **OPTIONS, **PENALTIES)
+    optimizer = timm.optim.create_optimizer_v2(model, 'zzzadamw', **OPTIONS)
     scheduler, _ = create_scheduler_v2(optimizer, **SCHEDULE)
     scaler = NativeScaler(device.type)
     scaler.load_state_dict(torch.amp.GradScaler(device.type, init_scale=2.0**10).state_dict())
@@ -100,10 +99,10 @@ def sharded(folder, kind, device):
 
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.set_num_threads(1)
-    # FSDP1 makes flat parameters: timm would take none for a matrix, and the regularisers refuse them. On the CPU torch
-    # 2.14 does not restore the state of its optimisers, so all steps are taken before the checkpoint.
+    # FSDP1 makes flat parameters, of which timm would take none for a matrix. On the CPU torch 2.14 does not restore
+    # the state of its optimisers, so all steps are taken before the checkpoint.
     flat = kind == 'fsdp1'
-    options = dict(OPTIONS, weight_decay=0.0) if flat else dict(OPTIONS, **PENALTIES)
+    options = dict(OPTIONS, weight_decay=0.0) if flat else OPTIONS
     model_state, optimizer_state = None, None
     for steps in (range(STEPS), range(0)) if flat else (range(STEPS // 2), range(STEPS // 2, STEPS)):
         model = shard(kind, build().to(device))

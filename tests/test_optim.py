@@ -1,8 +1,7 @@
-"""zzzadamw against a hand-built AdamW, and the regularisers against the penalty in the loss."""
+"""zzzadamw against a hand-built AdamW."""
 
 import copy
 import csv
-import gc
 import inspect
 import math
 import pickle
@@ -14,21 +13,19 @@ import timm
 import timm.optim
 import torch
 import yaml
-from oracles import distinct, qr_basis
+from oracles import distinct
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, NativeScaler
 from torch import nn
 from torch.nn import functional as F
 
 from timm_zzz import ZZZHead
-from timm_zzz.head import owner_of
-from timm_zzz.optim import ZZZAdamW, mean_decoupling, variance_shrinkage
+from timm_zzz.optim import ZZZAdamW
 
 LR, DECAY, SCALE, HEAD_DECAY = 1e-3, 0.05, 20.0, 0.01
 DECAYED = ('head.weight', 'head.A')
 # Nearly SGD: steps that show how large a gradient is, and none made of rounding errors where it should be 0
 CALM = dict(eps=0.1)
-BOTH = dict(v_shrinkage=2.0, mu_decoupling=2.0)
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 DEVICES = ['cpu', pytest.param('cuda', marks=needs_cuda)]
@@ -57,15 +54,7 @@ def by_hand(model, layer_decay=1.0, **kwargs):
     return torch.optim.AdamW(groups, **kwargs)
 
 
-def penalty_by_hand(head, v_shrinkage=0.0, mu_decoupling=0.0):
-    v = F.softplus(head.v_raw) + 1e-4
-    mu = head.weight / torch.linalg.norm(head.weight, dim=1, keepdim=True)
-    cosines = (qr_basis(head.A).mT @ mu[:, :, None])[:, :, 0]
-    return v_shrinkage * v.sum(1).mean() + mu_decoupling * cosines.square().sum(1).mean()
-
-
-def train(model, optimizer, steps, penalty=None, start=0, dtype=None, update=None):
-    """The loop of a user, or with ``penalty`` that of one who has no optimiser with regularisers."""
+def train(model, optimizer, steps, start=0, dtype=None, update=None):
     device = next(model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16, init_scale=2.0**10)
     for step in range(start, start + steps):
@@ -74,8 +63,6 @@ def train(model, optimizer, steps, penalty=None, start=0, dtype=None, update=Non
         optimizer.zero_grad()
         with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             loss = F.cross_entropy(model(x.to(device)), y.to(device))
-        if penalty is not None:
-            loss = loss + penalty(model.head)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -161,35 +148,24 @@ def test_groups():
 
 
 def test_several_heads():
-    options = dict(num_classes=5, img_size=32, depth=1, embed_dim=48, zzz_v_init=2.0)
-    model = distinct(timm.create_model('deit_tiny_distilled_patch16_224.zzz_r4', **options)).eval()
-    other = copy.deepcopy(model)
-    optimizer, plain = make(model, **CALM, **BOTH), make(other, **CALM)
+    options = dict(num_classes=5, img_size=32, depth=1, embed_dim=48)
+    model = timm.create_model('deit_tiny_distilled_patch16_224.zzz_r4', **options)
+    optimizer = make(model)
     for head in (model.head, model.head_dist):
         assert options_of(optimizer, head.A) == (LR * SCALE, HEAD_DECAY)
         assert options_of(optimizer, head.v_raw) == (LR * SCALE, 0)
-    x = torch.randn(2, 3, 32, 32)
-    for _ in range(4):
-        for m, o in ((model, optimizer), (other, plain)):
-            o.zero_grad()
-            loss = F.cross_entropy(m(x), torch.tensor([1, 2]))
-            if m is other:
-                loss = loss + penalty_by_hand(m.head, **BOTH) + penalty_by_hand(m.head_dist, **BOTH)
-            loss.backward()
-            o.step()
-    assert_same_parameters(model, other, 1e-5)
 
 
 def test_frozen_parts():
     model, other = build(), build()
     for m in (model, other):
         for name, p in m.named_parameters():
-            p.requires_grad = name.startswith('head.') and name != 'head.weight'  # A alone moves away from the means
-    optimizer = make(model, mu_decoupling=3.0, **CALM)
+            p.requires_grad = name.startswith('head.') and name != 'head.weight'
+    optimizer = make(model, **CALM)
     assert all('head_lr_scale' in group for group in optimizer.param_groups)
     train(model, optimizer, 4)
-    train(other, by_hand(other, **CALM), 4, lambda head: penalty_by_hand(head, 0, 3.0))
-    assert_same_parameters(model, other, 1e-5)
+    train(other, by_hand(other, **CALM), 4)
+    assert_same_parameters(model, other)
     assert torch.equal(model.head.weight, build().head.weight) and not torch.equal(model.head.A, build().head.A)
     for name, p in model.named_parameters():
         p.requires_grad = not name.startswith('head.')
@@ -221,21 +197,16 @@ def test_refusals():
     with pytest.raises(ValueError, match='none of the parameters belongs to a ZZZ head'):
         timm.optim.create_optimizer_v2(timm.create_model('test_vit'), 'zzzadamw')
     wrong = [('head_lr_scale', v) for v in (0, -1.0, math.nan, math.inf, '5e1', None, True)]
-    for name in ('head_weight_decay', 'v_shrinkage', 'mu_decoupling'):
-        wrong += [(name, v) for v in (-0.1, math.nan, math.inf, '1e-2')]
+    wrong += [('head_weight_decay', v) for v in (-0.1, math.nan, math.inf, '1e-2')]
     for name, value in wrong:
         with pytest.raises(ValueError, match=f'^{name}: expected a finite number >=? 0, got {value!r}$'):
             ZZZAdamW(ZZZHead(3, 8, 2).parameters(), **{name: value})
     for name in ('head_lr_scal', 'caution', 'corrected_weight_decay'):
         with pytest.raises(TypeError, match=rf'zzzadamw: unknown option {name} \(there are: .*head_lr_scale, '):
             make(build(), **{name: 5.0})
-    with pytest.raises(ValueError, match='v_shrinkage: .* 0.1 with maximize'):
-        make(build(), v_shrinkage=0.1, maximize=True)
     p = nn.Parameter(torch.zeros(3, 8, 2))
     p.zzz_role = 'A'  # of a head that is gone
     assert len(ZZZAdamW([p]).param_groups) == 1
-    with pytest.raises(ValueError, match='the regularisers need the ZZZ head as a module'):
-        ZZZAdamW([p], v_shrinkage=0.1)
 
 
 def test_says_what_gradient_clipping_leaves_out(caplog):
@@ -251,24 +222,15 @@ def test_says_what_gradient_clipping_leaves_out(caplog):
 def test_a_parameter_counts_once_whatever_holds_it(duplicate):
     model, plain = build(), build()
     both = nn.ModuleList([model, duplicate(model)])
-    optimizer, x = make(both, **BOTH, **CALM), torch.randn(2, 3, 160, 160)
+    optimizer, x = make(both, **CALM), torch.randn(2, 3, 160, 160)
     expected = by_hand(plain, **CALM)
     for _ in range(2):
         optimizer.zero_grad(), expected.zero_grad()
         model(x).square().mean().backward()
-        (plain(x).square().mean() + penalty_by_hand(plain.head, **BOTH)).backward()
+        plain(x).square().mean().backward()
         optimizer.step(), expected.step()
     for (name, value), other in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
         torch.testing.assert_close(other, value, msg=name)
-
-
-def test_the_copy_of_a_head_that_is_gone_is_regularised():
-    original = ZZZHead(5, 12, 3)
-    head = copy.copy(original)
-    optimizer = ZZZAdamW(head.parameters(), v_shrinkage=0.1)
-    del original
-    gc.collect()
-    assert [found is head for found, _ in optimizer._heads()] == [True]
 
 
 # Schedules
@@ -366,13 +328,12 @@ def test_schedule_and_layer_decay_by_hand(options):
     assert_same_parameters(model, other)
 
 
-@pytest.mark.parametrize('options', [{}, BOTH], ids=['', 'regularised'])
-def test_lookahead(options):
+def test_lookahead():
     model, other, without = build(), build(), build()
-    train(model, make(model, 'lookahead_zzzadamw', **CALM, **options), 13)
-    train(other, timm.optim.Lookahead(by_hand(other, **CALM)), 13, lambda head: penalty_by_hand(head, **options))
-    assert_same_parameters(model, other, 1e-5 if options else 1e-6)
-    train(without, make(without, **options), 13)
+    train(model, make(model, 'lookahead_zzzadamw', **CALM), 13)
+    train(other, timm.optim.Lookahead(by_hand(other, **CALM)), 13)
+    assert_same_parameters(model, other)
+    train(without, make(without), 13)
     assert (model.head.weight - without.head.weight).abs().max() > 1e-3
 
 
@@ -380,7 +341,7 @@ def test_lookahead(options):
 def test_resume_is_exact(opt, tmp_path):
     def start(seed, saved=None, **kwargs):
         model = build(seed)
-        optimizer = make(model, opt, v_shrinkage=1.0, layer_decay=0.5, **kwargs)
+        optimizer = make(model, opt, layer_decay=0.5, **kwargs)
         if saved is not None:
             model.load_state_dict(saved['model'])
             optimizer.load_state_dict(saved['optimizer'])
@@ -402,51 +363,15 @@ def test_resume_is_exact(opt, tmp_path):
         assert optimizer2.state_dict()['param_groups'] == optimizer.state_dict()['param_groups']
 
 
-# Regularisers
-
-
-def test_regularisers_by_definition():
-    for dtype in (torch.float32, torch.float64):
-        head = distinct(ZZZHead(7, 20, 4)).to(dtype)
-        nn.init.normal_(head.v_raw)
-        with torch.autocast('cpu', dtype=torch.bfloat16):  # must not matter
-            v, mu = variance_shrinkage(head), mean_decoupling(head)
-        torch.testing.assert_close(v, penalty_by_hand(head, 1.0, 0))
-        torch.testing.assert_close(mu, penalty_by_hand(head, 0, 1.0))
-        assert v.dtype == mu.dtype == dtype
-    with torch.no_grad():
-        head.weight.copy_((head.A @ torch.randn(4, 1).double())[:, :, 0])  # means in the subspaces
-    assert mean_decoupling(head).item() == pytest.approx(1)
-    empty = ZZZHead(7, 20, 0)
-    assert variance_shrinkage(empty) == mean_decoupling(empty) == 0
-
-
-@pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize(
-    'dtype, fused',
-    [(None, None), (torch.bfloat16, None), (torch.float16, None), (torch.float16, True)],
-    ids=['float32', 'bfloat16', 'float16', 'float16-fused'],
-)
-@pytest.mark.parametrize('options', [dict(v_shrinkage=0.3), dict(mu_decoupling=3.0)], ids=['v', 'mu'])
-def test_regularisers_equal_the_penalty_in_the_loss(options, dtype, fused, device):
-    """The difference is small beside the penalty's effect: rounding alone would spread in half precision."""
-    model, other, without = (build(device=device) for _ in range(3))
-    train(model, make(model, fused=fused, **CALM, **options), 6, dtype=dtype)
-    train(other, by_hand(other, fused=fused, **CALM), 6, lambda head: penalty_by_hand(head, **options), dtype=dtype)
-    train(without, by_hand(without, fused=fused, **CALM), 6, dtype=dtype)
-    x, y, z = (torch.cat([p.flatten() for p in m.head.parameters()]) for m in (model, other, without))
-    assert (x - y).norm() < 0.01 * (y - z).norm() and (y - z).norm() > 0.01
-    assert penalty_by_hand(model.head, **options) < 0.99 * penalty_by_hand(without.head, **options)
-    if dtype is None:
-        assert_same_parameters(model, other, 1e-5 if device == 'cpu' else 1e-4)
+# Loops
 
 
 @pytest.mark.parametrize('accumulate', [1, 2])
 @pytest.mark.parametrize('clip', [None, 0.1])
 def test_native_scaler(clip, accumulate):
-    """timm's NativeScaler as train.py calls it; the penalty is added once per step, after clipping."""
+    """timm's NativeScaler as train.py calls it."""
     model, other = build(), build()
-    optimizer, plain = make(model, **CALM, **BOTH), by_hand(other, **CALM)
+    optimizer, plain = make(model, **CALM), by_hand(other, **CALM)
     scaler, scaler2 = NativeScaler('cpu'), torch.amp.GradScaler('cpu', init_scale=2.0**10)
     scaler.load_state_dict(scaler2.state_dict())
     for _ in range(4):
@@ -463,7 +388,6 @@ def test_native_scaler(clip, accumulate):
         scaler2.unscale_(plain)
         if clip is not None:
             assert nn.utils.clip_grad_norm_(other.parameters(), clip) > clip
-        penalty_by_hand(other.head, **BOTH).backward()
         scaler2.step(plain)
         scaler2.update()
     assert_same_parameters(model, other, 1e-4)
@@ -472,18 +396,18 @@ def test_native_scaler(clip, accumulate):
 @pytest.mark.parametrize('fused', [False, True], ids=['', 'fused'])
 def test_overflow_skips_the_step(fused):
     model = build()
-    optimizer, before = make(model, v_shrinkage=1.0, fused=fused), copy.deepcopy(model)
+    optimizer, before = make(model, fused=fused), copy.deepcopy(model)
     scaler = torch.amp.GradScaler('cpu', init_scale=2.0**10)
     scaler.scale(model(torch.randn(2, 3, 160, 160)).sum() * math.inf).backward()
     scaler.step(optimizer)
     scaler.update()
     assert_same_parameters(model, before, 0, 0)
-    assert scaler.get_scale() == 2.0**9 and not optimizer.state
+    assert scaler.get_scale() == 2.0**9 and all(state['step'] == 0 for state in optimizer.state.values())
 
 
 def test_compiled_model_and_average():
     model, other = build(), build()
-    optimizer, plain = make(model, **CALM, **BOTH), by_hand(other, **CALM)
+    optimizer, plain = make(model, **CALM), by_hand(other, **CALM)
     average, average2 = ModelEmaV3(model, decay=0.5), copy.deepcopy(other)  # copies made after the optimiser
     compiled = torch.compile(model, backend='aot_eager')
     compiled.head = model.head
@@ -494,16 +418,15 @@ def test_compiled_model_and_average():
                 p.copy_(0.5 * p + 0.5 * q)
 
     train(compiled, optimizer, 4, update=lambda _: average.update(model))
-    train(other, plain, 4, lambda head: penalty_by_hand(head, **BOTH), update=update)
+    train(other, plain, 4, update=update)
     assert_same_parameters(model, other, 1e-5)
     assert_same_parameters(average.module, average2, 1e-5)
 
 
-@pytest.mark.parametrize('options', [{}, BOTH], ids=['', 'regularised'])
-def test_compiled_step(options):
+def test_compiled_step():
     head = distinct(ZZZHead(5, 12, 3))
     other = copy.deepcopy(head)
-    optimizer, eager = (ZZZAdamW(h.parameters(), **options) for h in (head, other))
+    optimizer, eager = (ZZZAdamW(h.parameters()) for h in (head, other))
     step = torch.compile(optimizer.step, backend='eager')
     for _ in range(3):
         x = torch.randn(4, 12)
@@ -519,15 +442,12 @@ def test_closure_and_hooks():
     torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # after which torch has put its hooks into AdamW.step too
     head = distinct(ZZZHead(5, 12, 3))
     other = copy.deepcopy(head)
-    optimizer = ZZZAdamW(head.parameters(), weight_decay=0.0, v_shrinkage=1.0, mu_decoupling=1.0)
+    optimizer = ZZZAdamW(head.parameters(), weight_decay=0.0)
     plain = torch.optim.AdamW(other.parameters(), weight_decay=0.0)
     calls, x = [], torch.randn(4, 12)
     optimizer.register_step_pre_hook(lambda *_: calls.append('pre'))
     optimizer.register_step_post_hook(lambda *_: calls.append('post'))
-    assert optimizer.step() is None  # no gradient but the penalty's
-    penalty_by_hand(other, 1.0, 1.0).backward()
-    assert head.sigma2_raw.grad is None and head.bias.grad is None
-    plain.step()
+    assert optimizer.step() is None  # no gradient yet
 
     def closure():
         optimizer.zero_grad()
@@ -538,7 +458,7 @@ def test_closure_and_hooks():
     for form in (lambda: optimizer.step(closure), lambda: optimizer.step(closure=closure)):
         plain.zero_grad()
         loss = other(x).logsumexp(1).sum()
-        (loss + penalty_by_hand(other, 1.0, 1.0)).backward()
+        loss.backward()
         torch.testing.assert_close(form(), loss)
         plain.step()
     assert_same_parameters(head, other, 1e-5)
@@ -548,7 +468,7 @@ def test_closure_and_hooks():
 @pytest.mark.parametrize('copied', [copy.deepcopy, pickled])
 def test_copied_optimizer_goes_on(copied):
     model = build()
-    optimizer = make(model, v_shrinkage=0.5)
+    optimizer = make(model)
     train(model, optimizer, 2)
     model2, optimizer2 = copied((model, optimizer))
     train(model2, optimizer2, 2)
@@ -561,42 +481,21 @@ def test_copied_optimizer_goes_on(copied):
 # timm's train.py
 
 
-PENALTY_IN_THE_LOSS = """
-import torch
-from timm.task import ClassificationTask
-
-forward = ClassificationTask.forward
-
-
-def penalised(task, *args):
-    result, head = forward(task, *args), task.trainable_module.head
-    with torch.autocast(head.A.device.type, enabled=False):
-        v = torch.nn.functional.softplus(head.v_raw) + 1e-4
-        cosines = torch.linalg.qr(head.A)[0].mT @ torch.nn.functional.normalize(head.weight, dim=1)[:, :, None]
-        penalty = 0.3 * v.sum(1).mean() + 3.0 * cosines.square().sum(1).mean()
-    return dict(result, loss=result['loss'] + penalty)
-
-
-ClassificationTask.forward = penalised
-"""
-
-
 @pytest.mark.parametrize(
     'device, dtype',
     [('cpu', 'float32'), ('cpu', 'bfloat16'), pytest.param('cuda', 'float16', marks=needs_cuda)],  # CPU: no GradScaler
 )
 def test_train_script(device, dtype, timm_scripts, beetles, run, tmp_path):
-    """The regularisers set in YAML give what the penalty gives in the loss of the same script."""
+    """The groups, rates and steps of a run are those of the recipe, and go on with --resume."""
     shutil.copy(timm_scripts / 'train.py', tmp_path)
-    (tmp_path / 'penalty.py').write_text(PENALTY_IN_THE_LOSS)
     recipe = dict(model='test_vit.zzz_r4', num_classes=12, model_kwargs=dict(zzz_v_init=2.0), no_aug=True, seed=1)
     recipe.update(opt='zzzadamw', lr=LR, weight_decay=DECAY, opt_eps=CALM['eps'], layer_decay=0.7, grad_accum_steps=2)
     recipe.update(epochs=1, warmup_epochs=0, sched_on_updates=True, batch_size=16, workers=1, output='out')
     recipe.update(device=device, amp=dtype != 'float32', amp_dtype=dtype)
     scales = dict(head_lr_scale=SCALE, head_weight_decay=HEAD_DECAY)
 
-    def train_py(experiment, options, modules, *arguments):
-        recipe.update(experiment=experiment, opt_kwargs=options, device_modules=modules)
+    def train_py(experiment, *arguments):
+        recipe.update(experiment=experiment, opt_kwargs=scales, device_modules=['timm_zzz'])
         (tmp_path / f'{experiment}.yaml').write_text(yaml.safe_dump(recipe))
         command = ['train.py', '--config', f'{experiment}.yaml', '--data-dir', beetles]
         run(*command, *arguments, env={'OMP_NUM_THREADS': '1'})
@@ -604,12 +503,8 @@ def test_train_script(device, dtype, timm_scripts, beetles, run, tmp_path):
         checkpoint = torch.load(tmp_path / 'out' / experiment / 'last.pth.tar', weights_only=False, map_location='cpu')
         return rows, checkpoint
 
-    rows, zzz = train_py('zzz', dict(scales, v_shrinkage=0.3, mu_decoupling=3.0), ['timm_zzz'])
+    rows, zzz = train_py('zzz')
     assert [row['epoch'] for row in rows] == ['0'] and math.isfinite(float(rows[0]['train_loss']))
-    _, loss = train_py('loss', scales, ['timm_zzz', 'penalty'])
-    for name, value in zzz['state_dict'].items():  # without the penalty head.A differs by 0.05, head.v_raw by 0.01
-        torch.testing.assert_close(value, loss['state_dict'][name], rtol=0, atol=1e-5 if dtype == 'float32' else 1e-3)
-
     groups, names = zzz['optimizer']['param_groups'], list(zzz['state_dict'])
     head = [group for group in groups if 'head_lr_scale' in group]
     assert {group['weight_decay'] for group in head} == {HEAD_DECAY, 0.0}
@@ -618,7 +513,7 @@ def test_train_script(device, dtype, timm_scripts, beetles, run, tmp_path):
     assert len({round(group['lr'] / group['lr_scale'], 12) for group in groups}) == 1
     updates = {int(state['step']) for state in zzz['optimizer']['state'].values()}
     if dtype == 'bfloat16':
-        rows, resumed = train_py('again', dict(scales), ['timm_zzz'], '--resume', 'out/zzz/last.pth.tar', '--epochs', 2)
+        rows, resumed = train_py('again', '--resume', 'out/zzz/last.pth.tar', '--epochs', 2)
         assert [row['epoch'] for row in rows] == ['1']
         (step,) = {int(state['step']) for state in resumed['optimizer']['state'].values()}
         assert {step} == {2 * n for n in updates}
@@ -647,15 +542,7 @@ def test_parameters_keep_their_mark_and_stay_plain_tensors(tmp_path):
     torch.save({name: p for name, p in head.named_parameters()}, tmp_path / 'parameters.pth')
     loaded = torch.load(tmp_path / 'parameters.pth', weights_only=True)
     assert all(torch.equal(loaded[name], p) for name, p in head.named_parameters())
-    assigned, second = ZZZHead(5, 12, 3), copy.copy(head)
+    assigned = ZZZHead(5, 12, 3)
     assigned.load_state_dict(head.state_dict(), assign=True)
     for h in (head, copy.deepcopy(head), pickle.loads(pickle.dumps(head)), assigned, head.to(torch.float64)):
-        assert all(owner_of(p) is h and p.zzz_role == name for name, p in h.named_parameters())
-    optimizer = ZZZAdamW([*head.parameters()], v_shrinkage=0.1)
-    del second
-    gc.collect()
-    assert [found is head for found, _ in optimizer._heads()] == [True]
-    parameters = list(head.parameters())
-    del head, h
-    gc.collect()
-    assert all(owner_of(p) is None and p.zzz_role for p in parameters)
+        assert all(p.zzz_role == name for name, p in h.named_parameters())

@@ -2,11 +2,9 @@
 
 import contextlib
 import copy
-import functools
 import itertools
 import logging
 import math
-import weakref
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, cast
 
 import torch
@@ -57,19 +55,6 @@ def _count_step(*args: Any) -> None:
 
 
 register_optimizer_step_post_hook(_count_step)
-
-
-# The heads that hold each parameter, oldest first, keyed by the parameter's id. An entry is removed with its head.
-_owners: Dict[int, List['weakref.ref[ZZZHead]']] = {}
-
-
-def owner_of(parameter: Any) -> Optional['ZZZHead']:
-    """Find the ZZZ head that holds a parameter: the oldest of several, None if there is none."""
-    for ref in tuple(_owners.get(id(parameter), ())):
-        head = ref()
-        if head is not None and any(p is parameter for p in head._parameters.values()):
-            return head
-    return None
 
 
 def _raw_variance(name: str, init: Optional[float], minimum: float) -> float:
@@ -487,18 +472,8 @@ class ZZZHead(nn.Module):
 
     def _mark_parameters(self) -> None:
         """Mark the parameters as a head's, for optimisers; copies and tensors that replace them have no mark."""
-
-        def forget(ref: Any, key: int) -> None:
-            others = [other for other in _owners.get(key, ()) if other is not ref]
-            _owners[key] = others
-            if not others:
-                _owners.pop(key, None)
-
         for name, p in self.named_parameters(recurse=False):
             p.zzz_role = name.removesuffix('_orig')  # type: ignore[attr-defined]  # of a pruned head
-            if not any(ref() is self for ref in tuple(_owners.get(id(p), ()))):
-                ref = weakref.ref(self, functools.partial(forget, key=id(p)))
-                _owners[id(p)] = [*_owners.get(id(p), ()), ref]
 
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP replaces the parameters by tensors whose version counters miss some writes. fully_shard calls this

@@ -1,4 +1,4 @@
-"""AdamW with separate options and regularisers for ZZZ heads, registered with timm as ``zzzadamw``."""
+"""AdamW with separate options for ZZZ heads, registered with timm as ``zzzadamw``."""
 
 import inspect
 import logging
@@ -9,55 +9,14 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from timm.optim import OptimInfo
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
-from .functional import orthonormal_basis
-from .head import ZZZHead, owner_of
-
-__all__ = ['ZZZAdamW', 'mean_decoupling', 'variance_shrinkage']
+__all__ = ['ZZZAdamW']
 
 _logger = logging.getLogger(__name__)
 
 # The parameters of a head that weight decay applies to
 _DECAYED = ('weight', 'A')
-
-
-def variance_shrinkage(head: ZZZHead) -> Tensor:
-    """Compute the mean over classes of sum_i v_ci, shape (): a penalty that bounds the variances along the basis.
-
-    Add a multiple of it to the loss; ``zzzadamw`` takes the multiple as ``v_shrinkage``. It is 0 at rank 0. If
-    ``fully_shard`` has split the classes over processes, each process gets the part of its classes.
-
-    Raises:
-        ValueError: If the parameters are sharded, but not by class.
-    """
-    if head.v_raw is None:
-        return torch.zeros((), device=head.weight.device)
-    return (nn.functional.softplus(_rows(head.v_raw)) + head.v_min).sum() / head.num_classes
-
-
-def mean_decoupling(head: ZZZHead) -> Tensor:
-    """Compute the mean over classes of ``|U_c^T mu_c|^2``, shape (), 0 to 1: the part of mu_c in its class's subspace.
-
-    Add a multiple of it to the loss; ``zzzadamw`` takes the multiple as ``mu_decoupling``. It is 0 at rank 0. Under
-    ``fully_shard`` it behaves, and raises, as :func:`variance_shrinkage`.
-    """
-    if head.A is None:
-        return torch.zeros((), device=head.weight.device)
-    with torch.autocast(head.A.device.type, enabled=False):
-        mu = nn.functional.normalize(_rows(head.weight), dim=1)
-        along = torch.einsum('cdr,cd->cr', orthonormal_basis(_rows(head.A)), mu)
-        return along.square().sum() / head.num_classes
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Return the rows of a parameter in at least float32; of a sharded one, those of this process."""
-    if isinstance(t, DTensor):
-        if not all(placement.is_replicate() or placement.is_shard(0) for placement in t.placements):
-            raise ValueError(f'zzzadamw: the regularisers need parameters sharded by class, got {t.placements}')
-        t = t.to_local()
-    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _check_number(name: str, value: Any, positive: bool = False) -> None:
@@ -71,8 +30,7 @@ class ZZZAdamW(torch.optim.AdamW):
 
     Every parameter group is split into the head's parameters and the rest. The head's groups have the learning rate of
     their original group times ``head_lr_scale``, and ``head_weight_decay``; v_raw, sigma2_raw and bias are never
-    decayed. The regularisers' gradients are added when the step is taken: after loss scaling is undone and gradients
-    are clipped, and once per step however many batches were accumulated.
+    decayed.
 
     ``head_lr_scale`` is also the ``lr_scale`` of these groups, by which timm's schedulers multiply all learning rates,
     those from ``warmup_lr`` and ``min_lr`` included. torch's schedulers keep the factor if they continue from ``lr``.
@@ -85,13 +43,11 @@ class ZZZAdamW(torch.optim.AdamW):
         betas, eps, weight_decay, kwargs: As in :class:`torch.optim.AdamW`.
         head_lr_scale: Factor on the learning rate of heads, > 0.
         head_weight_decay: Weight decay of the class means and of A, >= 0; that of their group if None.
-        v_shrinkage: Factor of :func:`variance_shrinkage` in the loss, >= 0.
-        mu_decoupling: Factor of :func:`mean_decoupling` in the loss, >= 0.
 
     Raises:
         TypeError: For an option that neither this class nor AdamW has.
-        ValueError: For an argument out of its range, for a regulariser with ``maximize``, or if no parameter belongs to
-            a ZZZ head. Copies of its parameters do not: copy or load the model first, then create the optimiser.
+        ValueError: For an argument out of its range, or if no parameter belongs to a ZZZ head. Copies of its parameters
+            do not: copy or load the model first, then create the optimiser.
 
     Example:
         >>> import timm, timm.optim, timm_zzz
@@ -110,19 +66,12 @@ class ZZZAdamW(torch.optim.AdamW):
         weight_decay: float = 1e-2,
         head_lr_scale: float = 1.0,
         head_weight_decay: Optional[float] = None,
-        v_shrinkage: float = 0.0,
-        mu_decoupling: float = 0.0,
         **kwargs: Any,
     ):
         _check_number('head_lr_scale', head_lr_scale, positive=True)
         if head_weight_decay is not None:
             _check_number('head_weight_decay', head_weight_decay)
         self._head_options = head_lr_scale, head_weight_decay
-        self._penalties = dict(v_shrinkage=v_shrinkage, mu_decoupling=mu_decoupling)
-        for name, value in self._penalties.items():
-            _check_number(name, value)
-            if value and kwargs.get('maximize'):
-                raise ValueError(f'{name}: a penalty in the loss, got {value} with maximize=True')
         own, torchs = inspect.signature(ZZZAdamW).parameters, inspect.signature(torch.optim.AdamW).parameters
         for name in kwargs:
             if name not in torchs:
@@ -135,9 +84,6 @@ class ZZZAdamW(torch.optim.AdamW):
                 'zzzadamw: none of the parameters belongs to a ZZZ head (to one that is not frozen); '
                 'name a model with .zzz_rN, or take adamw'
             )
-        if any(self._penalties.values()):
-            self._heads()
-            self._step_supports_amp_scaling = False  # a GradScaler then unscales before the step, even a fused one
         self.register_step_pre_hook(_before_step)
         agc = '--clip-mode agc leaves out sigma2_raw and bias only: use --clip-mode norm'
         _logger.info(f'zzzadamw: the lr of the head is multiplied by {head_lr_scale:g}. Of its parameters, {agc}.')
@@ -169,39 +115,6 @@ class ZZZAdamW(torch.optim.AdamW):
             group['weight_decay'] = decay
         return group
 
-    def _heads(self) -> List[Tuple[ZZZHead, List[nn.Parameter]]]:
-        """Return the heads, each with its parameters that are in this optimiser."""
-        heads: Dict[int, Tuple[ZZZHead, List[nn.Parameter]]] = {}
-        for p in [p for group in self.param_groups for p in group['params']]:
-            head = owner_of(p)
-            if head is not None:
-                heads.setdefault(id(head), (head, []))[1].append(p)
-        if not heads:
-            raise ValueError('zzzadamw: the regularisers need the ZZZ head as a module, not a scripted or copied one')
-        for head, _ in heads.values():
-            if head.weight.ndim != 2:
-                raise ValueError('zzzadamw: the regularisers need whole classes: take fully_shard in place of FSDP1')
-        return list(heads.values())
-
-    @torch.no_grad()
-    def _add_penalties(self) -> None:
-        """Add the regularisers' gradients; backward() would run hooks on gradients, such as DDP's, a second time."""
-        for head, parameters in self._heads():
-            penalty = torch.zeros((), device=head.weight.device)
-            with torch.enable_grad():
-                if self._penalties['v_shrinkage']:
-                    penalty = penalty + self._penalties['v_shrinkage'] * variance_shrinkage(head)
-                if self._penalties['mu_decoupling']:  # computes the bases, so only if asked for
-                    penalty = penalty + self._penalties['mu_decoupling'] * mean_decoupling(head)
-            parameters = [p for p in parameters if p.requires_grad]
-            if not parameters or not penalty.requires_grad:
-                continue
-            grads = torch.autograd.grad(penalty, parameters, allow_unused=True)
-            for p, grad in zip(parameters, grads, strict=True):
-                if grad is not None:
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                    p.grad.add_(grad)
-
     def _warn_of_lost_scale(self) -> None:
         heads = [group for group in self.param_groups if group.get('head_lr_scale', 1) != 1]
         if not heads:
@@ -221,30 +134,17 @@ class ZZZAdamW(torch.optim.AdamW):
                 )
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**super().__getstate__(), '_head_options': self._head_options, '_penalties': self._penalties}
+        return {**super().__getstate__(), '_head_options': self._head_options}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        if '_penalties' in state:  # a copy or unpickled optimiser, which has no hooks; not load_state_dict
+        if '_head_options' in state:  # a copy or unpickled optimiser, which has no hooks; not load_state_dict
             self.register_step_pre_hook(_before_step)
 
 
-def _before_step(optimizer: ZZZAdamW, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Any:
+def _before_step(optimizer: ZZZAdamW, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
     """Run before each step, as a hook: a ``step`` method that called AdamW's would run every other hook twice."""
     optimizer._warn_of_lost_scale()
-    if not any(optimizer._penalties.values()):
-        return None
-    closure = args[1] if len(args) > 1 else kwargs.get('closure')
-    if closure is None:
-        optimizer._add_penalties()
-        return None
-
-    def penalised() -> Any:
-        loss = closure()
-        optimizer._add_penalties()
-        return loss
-
-    return args[:1], {'closure': penalised}
 
 
 def register_optimizer() -> None:
@@ -252,7 +152,7 @@ def register_optimizer() -> None:
     info = OptimInfo(
         name='zzzadamw',
         opt_class=ZZZAdamW,
-        description='AdamW with its own learning rate, weight decay and regularisers for ZZZ heads',
+        description='AdamW with its own learning rate and weight decay for ZZZ heads',
         has_betas=True,
     )
     optimizer_registry().register(info)

@@ -73,6 +73,10 @@ def test_grid_then_own_rates(run, results, tmp_path):
     assert [(row['split'], row['lr']) for row in more] == [
         ('validation', row['lr']) for row in rows if row['split'] == 'validation' and row['head'] == 'zzz_r2'
     ][:1]
+    at = run(tmp_path / 'at.jsonl', '--heads', *HEADS, '--at', 1e-4, 5, '--seeds', 0)  # no grid: the rates given
+    assert [(row['head'], row['split'], row['lr'], row['head_lr']) for row in at] == [
+        (head, 'validation', 1e-4, 5.0) for head in HEADS
+    ]
     again = run(tmp_path / 'again.jsonl', '--heads', 'zzz_r2', '--lrs', 1e-4, '--head-lrs', 5, '--grid-only')
     first = next(row for row in rows if row['head'] == 'zzz_r2' and row['lr'] == 1e-4)
     assert len(again) == 1 and again[0]['nll'] == pytest.approx(first['nll'], rel=1e-4)
@@ -196,6 +200,8 @@ def test_table():
         f'| all | net | {base} | 0.001 × 1 | 60.0 | 50.0 |  |  |',
         '| all | net | zzz_r8 | 0.001 × 1 | 61.0 | 58.0 | -20 % | -11 % |',
     ]
+    twice = [*rows, row('zzz_r8', 0, 55, 'inner', lr=1e-4), row(base, 0, 90, 'inner', data='cars')]
+    assert accuracy.chosen_rates(twice) == accuracy.chosen_rates(rows)  # a run that was repeated counts once
     table = accuracy_table.grid_table(rows).splitlines()
     assert table[0].endswith('| head | 0.0001 × 1 | 0.001 × 1 | mean |')
     assert table[3] == '| all | net | birds | zzz_r8 | 55.0 | 61.0 | 58.0 |'
@@ -212,21 +218,28 @@ def test_bootstrap_and_holm():
     assert accuracy_table.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-def test_few_shot_draws_and_table(folder, backbone, tmp_path, capsys, monkeypatch):
+def test_few_shot(folder, backbone, tmp_path, monkeypatch):
     target = torch.tensor([0, 1, 1, 0, 1, 0, 1])
     index = few_shot.draw(target, 2, seed=0)
     assert target[index].tolist() == [0, 0, 1, 1] and len(set(index.tolist())) == 4
     assert sorted(few_shot.draw(target, 0, seed=0).tolist()) == list(range(7))
     monkeypatch.setattr(probe, 'PENALTIES', (1e-3, 1e-1))
-    arguments = ('--data', folder, '--backbone', *backbone, 0, '--cache', tmp_path)
-    for _ in range(2):  # the second time from the cache
-        few_shot.main([str(a) for a in (*arguments, '--shots', 3, 0, '--seeds', 0, 1)])
-    first, second = capsys.readouterr().out.split('| set |')[1:]
-    assert first == second
-    lines = first.splitlines()[2:]
-    names = ['linear probe, tuned', 'fit, rank 0', 'fit, rank 8']
-    assert [line.split(' | ')[1:3] for line in lines] == [[k, name] for k in ('3', 'all') for name in names]
-    assert ' ± ' in lines[0] and ' ± ' not in lines[3]
+    results, cache = tmp_path / 'rows.jsonl', tmp_path / 'features'
+    arguments = ('--data', folder, '--backbone', *backbone, 0, '--cache', cache, '--results', results)
+    few_shot.main([str(a) for a in (*arguments, '--shots', 3, 0, '--seeds', 0, 1)])
+    text = results.read_text()
+    few_shot.main([str(a) for a in (*arguments, '--shots', 3, 0, '--seeds', 0, 1)])
+    assert results.read_text() == text  # what is there is not computed again
+    rows = [json.loads(line) for line in text.splitlines()]
+    names = ['linear:rows=probe', 'zzz_r0:fit=frozen,train=0', 'zzz_r8:fit=frozen,train=0']
+    draws = [(3, 0), (3, 1), (0, 0)]
+    assert [(row['shots'], row['seed'], row['head']) for row in rows] == [(*d, name) for d in draws for name in names]
+    (file,) = cache.iterdir()
+    (x, y), (test_x, test_y) = torch.load(file).values()
+    regression = pytest.importorskip('sklearn.linear_model').LogisticRegression(C=1e9, max_iter=5000)
+    spread = x.std(0)
+    found = regression.fit(x / spread, y).score(test_x / spread, test_y)
+    assert rows[6]['top1'] == pytest.approx(100 * found, abs=10)  # the penalties are small here
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')

@@ -30,7 +30,7 @@ def test_loading_building_and_training_at_once(often, tmp_path):
     save_file(plain.state_dict(), tmp_path / 'weights.safetensors')
     overlay = dict(file=str(tmp_path / 'weights.safetensors'), num_classes=5)
     head = distinct(ZZZHead(5, 12, 2))
-    optimizer, x = ZZZAdamW(head.parameters(), v_shrinkage=0.1, mu_decoupling=0.1), torch.randn(4, 12)
+    optimizer, x = ZZZAdamW(head.parameters()), torch.randn(4, 12)
     errors, done = [], dict.fromkeys(('load', 'build', 'heads', 'train', 'evaluate'), 0)
     end = time.monotonic() + SECONDS
 

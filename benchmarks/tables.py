@@ -1,0 +1,172 @@
+"""Fill the tables of README.md and docs/ from the rows in benchmarks/results.
+
+    python benchmarks/tables.py
+
+Between ``<!-- table NAME -->`` and ``<!-- end -->`` stands what :data:`TABLES` makes of that name.
+"""
+
+import re
+import statistics
+from pathlib import Path
+from typing import Callable, Dict, List
+
+import accuracy_table
+from accuracy import JOB, Row, read
+from accuracy_table import Comparison, groups, show
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKED = re.compile(r'(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)', re.DOTALL)
+
+HEADS = {
+    'linear': 'linear, as timm starts it',
+    'linear:rows=zero': 'linear, from zero',
+    'linear:rows=probe': 'logistic regression',
+    'zzz_r8': 'ZZZ r 8, flat',
+    'zzz_r0': 'ZZZ r 0, flat',
+    'zzz_r8:init=reference': 'ZZZ r 8, reference',
+    'zzz_r8:row_std=0.02': 'flat, rows 4 times as long',
+    'zzz_r8:basis=random,spread=0.1': 'classes 0.1 apart at random',
+    'zzz_r8:basis=random,spread=0.1,row_std=0.02': 'the same, rows 4 times as long',
+    'zzz_r8:v_ratio=1': 'flat, variances as large as sigma2',
+}
+BACKBONES = {
+    'mobilenetv2_100': 'MobileNetV2',
+    'tf_efficientnet_lite0': 'EfficientNet-Lite0',
+    'vit_small_patch14_dinov2': 'ViT-S/14',
+}
+
+
+LINEAR, PROBE, FLAT = (HEADS[name] for name in ('linear:rows=zero', 'linear:rows=probe', 'zzz_r8'))
+FIT, FITTED = 'ZZZ r 8, `zzz_fit`', 'ZZZ r 8, fitted'
+
+
+def plain(head: str) -> str:
+    """Name a head in words."""
+    if head in HEADS:
+        return HEADS[head]
+    match = re.fullmatch(r'zzz_r(\d+):fit=(\w+)(,train=0)?(?:,(.*))?', head)
+    if match is None:
+        return head
+    start = 'fitted' if match[3] else '`zzz_fit`'
+    return f'ZZZ r {match[1]}, {start}' + (f', {match[4]}' if match[4] else '')
+
+
+def markdown(titles: List[str], rows: List[List[str]]) -> str:
+    lines = [titles, ['---'] * len(titles), *rows]
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def rows_of(name: str) -> List[Row]:
+    """Read the rows of a file in benchmarks/results, with plain names; the last of those that repeat a run counts."""
+    file = ROOT / 'benchmarks' / 'results' / f'{name}.jsonl'
+    found = {}
+    for row in read(file):
+        named = dict(row, backbone=BACKBONES.get(row['backbone'], row['backbone']), head=plain(row['head']))
+        found[tuple(named.get(k) for k in JOB)] = named
+    return list(found.values())
+
+
+def frozen(rows: List[Row]) -> str:
+    """Make a table of top-1 and NLL by backbone, images a class and set; the columns are classifiers."""
+    heads = [head for (head,) in groups(rows, 'head')]
+    lines = []
+    for (backbone, shots, data), group in sorted(groups(rows, 'backbone', 'shots', 'data').items()):
+        of_head = {head: [row for row in group if row['head'] == head] for head in heads}
+        cells = [
+            f'{show(column(each, "top1"))}, {show(column(each, "nll"), 3)}' if each else '' for each in of_head.values()
+        ]
+        lines.append([backbone, str(shots or 'all'), data, *cells])
+    return markdown(['backbone', 'images a class', 'set', *heads], lines)
+
+
+def column(rows: List[Row], key: str) -> List[float]:
+    return [row[key] for row in rows]
+
+
+def summary() -> str:
+    """Make the table that docs/results.md begins with: differences to the best-started linear head, in the mean."""
+    lines = []
+    tuned, fitted = rows_of('accuracy'), rows_of('frozen')
+    for shots, name in ((0, 'all images'), (5, 'five images a class')):
+        for kind, rows, base, heads in (
+            ('fine-tuned', final_rows(tuned, shots), LINEAR, (FLAT, FIT)),
+            ('frozen backbone', [row for row in fitted if row['shots'] == shots], PROBE, (FITTED,)),
+        ):
+            of_head = groups(rows, 'head')
+            for head in heads:
+                if (head,) not in of_head:
+                    continue
+                comparison = Comparison(of_head[head,], of_head[base,])
+                top1 = comparison.top1()
+                error = comparison.error_over_pairs()
+                backbones = len({backbone for _, backbone in top1})
+                lines.append(
+                    [
+                        f'{name}, {kind}',
+                        head,
+                        f'{statistics.fmean(top1.values()):+.1f} ± {error:.1f}',
+                        f'{min(top1.values()):+.1f} to {max(top1.values()):+.1f}',
+                        f'{comparison.relative("nll_t"):+.0f} %',
+                        f'{len({data for data, _ in top1})} × {backbones}',
+                    ]
+                )
+    titles = ['', 'head', 'top-1, mean', 'pairs of set and backbone', 'NLL at one temperature', 'sets × backbones']
+    return markdown(titles, lines)
+
+
+def forgiving() -> str:
+    """Make the table of means over all pairs of learning rates that linear ran at too, on the inner split."""
+    lines = []
+    for shots, name in ((0, 'all images'), (5, 'five images a class')):
+        inner = [row for row in of_shots('accuracy', shots) if row['split'] == 'inner']
+        for head in (FLAT, FIT):
+            of_backbone = []
+            for backbone in BACKBONES.values():
+                own, base = ([r for r in inner if (r['head'], r['backbone']) == (h, backbone)] for h in (head, LINEAR))
+                of_backbone.append(accuracy_table.grid_difference(own, base))
+            top1, nll = zip(*of_backbone, strict=True)
+            cells = [f'{difference:+.1f}' for difference in (*top1, statistics.fmean(top1))]
+            lines.append([f'{name}, fine-tuned', head, *cells, f'{statistics.fmean(nll):+.0f} %'])
+    return markdown(['', 'head', *BACKBONES.values(), 'top-1, mean', 'NLL at one temperature'], lines)
+
+
+def final_rows(rows: List[Row], shots: int) -> List[Row]:
+    return [
+        row
+        for group in accuracy_table.at_own_rates(row for row in rows if row['shots'] == shots).values()
+        for row in group
+    ]
+
+
+def of_shots(name: str, shots: int) -> List[Row]:
+    return [row for row in rows_of(name) if row['shots'] == shots]
+
+
+TABLES: Dict[str, Callable[[], str]] = {
+    'summary': summary,
+    'forgiving': forgiving,
+    'all-images': lambda: accuracy_table.comparison_table(of_shots('accuracy', 0), LINEAR),
+    'five-images': lambda: accuracy_table.comparison_table(of_shots('accuracy', 5), LINEAR),
+    'all-images-pairs': lambda: accuracy_table.pair_table(of_shots('accuracy', 0)),
+    'five-images-pairs': lambda: accuracy_table.pair_table(of_shots('accuracy', 5)),
+    'rates': lambda: accuracy_table.choice_table(rows_of('accuracy'), LINEAR),
+    'start': lambda: accuracy_table.grid_table(rows_of('start')),
+    'frozen': lambda: frozen([row for row in rows_of('frozen') if row['head'] in (PROBE, 'ZZZ r 0, fitted', FITTED)]),
+    'ranks': lambda: frozen(
+        [row for row in rows_of('frozen') if row['backbone'] == 'MobileNetV2' and row['shots'] in (0, 5)]
+    ),
+}
+
+
+def filled(text: str) -> str:
+    """Fill the tables of a page."""
+    return MARKED.sub(lambda match: f'{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}', text)
+
+
+def pages() -> List[Path]:
+    return [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
+
+
+if __name__ == '__main__':
+    for page in pages():
+        page.write_text(filled(page.read_text()))
