@@ -1,6 +1,6 @@
 """How well an embedding fits the classes: log-densities and outlier scores of a ZZZ head.
 
-Of every outlier score a larger value means more outlying; docs/scores.md says what each one assumes. ``head`` is a
+Of every outlier score a larger value means more outlying; docs/outliers.md says what each one assumes. ``head`` is a
 ZZZ head or its :func:`class_gaussians_of`. Scores are computed in float32, or in float64 if an argument is, whatever
 autocast says. NaN in, NaN out. Another ``head``, or tensors of other shapes than said, raise a ValueError.
 """
