@@ -475,7 +475,7 @@ def test_wrong_scores(function):
 def test_page(root):
     """Its examples run, and take what the head gets."""
     pytest.importorskip('sklearn')
-    page = (root / 'docs' / 'outliers.md').read_text(encoding='utf-8')
+    page = '\n'.join((root / 'docs' / name).read_text('utf-8') for name in ('outliers.md', 'calibration.md'))
     snippets = '\n'.join(re.findall(r'```python\n(.*?)```', page, re.S))
     train, test, other = (torch.randn(count, 3, 64, 64) for count in (24, 6, 8))
     names = dict(train_images=train, train_targets=torch.arange(24) % 5, test_images=test, other_images=other)
