@@ -113,7 +113,7 @@ def load_run(path: Path, *, use_ema: bool = False, model_name: Optional[str] = N
         raise ValueError(f'--use-ema: {checkpoint} has no averaged weights')
     name = model_name or args.get('model')
     if not name:
-        raise ValueError("--model: give timm's name of the model, neither the checkpoint nor an args.yaml has it")
+        raise ValueError('--model: neither the checkpoint nor an args.yaml names the model: give its name in timm')
     state = clean_state_dict(tensors_of(saved['state_dict_ema' if use_ema else 'state_dict'], str(checkpoint)))
     model = build_for(name, args, state, any_head)
     load_weights(model, state, str(checkpoint))
