@@ -18,9 +18,12 @@ from oracles import distinct
 
 from timm_zzz import push_to_hub, scores
 from timm_zzz.__main__ import run_command
+from timm_zzz.cli.check_hparams import check
 from timm_zzz.cli.recipe import NEWEST, TrainParser
-from timm_zzz.head import ZZZHead
+from timm_zzz.fit import PRESETS
+from timm_zzz.head import INIT_STD, ROW_STD, ZZZHead
 from timm_zzz.models.attach import HEAD_OPTIONS
+from timm_zzz.models.registry import RANKS
 from timm_zzz.optim import ZZZAdamW
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,6 +159,14 @@ def test_python(page, place, monkeypatch):
         exec(compile(here(snippet), page, 'exec'), names)
 
 
+def test_recipe_of_ones_own(place):
+    """The YAML of docs/recipes.md, with a tiny model, has no error."""
+    (text,) = blocks('docs/recipes.md', 'yaml')
+    Path('mine.yaml').write_text(text.replace('vit_base_patch16_224.augreg_in21k', 'test_vit'))
+    given = dict(data_dir='DIR', num_classes=CLASSES, val_split='validation')
+    assert [finding for finding in check('mine.yaml', given=given) if finding.level == 'error'] == []
+
+
 def test_every_snippet_is_run_somewhere():
     for page in PAGES:
         if page in COVERED:
@@ -179,3 +190,15 @@ def test_options():
     assert {*rows} == own
     for name in own - {'head_weight_decay'}:
         assert float(rows[name]) == inspect.signature(ZZZAdamW).parameters[name].default
+
+
+def test_numbers():
+    """Numbers in the pages that the code has too."""
+    assert 'Ranks 4, 8, 16 and 0' in PAGES['README.md'] and sorted(RANKS) == [0, 4, 8, 16]
+    (row,) = re.findall(r'^\| `finetune` \| .*', PAGES['docs/fit.md'], re.M)
+    preset = PRESETS['finetune']
+    assert re.findall(r'`(\w+)` ([\d.]+)', row) == [(name, str(preset[name])) for name in ('mean_spread', 'v_ratio')]
+    assert row.endswith('| 1/16 |') and preset['sigma2'] == 1 / 16
+    assert f'Rows start at {ROW_STD} per coordinate' in PAGES['docs/recipes.md'] and INIT_STD / ROW_STD == 4
+    recipes = {path.stem.partition('_')[0] for path in (ROOT / 'hparams').glob('*.yaml')} - {'quickstart'}
+    assert len(recipes) == 11 and 'eleven' in PAGES['README.md']
