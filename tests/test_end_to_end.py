@@ -41,11 +41,11 @@ def backbone(tmp_path_factory):
 
 
 def test_commands_of_the_readme(root, timm_scripts, beetles, backbone, tmp_path):
-    """The first ones, as they stand there, on a machine with or without a GPU; with fewer and smaller images."""
-    (block,) = (
-        code for code in re.findall(r'```sh\n(.*?)```', (root / 'README.md').read_text(), re.S) if 'DEVICE=' in code
-    )
-    small = '--num-classes 12 --img-size 64 --batch-size 16 --workers 1'
+    """Those that train and validate, as they stand there, on fewer and smaller images."""
+    blocks = re.findall(r'```sh\n(.*?)```', (root / 'README.md').read_text(), re.S)
+    block = ''.join(code for code in blocks if re.search('^cp |validate.py --model', code, re.M))
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    small = f'--num-classes 12 --img-size 64 --batch-size 16 --workers 1 --device {device}'
     for there, here in (
         (r'git clone .*', ''),
         (r'pytorch-image-models/', f'{timm_scripts}/'),

@@ -103,7 +103,7 @@ def test_negative_log_density(rank):
     close(actual, expected, rtol=1e-12, atol=1e-11)
     with torch.no_grad():
         shift = actual - energy(head(f))
-        close(shift, shift[:1].expand(7), rtol=0, atol=1e-11)  # docs/scores.md: a constant
+        close(shift, shift[:1].expand(7), rtol=0, atol=1e-11)  # docs/outliers.md: a constant
         s2 = F.softplus(head.sigma2_raw).squeeze() + head.sigma2_min
         constant = 0.5 / s2 + D / 2 * torch.log(2 * math.pi * s2) + head.bias.logsumexp(0)
         close(shift[0], constant, rtol=1e-12, atol=1e-11)
@@ -475,12 +475,12 @@ def test_wrong_scores(function):
 def test_page(root):
     """Its examples run, and take what the head gets."""
     pytest.importorskip('sklearn')
-    page = (root / 'docs' / 'scores.md').read_text(encoding='utf-8')
+    page = '\n'.join((root / 'docs' / name).read_text('utf-8') for name in ('outliers.md', 'calibration.md'))
     snippets = '\n'.join(re.findall(r'```python\n(.*?)```', page, re.S))
     train, test, other = (torch.randn(count, 3, 64, 64) for count in (24, 6, 8))
     names = dict(train_images=train, train_targets=torch.arange(24) % 5, test_images=test, other_images=other)
     names.update(validation_images=train, validation_targets=names['train_targets'])
-    exec(compile(snippets.replace('pretrained=True', 'pretrained=False'), 'docs/scores.md', 'exec'), names)
+    exec(compile(snippets.replace('pretrained=True', 'pretrained=False'), 'docs/outliers.md', 'exec'), names)
     with torch.no_grad():
         close(names['head'](names['features'](test)), names['model'](test))
     assert names['temperature'] > 0

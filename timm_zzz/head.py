@@ -305,7 +305,7 @@ class ZZZHead(nn.Module):
         if init not in ('flat', 'reference'):
             raise ValueError(f"init: expected 'flat' or 'reference', got {init!r}")
         if not isinstance(log_density, bool):
-            raise ValueError(f'log_density: expected a bool, got {log_density!r}')
+            raise ValueError(f'log_density: expected True or False, got {log_density!r}')
         # in_features and out_features are for code that takes the classifier for an nn.Linear
         self.num_classes = self.out_features = num_classes
         self.feat_dim = self.in_features = feat_dim

@@ -1,6 +1,6 @@
 """Log-densities, outlier scores and calibration of a ZZZ head.
 
-For every outlier score, a larger value means more outlying; docs/scores.md says what each score assumes. ``head`` is a
+For every outlier score, a larger value means more outlying; docs/outliers.md says what each score assumes. ``head`` is a
 ZZZ head or its :func:`class_gaussians_of`. Scores are computed in float32, or in float64 if an argument is, also under
 autocast. NaN features give NaN scores. A different ``head`` or a tensor of the wrong shape raises a ValueError.
 """

@@ -32,6 +32,7 @@ def test_measured_card(hub, model):
         REPO,
         results=[top1(np.float32(91.25), 'CUB-200-2011', 'test')],
         results_command='python validate.py',
+        label_names=['finch', 'kiwi', 'owl', 'rook', 'wren'],
         license='apache-2.0',
         base_model='timm/test_vit.r160_in1k',
         datasets=['bentrevett/caltech-ucsd-birds-200-2011'],
@@ -45,6 +46,9 @@ def test_measured_card(hub, model):
     metric = data['model-index'][0]['results'][0]['metrics'][0]
     assert metric['value'] == 91.25 and type(metric['value']) is float
     text = card.text
+    first = text[text.index('\n\n') : text.index('```')]
+    assert 'Tells 5 classes apart: finch, kiwi, owl and 2 more.' in first
+    assert 'Top-1 accuracy: **91.25** on CUB-200-2011, test.' in first
     for part in ('| CUB-200-2011 | test | 91.25 |', 'python validate.py', 'rank 4', '5 classes', 'Sigma_c', 'AdamW'):
         assert part in text, part
     assert text[text.index('```python') :].split('\n')[1].startswith('import timm_zzz')
@@ -120,6 +124,7 @@ def test_nothing_in_a_card_is_markup_but_the_template(hub, model):
         results_command='x\n```\n# out',
         license='other',
         backbone=evil,
+        label_names=[evil],
     )
     card.validate()
     again = ModelCard(str(card))
@@ -146,7 +151,7 @@ def test_usage_examples_run(hub, tmp_path, monkeypatch, capsys):
         blocks.append(re.search(r'```python\n(.*?)```', readme, re.S).group(1))
         line = next(line for line in readme.splitlines() if line.startswith('`timm.create_model('))
         blocks.append(line.split('`')[1])
-    exec('\n'.join(blocks), {})
+    exec('\n'.join(blocks), {'timm': timm})
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 5 + 5 + 1 and out[-1].startswith('torch.Size([1, ')
 

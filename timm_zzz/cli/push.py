@@ -47,7 +47,14 @@ def public_args(args: Mapping[str, Any]) -> str:
 
 
 def run_card(
-    run: Run, repo_id: str, *, dataset: Optional[str], license: Optional[str], recipe: bool, onnx: bool = False
+    run: Run,
+    repo_id: str,
+    *,
+    dataset: Optional[str],
+    license: Optional[str],
+    recipe: bool,
+    onnx: bool = False,
+    names: Optional[List[str]] = None,
 ) -> ModelCard:
     """Create the model card of a run; if it has no result, add the reason to ``run.notes``.
 
@@ -56,6 +63,7 @@ def run_card(
         license: Licence of the weights; by default that of the backbone's weights, if the run says which they were.
         recipe: Whether recipe.yaml is pushed with the card.
         onnx: Whether model.onnx is pushed with the card.
+        names: Class names in the order of the logits.
     """
     args = run.args
     dataset = dataset or args.get('dataset') or Path(args.get('data_dir') or '').name
@@ -76,7 +84,7 @@ def run_card(
         training += f'\n\n{run.calibration}'
     base_model = _base_model(run)
     weights: Dict[str, Any] = dict(base_model=base_model, license=license or (None if base_model else 'unknown'))
-    weights.update(data_config=run.data_config, training=training, onnx=onnx)
+    weights.update(data_config=run.data_config, training=training, onnx=onnx, label_names=names or ())
     return model_card(run.model, repo_id, results=results, results_command=_COMMAND, **weights)
 
 
@@ -187,7 +195,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
             calibrate_run(run, options)
             print(run.calibration, file=sys.stderr)
         about: Dict[str, Any] = dict(dataset=options.dataset_name, license=options.license, recipe=bool(recipe))
-        about.update(onnx=options.onnx)
+        about.update(onnx=options.onnx, names=names)
         card = run_card(run, options.repo_id, **about)
         for note in run.notes:
             print(f'No result on the card: {note}.', file=sys.stderr)

@@ -113,7 +113,7 @@ def load_run(path: Path, *, use_ema: bool = False, model_name: Optional[str] = N
         raise ValueError(f'--use-ema: {checkpoint} has no averaged weights')
     name = model_name or args.get('model')
     if not name:
-        raise ValueError('--model: neither the checkpoint nor an args.yaml beside it names the model')
+        raise ValueError('--model: neither the checkpoint nor an args.yaml names the model: give its name in timm')
     state = clean_state_dict(tensors_of(saved['state_dict_ema' if use_ema else 'state_dict'], str(checkpoint)))
     model = build_for(name, args, state, any_head)
     load_weights(model, state, str(checkpoint))
@@ -207,9 +207,11 @@ def build_for(name: str, args: Mapping[str, Any], state: Mapping[str, Any], any_
         heads = {f'{path}.' for path in ((paths,) if isinstance(paths, str) else paths)}
     counts = {len(state[f'{head}weight']) for head in heads if f'{head}weight' in state}
     if any_head and not counts:
-        raise ValueError(f'the checkpoint has no classifier: was it trained as {name}?')
+        raise ValueError(f'the checkpoint has no classifier: was it trained as {name}? Else give --model')
     if len(counts) != 1:
-        raise ValueError(f'the checkpoint has no ZZZ head (or several of different sizes): was it trained as {name}?')
+        raise ValueError(
+            f'the checkpoint has no ZZZ head (or several sizes of them): was it trained as {name}? Else give --model'
+        )
     size = args.get('input_size')
     options: Dict[str, Any] = dict(bn_momentum=args.get('bn_momentum'), bn_eps=args.get('bn_eps'))
     options.update(num_classes=counts.pop(), in_chans=args.get('in_chans') or (size[0] if size else 3))

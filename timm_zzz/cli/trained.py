@@ -77,7 +77,7 @@ def _fitted(path: Path, model_name: Optional[str]) -> Run:
     args = checked_args(args, path)
     name = model_name or about.get('model')
     if not name:
-        raise ValueError(f'--model: {path} does not name the model')
+        raise ValueError(f'--model: {path} does not name the model: give its name in timm')
     model = build_for(name, args, state, any_head=True)
     load_weights(model, state, str(path))
     return Run(path, model, args=args, data_config=data_config_of_args(args), names=[str(name) for name in names])

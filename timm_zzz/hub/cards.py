@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ..data import shipped_files
+from ..errors import some
 from ..head import heads_of
 from ..models._timm import input_config
 
@@ -51,6 +52,7 @@ def model_card(
     data_config: Optional[Dict[str, Any]] = None,
     published: bool = True,
     onnx: bool = False,
+    label_names: Sequence[str] = (),
 ) -> ModelCard:
     """Create the card of a model with a ZZZ head. It states only facts that it is given.
 
@@ -68,6 +70,7 @@ def model_card(
         data_config: Preprocessing, as in :func:`~timm_zzz.save_pretrained`; the model's if None.
         published: False if the weights are not on the Hub yet; the card then says so.
         onnx: Describe how to run model.onnx, which lies beside the card.
+        label_names: Class names; the card's first line shows three of them.
 
     Returns:
         The card: ``str(card)`` is the README.md, ``card.save(path)`` writes it, ``card.validate()`` asks the Hub.
@@ -125,6 +128,7 @@ def model_card(
         backbone=source,
         license_text=license_text,
         num_classes=heads[0].num_classes if heads else 0,
+        class_names=_escape(some(label_names)),
         rank=heads[0].rank if heads else 0,
         feat_dim=heads[0].feat_dim if heads else 0,
         log_density=bool(heads) and heads[0].log_density,

@@ -211,7 +211,8 @@ def push_to_hub(
                 raise ValueError(f'files: {name} is not a name for a further file')
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
-        new_card = own_card or model_card(unwrap_model(model), repo_id, **about)
+        names = [label_names[i] for i in range(len(label_names))] if label_names else []
+        new_card = own_card or model_card(unwrap_model(model), repo_id, label_names=names, **about)
         new_card.save(folder / 'README.md')
 
         api = HfApi(token=token, library_name='timm_zzz', library_version=__version__)

@@ -321,7 +321,10 @@ def fused_plan(
 
 def _check_width(features: Tensor, width: int) -> None:
     if not torch.jit.is_tracing() and features.shape[-1] != width:
-        raise ValueError(f'features: expected a last dimension of {width} (feat_dim), got shape {list(features.shape)}')
+        raise ValueError(
+            f'features: expected a last dimension of {width} (feat_dim), got shape {list(features.shape)}; '
+            f'model.forward_head(features, pre_logits=True) pools maps and tokens'
+        )
 
 
 def autocasts(features: Tensor) -> bool:
