@@ -1,8 +1,8 @@
 """Log-densities, outlier scores and calibration of a ZZZ head.
 
-For every outlier score, a larger value means more outlying; docs/outliers.md says what each score assumes. ``head`` is a
-ZZZ head or its :func:`class_gaussians_of`. Scores are computed in float32, or in float64 if an argument is, also under
-autocast. NaN features give NaN scores. A different ``head`` or a tensor of the wrong shape raises a ValueError.
+For every outlier score, a larger value means more outlying; docs/outliers.md says what each score assumes. ``head`` is
+a ZZZ head or its :func:`class_gaussians_of`. Scores are computed in float32, or in float64 if an argument is, also
+under autocast. NaN features give NaN scores. A different ``head`` or a tensor of the wrong shape raises a ValueError.
 """
 
 import logging

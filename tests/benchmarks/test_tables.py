@@ -16,7 +16,7 @@ def test_tables_are_those_of_the_rows(page):
 def test_filled():
     text = 'a\n<!-- table rates -->\nold\n<!-- end -->\nb'
     assert tables.filled(text) == tables.filled(tables.filled(text))
-    assert re.fullmatch(r'a\n<!-- table rates -->\n\n(\|.*\|\n)+\n<!-- end -->\nb', tables.filled(text))
+    assert re.fullmatch(r'a\n<!-- table rates -->\n(\|.*\|\n)+<!-- end -->\nb', tables.filled(text))
     with pytest.raises(KeyError):
         tables.filled(text.replace('rates', 'none'))
 

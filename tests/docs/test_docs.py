@@ -17,7 +17,7 @@ import timm_zzz
 from timm_zzz.__main__ import COMMANDS, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
-PATTERNS = ('*.md', 'docs/*.md', 'benchmarks/*.md', 'hub_cards/README.md')
+PATTERNS = ('*.md', 'docs/**/*.md', 'benchmarks/*.md', 'hub_cards/README.md')
 PAGES = sorted(path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in ROOT.glob(pattern))
 
 _FENCE = re.compile(r'^```.*?^```$', re.M | re.S)

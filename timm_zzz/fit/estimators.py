@@ -1,7 +1,7 @@
 """Estimate classifiers in closed form from the moments of the classes, and bring them into the form of the ZZZ head.
 
-docs/fit.md has the derivation. Everything is in float64, for normalised embeddings x, and up to terms that all classes
-share. Logits are to be multiplied by a temperature; with 1 / ``scale`` they are the Gaussians' log-densities.
+docs/fit_theory.md has the derivation. Everything is in float64, for normalised embeddings x, and up to terms that all
+classes share. Logits are to be multiplied by a temperature; with 1 / ``scale`` they are the Gaussians' log-densities.
 """
 
 import math

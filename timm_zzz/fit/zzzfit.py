@@ -1,4 +1,4 @@
-"""Fit the ZZZ head in closed form; docs/fit.md describes the estimators, their form in the head, and the cost."""
+"""Fit the ZZZ head in closed form; docs/fit_theory.md has the estimators, their form in the head, and the cost."""
 
 import copy
 import logging
@@ -42,7 +42,7 @@ class ZZZFit:
     class adds up to r directions along which its own examples vary more. ``'density'`` is the maximum likelihood of the
     head's own model. The latest examples of each class are held out until the end: their likelihood chooses the options
     that are ``'auto'``. Up to rounding, the head does not depend on how the examples are split into batches. The
-    derivation is in docs/fit.md.
+    derivation is in docs/fit_theory.md.
 
     Args:
         num_classes: Number of classes C, >= 1.
