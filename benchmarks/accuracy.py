@@ -21,7 +21,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Type
 
 import torch
 from images import Images, load
@@ -135,32 +135,40 @@ def run(
     return found
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def shared_parser(description: Optional[str]) -> argparse.ArgumentParser:
+    """Create a parser of the options that every comparison of trained heads has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--data', type=Path, nargs='+', required=True, metavar='DIR', help='ImageFolder: train, validation')
-    add('--far', type=Path, nargs='*', default=[], metavar='DIR', help='sets of other images, far outliers')
     add('--heads', nargs='+', default=['linear:rows=zero', 'zzz_r8'], metavar='HEAD')
     add('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of the runs at the own rates')
     add('--shots', type=int, nargs='+', default=[0], metavar='N', help='training images per class; 0: all')
     add('--hold-out-every', type=int, default=0, metavar='K', help='K-th classes are near outliers')
     add('--backbone', nargs=3, action='append', required=True, metavar=('NAME', 'FILE', 'PIXELS'), help='several times')
-    add('--lrs', type=float, nargs='*', default=[5e-5, 1.5e-4, 5e-4], help='of the backbone; none: no grid')
-    add('--head-lrs', type=float, nargs='+', default=[1.0, 5.0], metavar='X', help='factors on it for the head')
-    add('--at', type=float, nargs=2, metavar=('LR', 'X'), help='rate and factor of all heads, in place of a grid')
-    add('--grid-seed', type=int, default=0, metavar='N', help='of the runs to choose by')
-    add('--grid-only', action='store_true', help='no runs at the own rates')
     add('--epochs', type=int, default=20)
     add('--min-steps', type=int, default=320, help='more epochs where few images give fewer steps')
     add('--smoothing', type=float, default=Settings.smoothing, help='of labels')
     add('--results', type=Path, required=True, metavar='FILE.jsonl', help='files FILE*.jsonl are read')
     add('--cache', type=Path, help='folder for decoded images')
-    add('--keep', type=Path, metavar='DIR', help="write every trained model's features and head there")
     add('--processes', type=int, default=0, metavar='N', help='on each GPU; 0: in this process, one run at a time')
     add('--streams', type=int, default=3, metavar='N', help='of each of those processes: runs at the same time')
     add('--compile', action='store_true', help="the backbone's step by torch.compile: minutes once, then faster")
     add('--seconds', type=float, default=float('inf'), help='after which no run is begun')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.set_defaults(far=[], keep=None, at=None)
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = shared_parser(__doc__)
+    add = parser.add_argument
+    add('--far', type=Path, nargs='*', metavar='DIR', help='sets of other images, far outliers')
+    add('--lrs', type=float, nargs='*', default=[5e-5, 1.5e-4, 5e-4], help='of the backbone; none: no grid')
+    add('--head-lrs', type=float, nargs='+', default=[1.0, 5.0], metavar='X', help='factors on it for the head')
+    add('--at', type=float, nargs=2, metavar=('LR', 'X'), help='rate and factor of all heads, in place of a grid')
+    add('--grid-seed', type=int, default=0, metavar='N', help='of the runs to choose by')
+    add('--grid-only', action='store_true', help='no runs at the own rates')
+    add('--keep', type=Path, metavar='DIR', help="write every trained model's features and head there")
     return parser
 
 
@@ -259,13 +267,17 @@ class Worker:
         try:
             images = self._images(job)
             runner = self._runner(job['backbone'])
-            far = {name: images for name, images in self.far.items() if name != job['data']}
-            keep = self.options.keep and self.options.keep / _name(job)
-            found = yield from run(runner, images, job, far, keep)
+            found = yield from self.measure(runner, images, job)
             made = dict(min_steps=self.options.min_steps, compiled=self.options.compile)
             return dict(job, **found, **made, environment=environment_line(self.device))
         except Exception as e:
             return dict(job, error=f'{type(e).__name__}: {e}')
+
+    def measure(self, runner: Runner, images: Sequence[Images], job: Row) -> Run[Row]:
+        """Train once and compute all figures, from what :func:`images_of` returns."""
+        far = {name: images for name, images in self.far.items() if name != job['data']}
+        keep = self.options.keep and self.options.keep / _name(job)
+        return (yield from run(runner, images, job, far, keep))
 
 
 def _name(job: Row) -> str:
@@ -295,23 +307,23 @@ def serve(worker: Callable[[Row], Run[Row]], streams: List[ContextManager[Any]],
                 streams.append(stream)
 
 
-def _process(index: int, options: argparse.Namespace, jobs: Any, rows: Any) -> None:
+def _process(index: int, options: argparse.Namespace, worker: Type[Worker], jobs: Any, rows: Any) -> None:
     device = torch.device('cuda', index % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    serve(Worker(options, device), [own_stream(device) for _ in range(options.streams)], jobs, rows)
+    serve(worker(options, device), [own_stream(device) for _ in range(options.streams)], jobs, rows)
 
 
 class Runs:
     """Runs jobs, in this process or in several on each GPU, and writes their rows to the results file."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: argparse.Namespace, worker: Type[Worker] = Worker):
         self.options, self.end = options, time.time() + options.seconds
         self.failed: List[Row] = []
         self.processes: List[Any] = []
         for folder in filter(None, (options.results.parent, options.keep)):
             folder.mkdir(parents=True, exist_ok=True)
         if not options.processes:
-            self.worker = Worker(options, torch.device(options.device))
+            self.worker = worker(options, torch.device(options.device))
             return
         if options.cache:  # once, not in every process
             for root, split in itertools.product((*options.data, *options.far), ('train', 'validation')):
@@ -319,7 +331,8 @@ class Runs:
         context = torch.multiprocessing.get_context('spawn')
         self.jobs, self.rows = context.Queue(), context.Queue()
         for i in range(options.processes * torch.cuda.device_count()):
-            process = context.Process(target=_process, args=(i, options, self.jobs, self.rows), daemon=True)
+            arguments = (i, options, worker, self.jobs, self.rows)
+            process = context.Process(target=_process, args=arguments, daemon=True)
             self.processes.append(process)
             process.start()
 

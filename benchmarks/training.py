@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from dataclasses import dataclass
-from typing import Any, ContextManager, Dict, Generator, List, NamedTuple, Tuple, TypeVar
+from typing import Any, ContextManager, Dict, Generator, List, NamedTuple, Optional, Tuple, TypeVar
 
 import timm
 import torch
@@ -78,15 +78,22 @@ class Runner:
         # The cache of weights would be filled while a CUDA graph is captured, and go stale
         return torch.autocast(self.device.type, torch.bfloat16, self.device.type == 'cuda', cache_enabled=False)
 
-    def embed(self, model: Any, images: Images) -> Tensor:
-        """Compute the pooled embeddings (N, d) of the middle of each image, float32."""
+    def embed(self, model: Any, images: Images, crop_pct: Optional[float] = None) -> Tensor:
+        """Compute the pooled embeddings (N, d) of the middle of each image, float32.
+
+        Args:
+            crop_pct: Side of that as a part of the short side; the model's own if None.
+        """
+        crop_pct = self.crop_pct if crop_pct is None else crop_pct
         model.eval()
         parts = []
-        with torch.inference_mode(), self.autocast():
+        with torch.inference_mode():
             for index in torch.arange(len(images), device=self.device).split(_EVAL_BATCH):
-                x = crop(images, index, center_boxes(images, index, self.crop_pct), self.size, self.mean, self.std)
+                x = crop(images, index, center_boxes(images, index, crop_pct), self.size, self.mean, self.std)
                 x = x.contiguous(memory_format=torch.channels_last)
-                parts.append(model.forward_head(model.forward_features(x), pre_logits=True).float())
+                with self.autocast():  # not of the crops, whose places it would round to 8 bits
+                    features = model.forward_head(model.forward_features(x), pre_logits=True)
+                parts.append(features.float())
         return torch.cat(parts).clone()
 
     def start(self, images: Images, spec: HeadSpec, seed: int) -> Tuple[Any, Any]:

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import timm
 import torch
@@ -45,6 +45,7 @@ PREPROCESSING: Dict[str, Any] = dict(
 )
 # Features that distinguish species: pairs of spots in front and behind, a band across the wings, the antennae
 SPOTS = {'2spots': (-0.45, 0.5), '3spots': (-0.6, -0.3, 0.45), '4spots': (-0.6, -0.3, 0.35, 0.65)}
+NUISANCES = ('color', 'pose', 'background', 'noise')  # what tells none apart; the proportions of a beetle vary, too
 WINGS, ANTENNAE = ('plain', 'banded'), ('straight', 'curled')
 Classes = Dict[str, List[Tuple[str, str, str]]]  # the kinds of beetles in each class
 FINE: Classes = {'_'.join(kind): [kind] for kind in itertools.product(SPOTS, WINGS, ANTENNAE)}
@@ -89,21 +90,32 @@ def _color(rng: random.Random, saturation: Tuple[float, float], value: Tuple[flo
     return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value)))
 
 
-def draw_beetle(rng: random.Random, spots: str, wings: str, antennae: str, size: int = IMAGE_SIZE) -> Image.Image:
-    """Draw a beetle of one kind with random colour, size, place and direction, on a random, noisy background."""
+def draw_beetle(
+    rng: random.Random,
+    spots: str,
+    wings: str,
+    antennae: str,
+    size: int = IMAGE_SIZE,
+    own: Optional[Mapping[str, random.Random]] = None,
+) -> Image.Image:
+    """Draw a beetle of one kind with random colour, size, place and direction, on a random, noisy background.
+
+    Each of :data:`NUISANCES` that ``own`` names is drawn by its generator there, the rest by ``rng``.
+    """
+    color, pose, background, noise = ((own or {}).get(name, rng) for name in NUISANCES)
     side, center = 4 * size, 2 * size  # drawn at four times the size, then reduced
     length = side * rng.uniform(0.24, 0.32)
     width = length * rng.uniform(0.6, 0.75)
     line = max(1, round(side * 0.015))
-    body = _color(rng, (0.5, 1.0), (0.45, 0.95))
+    body = _color(color, (0.5, 1.0), (0.45, 0.95))
     dark, light = tuple(c // 4 for c in body), tuple((c + 510) // 3 for c in body)
-    mark = rng.choice((dark, light))
+    mark = color.choice((dark, light))
 
-    image = Image.new('RGB', (side, side), _color(rng, (0.05, 0.4), (0.5, 1.0)))
+    image = Image.new('RGB', (side, side), _color(background, (0.05, 0.4), (0.5, 1.0)))
     draw = ImageDraw.Draw(image)
     for _ in range(14):
-        x, y, r = rng.uniform(0, side), rng.uniform(0, side), rng.uniform(0.02, 0.12) * side
-        draw.ellipse((x - r, y - r / 2, x + r, y + r / 2), fill=_color(rng, (0.05, 0.5), (0.4, 1.0)))
+        x, y, r = (background.uniform(*bounds) * side for bounds in ((0, 1), (0, 1), (0.02, 0.12)))
+        draw.ellipse((x - r, y - r / 2, x + r, y + r / 2), fill=_color(background, (0.05, 0.5), (0.4, 1.0)))
 
     beetle = Image.new('RGBA', (side, side))
     draw = ImageDraw.Draw(beetle)
@@ -133,13 +145,13 @@ def draw_beetle(rng: random.Random, spots: str, wings: str, antennae: str, size:
         x, y = center + s * width * rng.uniform(0.38, 0.5), center + k * length
         draw.ellipse((x - r, y - r, x + r, y + r), fill=mark)
 
-    n = int(side * rng.uniform(0.75, 1.2))
-    beetle = beetle.rotate(rng.uniform(-35, 35), Image.Resampling.BICUBIC).resize((n, n))
-    place = [int((side - n) / 2 + rng.uniform(-0.1, 0.1) * side) for _ in range(2)]
+    n = int(side * pose.uniform(0.75, 1.2))
+    beetle = beetle.rotate(pose.uniform(-35, 35), Image.Resampling.BICUBIC).resize((n, n))
+    place = [int((side - n) / 2 + pose.uniform(-0.1, 0.1) * side) for _ in range(2)]
     image.paste(beetle, (place[0], place[1]), beetle)
     image = image.resize((size, size), Image.Resampling.LANCZOS)
-    noise = Image.effect_noise((size, size), rng.uniform(5, 30)).convert('RGB')
-    return Image.blend(image, noise, rng.uniform(0.0, 0.15))
+    grain = Image.effect_noise((size, size), noise.uniform(5, 30)).convert('RGB')
+    return Image.blend(image, grain, noise.uniform(0.0, 0.15))
 
 
 def draw_classes(folder: Path, classes: Classes, images: int, seed: str) -> None:
