@@ -1,4 +1,4 @@
-"""Accuracy, calibration and outlier detection of heads on folders of images: trains all with equal budgets.
+"""Accuracy and calibration of heads on folders of images: trains all with equal budgets.
 
     python benchmarks/accuracy.py --data DIR [DIR ...] --backbone NAME FILE PIXELS [--backbone ...] \
         --heads linear:rows=zero zzz_r8 zzz_r8:fit=finetune --results FILE.jsonl
@@ -13,6 +13,7 @@ Settings of the heads: starts.py; of the training: training.py.
 import argparse
 import base64
 import contextlib
+import functools
 import itertools
 import json
 import queue
@@ -26,7 +27,6 @@ from typing import Any, Callable, ContextManager, Deque, Dict, Iterable, Iterato
 import torch
 from images import Images, load
 from measure import environment_line
-from outliers import Outliers
 from probe import held_out
 from safetensors.torch import save_file
 from starts import parse
@@ -107,11 +107,12 @@ def images_of(data: Dict[str, Images], job: Row) -> Tuple[Images, Images, Images
 def run(
     runner: Runner, images: Sequence[Images], job: Row, far: Dict[str, Images], keep: Optional[Path] = None
 ) -> Run[Row]:
-    """Train once and compute all figures; ``keep``: a file for what the scores are computed from."""
+    """Train once and compute all figures; ``keep``: a file for what outliers.py reads."""
     training, judged, unknown = images
-    start = time.perf_counter()
-    model, head = yield from runner.train(training, parse(job['head']), job['seed'], job['lr'], job['head_lr'])
-    features = runner.embed(model, judged)
+    start, spec = time.perf_counter(), parse(job['head'])
+    model, head = yield from runner.train(training, spec, job['seed'], job['lr'], job['head_lr'])
+    embed = functools.partial(runner.embed, model) if spec.train else runner.frozen
+    features = embed(judged)
     with torch.no_grad():
         logits = head.eval()(features).float()
     seconds = time.perf_counter() - start
@@ -119,19 +120,14 @@ def run(
     if job['split'] == 'inner':
         return found
     found['right'] = packed(logits.argmax(1) == judged.target)
-    if len(unknown) or far or keep:
-        train_features = runner.embed(model, training)
-        near = runner.embed(model, unknown) if len(unknown) else features[:0]
-        if keep:
-            embedded = dict(train=train_features, validation=features, near=near)
-            tensors = {k: v.half() for k, v in embedded.items()}
-            tensors.update(train_target=training.target, validation_target=judged.target)
-            tensors.update({f'head.{k}': v.float() for k, v in head.state_dict().items()})
-            save_file({k: v.contiguous() for k, v in tensors.items()}, keep)
-        outliers = Outliers(head, train_features, training.target, features)
-        if len(unknown):
-            found['near'] = outliers.auroc(near)
-        found['far'] = {name: outliers.auroc(runner.embed(model, images)) for name, images in far.items()}
+    if keep:
+        embedded = dict(train=embed(training), validation=features)
+        embedded.update({'near': embed(unknown)} if len(unknown) else {})
+        embedded.update({f'far.{name}': embed(images) for name, images in far.items()})
+        tensors = {k: v.half() for k, v in embedded.items()}
+        tensors.update(train_target=training.target, validation_target=judged.target)
+        tensors.update({f'head.{k}': v.float() for k, v in head.state_dict().items()})
+        save_file({k: v.contiguous() for k, v in tensors.items()}, keep, metadata=dict(job=json.dumps(job)))
     return found
 
 
@@ -139,11 +135,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--data', type=Path, nargs='+', required=True, metavar='DIR', help='ImageFolder: train, validation')
-    add('--far', type=Path, nargs='*', default=[], metavar='DIR', help='sets of other images, far outliers')
+    add('--far', type=Path, nargs='*', default=[], metavar='DIR', help='with --keep: sets of far outliers')
     add('--heads', nargs='+', default=['linear:rows=zero', 'zzz_r8'], metavar='HEAD')
     add('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of the runs at the own rates')
     add('--shots', type=int, nargs='+', default=[0], metavar='N', help='training images per class; 0: all')
-    add('--hold-out-every', type=int, default=0, metavar='K', help='K-th classes are near outliers')
+    add('--hold-out-every', type=int, default=0, metavar='K', help='K-th classes are not trained on: near outliers')
     add('--backbone', nargs=3, action='append', required=True, metavar=('NAME', 'FILE', 'PIXELS'), help='several times')
     add('--lrs', type=float, nargs='*', default=[5e-5, 1.5e-4, 5e-4], help='of the backbone; none: no grid')
     add('--head-lrs', type=float, nargs='+', default=[1.0, 5.0], metavar='X', help='factors on it for the head')
@@ -154,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--smoothing', type=float, default=Settings.smoothing, help='of labels')
     add('--results', type=Path, required=True, metavar='FILE.jsonl', help='files FILE*.jsonl are read')
     add('--cache', type=Path, help='folder for decoded images')
-    add('--keep', type=Path, metavar='DIR', help="write every trained model's features and head there")
+    add('--keep', type=Path, metavar='DIR', help="write every model's features and head there, for outliers.py")
     add('--processes', type=int, default=0, metavar='N', help='on each GPU; 0: in this process, one run at a time')
     add('--streams', type=int, default=3, metavar='N', help='of each of those processes: runs at the same time')
     add('--compile', action='store_true', help="the backbone's step by torch.compile: minutes once, then faster")
@@ -187,16 +183,22 @@ def chosen_rates(rows: Iterable[Row]) -> Dict[Tuple[Any, ...], Dict[str, float]]
 def grid(options: argparse.Namespace, shots: int) -> List[Row]:
     """List the runs by which the learning rates are chosen."""
     rates = [dict(lr=lr, head_lr=head_lr) for lr in options.lrs for head_lr in options.head_lrs]
-    return [dict(job, **each) for job in _jobs(options, 'inner', [options.grid_seed], shots) for each in rates]
+    jobs = [job for job in _jobs(options, 'inner', [options.grid_seed], shots) if is_trained(job['head'])]
+    return [dict(job, **each) for job in jobs for each in rates]
 
 
 def final(options: argparse.Namespace, shots: int, rows: Sequence[Row]) -> List[Row]:
     """List the runs at each head's own learning rates, which ``rows`` say."""
-    chosen = chosen_rates(rows)
+    chosen, none = chosen_rates(rows), dict.fromkeys(RATES, 0.0)
     return [
-        dict(job, **chosen[job['backbone'], job['head'], shots])
+        dict(job, **(chosen[job['backbone'], job['head'], shots] if is_trained(job['head']) else none))
         for job in _jobs(options, 'validation', options.seeds, shots)
     ]
+
+
+def is_trained(head: str) -> bool:
+    """Say whether a head has learning rates: one with ``train=0`` stays as it starts."""
+    return 'train=0' not in head
 
 
 def _jobs(options: argparse.Namespace, split: str, seeds: Sequence[int], shots: int) -> Iterator[Row]:
@@ -347,7 +349,7 @@ class Runs:
             print(f'{label}: {row["error"]}', file=sys.stderr, flush=True)
             return
         with self.options.results.open('a') as f:
-            f.write(json.dumps({k: _short(v) for k, v in row.items()}) + '\n')
+            f.write(json.dumps({k: short(v) for k, v in row.items()}) + '\n')
         figures = ', '.join(f'{k} {row[k]:.3f}' for k in ('top1', 'nll', 'nll_t', 'seconds'))
         print(f'{label}: {figures}', file=sys.stderr, flush=True)
 
@@ -369,11 +371,11 @@ def main(arguments: Optional[List[str]] = None) -> None:
     runs.close()
 
 
-def _short(value: Any) -> Any:
+def short(value: Any) -> Any:
     if isinstance(value, list):
-        return [_short(item) for item in value]
+        return [short(item) for item in value]
     if isinstance(value, dict):
-        return {key: _short(item) for key, item in value.items()}
+        return {key: short(item) for key, item in value.items()}
     return float(f'{value:.6g}') if isinstance(value, float) else value
 
 
