@@ -140,7 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of the runs at the own rates')
     add('--shots', type=int, nargs='+', default=[0], metavar='N', help='training images per class; 0: all')
     add('--hold-out-every', type=int, default=0, metavar='K', help='K-th classes are not trained on: near outliers')
-    add('--backbone', nargs=3, action='append', required=True, metavar=('NAME', 'FILE', 'PIXELS'), help='several times')
+    backbone = "several times; FILE '': timm's own weights, PIXELS 0: timm's size"
+    add('--backbone', nargs=3, action='append', required=True, metavar=('NAME', 'FILE', 'PIXELS'), help=backbone)
     add('--lrs', type=float, nargs='*', default=[5e-5, 1.5e-4, 5e-4], help='of the backbone; none: no grid')
     add('--head-lrs', type=float, nargs='+', default=[1.0, 5.0], metavar='X', help='factors on it for the head')
     add('--grid-seed', type=int, default=0, metavar='N', help='of the runs to choose by')

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from starts import parse
 from torch.nn import functional as F
-from training import Backbone, Runner, Settings, finish, learning_rates, own_stream
+from training import Backbone, Runner, Settings, create, finish, learning_rates, own_stream
 
 from timm_zzz import ZZZHead
 
@@ -158,6 +158,21 @@ def test_heads_that_stay_as_they_start_have_no_rates(run, tmp_path):
     heads = ('linear:rows=probe,train=0', 'zzz_r2:fit=frozen,train=0')
     rows = run(tmp_path / 'runs.jsonl', '--heads', *heads, '--seeds', 0)
     assert [(row['head'], row['split'], row['lr']) for row in rows] == [(head, 'validation', 0) for head in heads]
+
+
+def test_timms_own_weights(backbone, monkeypatch):
+    """Without a file, those that timm downloads."""
+    (name, file), asked = backbone, []
+
+    def download(repo_id, filename, **options):
+        asked.append(repo_id)
+        return file
+
+    monkeypatch.setattr('timm.models._hub.hf_hub_download', download)
+    found = create(Backbone(name)).state_dict()
+    assert set(asked) == {f'timm/{name}.{timm.get_pretrained_cfg(name).tag}'}
+    expected = load_file(file)
+    assert found and all(torch.equal(v, expected[k]) for k, v in found.items())
 
 
 def test_learning_rates_are_timms():
