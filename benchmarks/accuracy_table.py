@@ -7,8 +7,7 @@ both have, at each one's own learning rates. The pairs where it is above or belo
 says so.
 
 With ``--outliers``, rows of outliers.py: which of its scores a head is judged by on a set is chosen by the highest mean
-AUROC on the other sets, for each backbone, and for near and far outliers each. The base head's are the standard
-detectors.
+AUROC on the other sets and all backbones, for near and far outliers each. The base head's are the standard detectors.
 """
 
 import argparse
@@ -301,12 +300,11 @@ def chosen_score(rows: Sequence[Row], kind: str, data: str) -> Optional[str]:
 def judged(rows: Sequence[Row], kind: str) -> Dict[Pair, Tuple[str, List[float]]]:
     """Find a head's chosen score on each pair of set and backbone, and its AUROC and FPR95 there."""
     found = {}
-    for (backbone,), group in groups(rows, 'backbone').items():
-        for (data,), own in groups(group, 'data').items():
-            name = chosen_score(group, kind, data)
-            if name is not None:
-                values = [outlier_values(row, kind)[name] for row in own]
-                found[data, backbone] = name, [statistics.fmean(each) for each in zip(*values, strict=True)]
+    for (data, backbone), own in groups(rows, 'data', 'backbone').items():
+        name = chosen_score(rows, kind, data)
+        if name is not None:
+            values = [outlier_values(row, kind)[name] for row in own]
+            found[data, backbone] = name, [statistics.fmean(each) for each in zip(*values, strict=True)]
     return found
 
 

@@ -16,7 +16,7 @@ import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 from accuracy import JOB, short
@@ -116,10 +116,10 @@ class Outliers:
         self.inliers = self.scores(inliers.double())
 
     @torch.no_grad()
-    def __call__(self, outliers: Tensor) -> Dict[str, Tuple[float, float]]:
+    def __call__(self, outliers: Tensor) -> Dict[str, List[float]]:
         found = self.scores(outliers.double())
         both = {name: (self.inliers[name].cpu(), score.cpu()) for name, score in found.items()}
-        return {name: (100 * scores.auroc(*each), 100 * scores.fpr95(*each)) for name, each in both.items()}
+        return {name: [100 * scores.auroc(*each), 100 * scores.fpr95(*each)] for name, each in both.items()}
 
 
 def row_of(file: Path, done: List[Dict[str, Any]], device: torch.device) -> Optional[Dict[str, Any]]:
