@@ -1,4 +1,4 @@
-"""Accuracy, calibration and outlier detection of heads on folders of images: trains all with equal budgets.
+"""Accuracy and calibration of heads on folders of images: trains all with equal budgets.
 
     python benchmarks/accuracy.py --data DIR [DIR ...] --backbone NAME FILE PIXELS [--backbone ...] \
         --heads linear:rows=zero zzz_r8 zzz_r8:fit=finetune --results FILE.jsonl
@@ -13,6 +13,7 @@ Settings of the heads: starts.py; of the training: training.py.
 import argparse
 import base64
 import contextlib
+import functools
 import itertools
 import json
 import queue
@@ -26,7 +27,6 @@ from typing import Any, Callable, ContextManager, Deque, Dict, Iterable, Iterato
 import torch
 from images import Images, load
 from measure import environment_line
-from outliers import Outliers
 from probe import held_out
 from safetensors.torch import save_file
 from starts import parse
@@ -107,11 +107,12 @@ def images_of(data: Dict[str, Images], job: Row) -> Tuple[Images, Images, Images
 def run(
     runner: Runner, images: Sequence[Images], job: Row, far: Dict[str, Images], keep: Optional[Path] = None
 ) -> Run[Row]:
-    """Train once and compute all figures; ``keep``: a file for what the scores are computed from."""
+    """Train once and compute all figures; ``keep``: a file for what outliers.py reads."""
     training, judged, unknown = images
-    start = time.perf_counter()
-    model, head = yield from runner.train(training, parse(job['head']), job['seed'], job['lr'], job['head_lr'])
-    features = runner.embed(model, judged)
+    start, spec = time.perf_counter(), parse(job['head'])
+    model, head = yield from runner.train(training, spec, job['seed'], job['lr'], job['head_lr'])
+    embed = functools.partial(runner.embed, model) if spec.train else runner.frozen
+    features = embed(judged)
     with torch.no_grad():
         logits = head.eval()(features).float()
     seconds = time.perf_counter() - start
@@ -119,19 +120,14 @@ def run(
     if job['split'] == 'inner':
         return found
     found['right'] = packed(logits.argmax(1) == judged.target)
-    if len(unknown) or far or keep:
-        train_features = runner.embed(model, training)
-        near = runner.embed(model, unknown) if len(unknown) else features[:0]
-        if keep:
-            embedded = dict(train=train_features, validation=features, near=near)
-            tensors = {k: v.half() for k, v in embedded.items()}
-            tensors.update(train_target=training.target, validation_target=judged.target)
-            tensors.update({f'head.{k}': v.float() for k, v in head.state_dict().items()})
-            save_file({k: v.contiguous() for k, v in tensors.items()}, keep)
-        outliers = Outliers(head, train_features, training.target, features)
-        if len(unknown):
-            found['near'] = outliers.auroc(near)
-        found['far'] = {name: outliers.auroc(runner.embed(model, images)) for name, images in far.items()}
+    if keep:
+        embedded = dict(train=embed(training), validation=features)
+        embedded.update({'near': embed(unknown)} if len(unknown) else {})
+        embedded.update({f'far.{name}': embed(images) for name, images in far.items()})
+        tensors = {k: v.half() for k, v in embedded.items()}
+        tensors.update(train_target=training.target, validation_target=judged.target)
+        tensors.update({f'head.{k}': v.float() for k, v in head.state_dict().items()})
+        save_file({k: v.contiguous() for k, v in tensors.items()}, keep, metadata=dict(job=json.dumps(job)))
     return found
 
 
@@ -143,8 +139,9 @@ def shared_parser(description: Optional[str]) -> argparse.ArgumentParser:
     add('--heads', nargs='+', default=['linear:rows=zero', 'zzz_r8'], metavar='HEAD')
     add('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of the runs at the own rates')
     add('--shots', type=int, nargs='+', default=[0], metavar='N', help='training images per class; 0: all')
-    add('--hold-out-every', type=int, default=0, metavar='K', help='K-th classes are near outliers')
-    add('--backbone', nargs=3, action='append', required=True, metavar=('NAME', 'FILE', 'PIXELS'), help='several times')
+    add('--hold-out-every', type=int, default=0, metavar='K', help='K-th classes are not trained on: near outliers')
+    backbone = "several times; FILE '': timm's own weights, PIXELS 0: timm's size"
+    add('--backbone', nargs=3, action='append', required=True, metavar=('NAME', 'FILE', 'PIXELS'), help=backbone)
     add('--epochs', type=int, default=20)
     add('--min-steps', type=int, default=320, help='more epochs where few images give fewer steps')
     add('--smoothing', type=float, default=Settings.smoothing, help='of labels')
@@ -162,13 +159,13 @@ def shared_parser(description: Optional[str]) -> argparse.ArgumentParser:
 def _parser() -> argparse.ArgumentParser:
     parser = shared_parser(__doc__)
     add = parser.add_argument
-    add('--far', type=Path, nargs='*', metavar='DIR', help='sets of other images, far outliers')
+    add('--far', type=Path, nargs='*', metavar='DIR', help='with --keep: sets of far outliers')
     add('--lrs', type=float, nargs='*', default=[5e-5, 1.5e-4, 5e-4], help='of the backbone; none: no grid')
     add('--head-lrs', type=float, nargs='+', default=[1.0, 5.0], metavar='X', help='factors on it for the head')
     add('--at', type=float, nargs=2, metavar=('LR', 'X'), help='rate and factor of all heads, in place of a grid')
     add('--grid-seed', type=int, default=0, metavar='N', help='of the runs to choose by')
     add('--grid-only', action='store_true', help='no runs at the own rates')
-    add('--keep', type=Path, metavar='DIR', help="write every trained model's features and head there")
+    add('--keep', type=Path, metavar='DIR', help="write every model's features and head there, for outliers.py")
     return parser
 
 
@@ -201,7 +198,8 @@ def grid(options: argparse.Namespace, shots: int) -> List[Row]:
     if options.at:
         return []
     rates = [dict(lr=lr, head_lr=head_lr) for lr in options.lrs for head_lr in options.head_lrs]
-    return [dict(job, **each) for job in _jobs(options, 'inner', [options.grid_seed], shots) for each in rates]
+    jobs = [job for job in _jobs(options, 'inner', [options.grid_seed], shots) if is_trained(job['head'])]
+    return [dict(job, **each) for job in jobs for each in rates]
 
 
 def final(options: argparse.Namespace, shots: int, rows: Sequence[Row]) -> List[Row]:
@@ -209,8 +207,15 @@ def final(options: argparse.Namespace, shots: int, rows: Sequence[Row]) -> List[
     jobs = _jobs(options, 'validation', options.seeds, shots)
     if options.at:
         return [dict(job, **dict(zip(RATES, options.at, strict=True))) for job in jobs]
-    chosen = chosen_rates(rows)
-    return [dict(job, **chosen[job['backbone'], job['head'], shots]) for job in jobs]
+    chosen, none = chosen_rates(rows), dict.fromkeys(RATES, 0.0)
+    return [
+        dict(job, **(chosen[job['backbone'], job['head'], shots] if is_trained(job['head']) else none)) for job in jobs
+    ]
+
+
+def is_trained(head: str) -> bool:
+    """Say whether a head has learning rates: one with ``train=0`` stays as it starts."""
+    return 'train=0' not in head
 
 
 def _jobs(options: argparse.Namespace, split: str, seeds: Sequence[int], shots: int) -> Iterator[Row]:

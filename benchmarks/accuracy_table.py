@@ -1,15 +1,19 @@
-"""Tables of the rows that accuracy.py writes, in markdown.
+"""Tables of the rows that accuracy.py and outliers.py write, in markdown.
 
-    python benchmarks/accuracy_table.py FILE.jsonl [--base linear:rows=zero] [--pairs] [--grid]
+    python benchmarks/accuracy_table.py FILE.jsonl [--base linear:rows=zero] [--pairs] [--grid] [--outliers]
 
 For each number of images a class: every head against the base head, as means over the pairs of set and backbone that
 both have, at each one's own learning rates. The pairs where it is above or below are those of which a paired test
 says so.
+
+With ``--outliers``, rows of outliers.py: which of its scores a head is judged by on a set is chosen by the highest mean
+AUROC on the other sets and all backbones, for near and far outliers each. The base head's are the standard detectors.
 """
 
 import argparse
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
@@ -287,15 +291,85 @@ def choice_table(rows: List[Row], base: str = BASE) -> str:
     return '\n'.join(lines)
 
 
+def outlier_values(row: Row, kind: str, without: str = '') -> Dict[str, List[float]]:
+    """List AUROC and FPR95 by score: of near outliers, or of far ones, as the mean over the sets but one."""
+    if kind == 'near':
+        return row.get('near', {})
+    sets = [values for name, values in row['far'].items() if name != without]
+    names = sets[0] if sets else ()
+    return {name: [statistics.fmean(each[name][i] for each in sets) for i in (0, 1)] for name in names}
+
+
+def chosen_score(rows: Sequence[Row], kind: str, data: str) -> Optional[str]:
+    """Choose the score of the highest mean AUROC without the images of one set; None if there are no others."""
+    found: Dict[str, List[float]] = {}
+    for row in rows:
+        if row['data'] != data:
+            for name, (auroc, _) in outlier_values(row, kind, without=data).items():
+                found.setdefault(name, []).append(auroc)
+    return max(found, key=lambda name: statistics.fmean(found[name]), default=None)
+
+
+def judged(rows: Sequence[Row], kind: str) -> Dict[Pair, Tuple[str, List[float]]]:
+    """Find a head's chosen score on each pair of set and backbone, and its AUROC and FPR95 there."""
+    found = {}
+    for (data, backbone), own in groups(rows, 'data', 'backbone').items():
+        name = chosen_score(rows, kind, data)
+        if name is not None:
+            values = [outlier_values(row, kind)[name] for row in own]
+            found[data, backbone] = name, [statistics.fmean(each) for each in zip(*values, strict=True)]
+    return found
+
+
+def outlier_tables(rows: Sequence[Row], base: str = BASE) -> str:
+    """Every head by its chosen scores, against the base head by its; then every score of every head."""
+    parts = []
+    for (shots, every), group in groups(rows, 'shots', 'hold_out_every').items():
+        title = f'{shots} images a class' if shots else 'All images'
+        parts += [f'### {title}, each {every}th class held out', '']
+        parts += ['| outliers | head | pairs | scores | AUROC | FPR95 | AUROC against the base | least | above |']
+        parts += ['|---' * 9 + '|']
+        by_head = groups(group, 'head')
+        for kind in ('near', 'far'):
+            of_base = judged(by_head.get((base,), []), kind)
+            for (head,), own in by_head.items():
+                found = judged(own, kind)
+                if not found:
+                    continue
+                scores = Counter(name for name, _ in found.values()).most_common()
+                cells = [kind, head, str(len(found)), ', '.join(f'{name} ({count})' for name, count in scores)]
+                cells += (f'{statistics.fmean(values[i] for _, values in found.values()):.1f}' for i in (0, 1))
+                differences = [found[pair][1][0] - of_base[pair][1][0] for pair in found if pair in of_base]
+                cells += [''] * 3
+                if differences and head != base:
+                    cells[-3:] = show(differences, 1), f'{min(differences):.1f}', str(sum(d > 0 for d in differences))
+                parts.append('| ' + ' | '.join(cells) + ' |')
+        parts += ['', '| head | score | near: AUROC | FPR95 | far: AUROC | FPR95 |', '|---' * 6 + '|']
+        for (head,), own in by_head.items():
+            columns = [[outlier_values(row, kind) for row in own] for kind in ('near', 'far')]
+            for name in columns[0][0] or columns[1][0]:
+                cells = [head, name]
+                for column in columns:
+                    values = [each[name] for each in column if name in each]
+                    cells += (f'{statistics.fmean(v[i] for v in values):.1f}' if values else '' for i in (0, 1))
+                parts.append('| ' + ' | '.join(cells) + ' |')
+        parts.append('')
+    return '\n'.join(parts)
+
+
 def main(arguments: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('results', type=Path, metavar='FILE.jsonl')
     parser.add_argument('--base', default=BASE, metavar='HEAD')
     parser.add_argument('--pairs', action='store_true', help='every pair of set and backbone, too')
     parser.add_argument('--grid', action='store_true', help='only the runs by which rates are chosen')
+    parser.add_argument('--outliers', action='store_true', help='of the rows of outliers.py')
     options = parser.parse_args(arguments)
     unique = {tuple(row[k] for k in JOB): row for row in read(options.results)}
     rows = list(unique.values())
+    if options.outliers:
+        print(outlier_tables(rows, options.base))
+        return
     grids = f'{choice_table(rows, options.base)}\n\n{grid_table(rows)}'
     print(grids if options.grid else tables(rows, options.base, options.pairs))
 

@@ -1,8 +1,8 @@
-"""Make the reduced sets of docs/results.md as ImageFolders, from checkouts of public repositories on GitHub.
+"""Make the sets of docs/results.md as ImageFolders, from checkouts of public repositories or the official archives.
 
-    python benchmarks/make_sets.py SET CHECKOUT [CHECKOUT] --output DIR
+    python benchmarks/make_sets.py SET CHECKOUT [CHECKOUT] --output DIR [--side PIXELS]
 
-SET is one of these, CHECKOUT the folder of the repository at that commit (two for flowers and food):
+SET is one of these, CHECKOUT the folder of the repository on GitHub at that commit (two for flowers and food):
 
     birds        serizba/vision 16a8a47
     cars, cars2  fmejbah/car_dataset1 2ac6920
@@ -10,7 +10,16 @@ SET is one of these, CHECKOUT the folder of the repository at that commit (two f
     butterflies  pilicorredor/inteligencia a092ed8
     food         Gandolier/genai_food101_repo 1ed9ca6, Neilus03/GAN_food101 aeee0e5
 
-The images keep the licences that their authors gave them; none is part of this project. Cars and flowers need SciPy.
+or one of the official sets, CHECKOUT where they were unpacked:
+
+    cub            CUB_200_2011, with images, images.txt, classes.txt, image_class_labels.txt, train_test_split.txt
+    stanford_cars  the folder of stanford_cars, as torchvision.datasets.StanfordCars reads it
+    aircraft       the folder of fgvc-aircraft-2013b, as torchvision.datasets.FGVCAircraft reads it
+
+Images are made smaller, to a short side of 144 pixels or --side; with --side 0 they are copied as they are.
+
+The images keep the licences that their authors gave them; none is part of this project. The sets of cars and flowers
+need SciPy.
 """
 
 import argparse
@@ -18,10 +27,12 @@ import hashlib
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 from PIL import Image
+from torchvision import datasets
 
 SIDE = 144  # pixels of the short side, at most
 QUALITY = 72  # of JPEG
@@ -63,19 +74,38 @@ def folder_name(text: str) -> str:
 
 
 def table(path: Path) -> Dict[str, str]:
-    return dict((cell.strip() for cell in line.split(',')) for line in path.read_text().splitlines() if line.strip())
+    """Read a key and a value a line, with a comma or a space between them."""
+    lines = path.read_text().splitlines()
+    return dict(re.split(r'[,\s]+', line.strip(), maxsplit=1) for line in lines if line.strip())
 
 
-def birds(checkout: Path) -> List[Item]:
-    """Flag 0 of the split marks CUB's training images here, though CUB's own flag is 1."""
-    root = checkout / 'ex03/task2/bird_dataset'
+def cub(root: Path, training: str = '1') -> List[Item]:
     images, labels, flags, names = (
         table(root / f'{name}.txt') for name in ('images', 'image_class_labels', 'train_test_split', 'classes')
     )
     items = []
     for key, path in images.items():
         source = root / 'images' / path
-        items.append(Item('train' if flags[key] == '0' else 'validation', names[labels[key]], source, source.stem))
+        items.append(Item('train' if flags[key] == training else 'validation', names[labels[key]], source, source.stem))
+    return items
+
+
+def birds(checkout: Path) -> List[Item]:
+    """Flag 0 of the split marks CUB's training images here, though CUB's own flag is 1."""
+    return cub(checkout / 'ex03/task2/bird_dataset', '0')
+
+
+def of_torchvision(name: str, train: str, test: str) -> Callable[[Path], List[Item]]:
+    """List the images of a data set of torchvision by its names for the splits."""
+
+    def items(root: Path) -> List[Item]:
+        found = []
+        for split, its_name in (('train', train), ('validation', test)):
+            dataset: Any = getattr(datasets, name)(root, split=its_name, loader=Path)
+            for path, label in (dataset[i] for i in range(len(dataset))):
+                found.append(Item(split, folder_name(dataset.classes[label]), path, path.stem))
+        return found
+
     return items
 
 
@@ -153,24 +183,30 @@ SETS: Dict[str, Tuple[Callable[..., List[Item]], int, bool]] = {  # number of ch
     'flowers': (flowers, 2, False),
     'butterflies': (butterflies, 1, False),
     'food': (food, 2, False),
+    'cub': (cub, 1, False),
+    'stanford_cars': (of_torchvision('StanfordCars', 'train', 'test'), 1, False),
+    'aircraft': (of_torchvision('FGVCAircraft', 'trainval', 'test'), 1, False),
 }
 
 
-def prepared(path: Path, swap: bool) -> Image.Image:
-    """In RGB, the short side at most SIDE; ``swap``: red for blue."""
+def prepared(path: Path, swap: bool, side: int = SIDE) -> Image.Image:
+    """Open an image in RGB, the short side at most ``side``; ``swap``: red for blue."""
     image: Any = Image.open(path)
-    image.draft('RGB', (2 * SIDE, 2 * SIDE))
+    image.draft('RGB', (2 * side, 2 * side))
     image = image.convert('RGB')
     if swap:
         image = Image.merge('RGB', image.split()[::-1])
-    scale = SIDE / min(image.size)
+    scale = side / min(image.size)
     if scale < 1:
-        image = image.resize([max(SIDE, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
+        image = image.resize([max(side, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
     return image
 
 
-def write(items: List[Item], output: Path, swap: bool) -> List[Item]:
-    """Write the images; returns those that were, without the training images whose bytes a validation image has."""
+def write(items: List[Item], output: Path, swap: bool, side: int = SIDE) -> List[Item]:
+    """Write the images, as they are for side 0; returns those that were.
+
+    Training images whose bytes a validation image has are left out.
+    """
     digests = {item.source: hashlib.sha256(item.source.read_bytes()).digest() for item in items}
     validation = {digests[item.source] for item in items if item.split == 'validation'}
     kept = [item for item in items if item.split == 'validation' or digests[item.source] not in validation]
@@ -179,7 +215,10 @@ def write(items: List[Item], output: Path, swap: bool) -> List[Item]:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             raise FileExistsError(f'{target} exists already')
-        prepared(item.source, swap).save(target, 'JPEG', quality=QUALITY)
+        if side:
+            prepared(item.source, swap, side).save(target, 'JPEG', quality=QUALITY)
+        else:
+            shutil.copyfile(item.source, target)
     return kept
 
 
@@ -188,11 +227,12 @@ def main(arguments: Optional[List[str]] = None) -> None:
     parser.add_argument('set', choices=SETS)
     parser.add_argument('checkouts', type=Path, nargs='+', metavar='CHECKOUT')
     parser.add_argument('--output', type=Path, required=True, metavar='DIR', help='the set is DIR/SET')
+    parser.add_argument('--side', type=int, default=SIDE, metavar='PIXELS', help='short side; 0: as they are')
     options = parser.parse_args(arguments)
     function, count, swap = SETS[options.set]
     if len(options.checkouts) != count:
         parser.error(f'{options.set} is made of {count} checkout{"s" if count > 1 else ""}')
-    kept = write(function(*options.checkouts), options.output / options.set, swap)
+    kept = write(function(*options.checkouts), options.output / options.set, swap, options.side)
     for split in ('train', 'validation'):
         labels = [item.label for item in kept if item.split == split]
         print(f'{split}: {len(labels)} images of {len(set(labels))} classes')

@@ -71,6 +71,7 @@ class Runner:
         config = resolve_data_config({}, model=self.model)
         self.features = torch.compile(_features, dynamic=False) if settings.compiled else _features
         self.heads: Dict[Tuple[int, HeadSpec, int], Tuple[Images, nn.Module]] = {}
+        self.embedded: Dict[int, Tuple[Images, Tensor]] = {}
         self.size, self.crop_pct = backbone.size or config['input_size'][-1], config['crop_pct']
         self.mean, self.std = (torch.tensor(config[k], device=device).view(1, 3, 1, 1) for k in ('mean', 'std'))
 
@@ -96,6 +97,14 @@ class Runner:
                 parts.append(features.float())
         return torch.cat(parts).clone()
 
+    def frozen(self, images: Images) -> Tensor:
+        """Compute the embeddings (N, d) before any training, once for all heads."""
+        if id(images) not in self.embedded:
+            self.embedded[id(images)] = images, self.embed(self.model, images)
+            if self.device.type == 'cuda':
+                torch.cuda.current_stream().synchronize()
+        return self.embedded[id(images)][1]
+
     def start(self, images: Images, spec: HeadSpec, seed: int) -> Tuple[Any, Any]:
         """Create the backbone with the head in its place; returns the model and that head."""
         random_seed(seed)
@@ -113,7 +122,7 @@ class Runner:
         key = (id(images), spec, seed)
         if key not in self.heads:
             if needs_features(spec):
-                features = self.embed(self.model, images)
+                features = self.frozen(images)
             else:
                 features = torch.zeros(1, self.model.head_hidden_size, device=self.device)
             self.heads[key] = images, build(spec, features, images.target, len(images.classes))

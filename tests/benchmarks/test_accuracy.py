@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from starts import parse
 from torch.nn import functional as F
-from training import Backbone, Runner, Settings, finish, learning_rates, own_stream
+from training import Backbone, Runner, Settings, create, finish, learning_rates, own_stream
 
 from timm_zzz import ZZZHead
 
@@ -143,20 +143,40 @@ def test_masks_as_text():
 
 
 def test_kept_features_give_the_figures(run, folder, tmp_path):
-    """Compute a run's accuracy and energy again from what --keep writes, by hand."""
+    """Compute a run's accuracy again from what --keep writes, by hand."""
     options = ('--heads', 'zzz_r2', '--lrs', 1e-3, '--head-lrs', 1, '--seeds', 0, '--hold-out-every', 4)
     _, row = run(tmp_path / 'runs.jsonl', *options, '--keep', tmp_path, '--far', folder)
     found = load_file(tmp_path / 'gradients-test_vit-zzz_r2-0-0.safetensors')
     head = ZZZHead(3, found['validation'].shape[1], rank=2).eval()
     head.load_state_dict({k[5:]: v for k, v in found.items() if k.startswith('head.')})
     with torch.no_grad():
-        known, near = (head(found[k].float()) for k in ('validation', 'near'))
-    assert 100 * (known.argmax(1) == found['validation_target']).double().mean() == pytest.approx(row['top1'])
-    energies = [-logits.logsumexp(1) for logits in (known, near)]
-    expected = 100 * metrics.roc_auc_score([0] * len(known) + [1] * len(near), torch.cat(energies))
-    assert row['near']['energy'] == pytest.approx(expected, abs=4) and row['far'] == {}
+        predicted = head(found['validation'].float()).argmax(1)
+    assert 100 * (predicted == found['validation_target']).double().mean() == pytest.approx(row['top1'])
+    assert len(found['near']) == 3 and not any(key.startswith('far') for key in found)  # the set itself is not far
     assert len(found['train']) == len(found['train_target']) == row['train_images'] == 18
     assert len(row['v']) == 2
+
+
+def test_heads_that_stay_as_they_start_have_no_rates(run, tmp_path):
+    """One run each, without a grid, of the features that they share."""
+    heads = ('linear:rows=probe,train=0', 'zzz_r2:fit=frozen,train=0')
+    rows = run(tmp_path / 'runs.jsonl', '--heads', *heads, '--seeds', 0)
+    assert [(row['head'], row['split'], row['lr']) for row in rows] == [(head, 'validation', 0) for head in heads]
+
+
+def test_timms_own_weights(backbone, monkeypatch):
+    """Without a file, those that timm downloads."""
+    (name, file), asked = backbone, []
+
+    def download(repo_id, filename, **options):
+        asked.append(repo_id)
+        return file
+
+    monkeypatch.setattr('timm.models._hub.hf_hub_download', download)
+    found = create(Backbone(name)).state_dict()
+    assert set(asked) == {f'timm/{name}.{timm.get_pretrained_cfg(name).tag}'}
+    expected = load_file(file)
+    assert found and all(torch.equal(v, expected[k]) for k, v in found.items())
 
 
 def test_learning_rates_are_timms():

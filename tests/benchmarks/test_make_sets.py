@@ -1,4 +1,4 @@
-"""The reduced sets of docs/results.md, from checkouts with a few images."""
+"""The sets of docs/results.md, from checkouts and folders laid out like the official archives, with a few images."""
 
 import json
 
@@ -15,8 +15,9 @@ SPLITS = ('train', 'validation')
 def run(tmp_path):
     """Make a set from folders in tmp_path and return the files of each split."""
 
-    def run(name, *folders):
-        make_sets.main([name, *(str(tmp_path / folder) for folder in folders), '--output', str(tmp_path / 'sets')])
+    def run(name, *folders, side=()):
+        options = [*side, '--output', str(tmp_path / 'sets')]
+        make_sets.main([name, *(str(tmp_path / folder) for folder in folders), *options])
         out = tmp_path / 'sets' / name
         return {k: sorted(str(p.relative_to(out / k)) for p in (out / k).rglob('*.jpg')) for k in SPLITS}
 
@@ -41,6 +42,55 @@ def test_birds_train_where_the_flag_is_0(run, tmp_path):
     for name, values in lists.items():
         (root / f'{name}.txt').write_text(''.join(f'{i + 1}, {value}\n' for i, value in enumerate(values)))
     assert run('birds', '.') == {'train': [names[0], names[3]], 'validation': [names[1], names[2]]}
+
+
+def test_official_cub_trains_where_the_flag_is_1(run, tmp_path):
+    names = ['001.Black_footed_Albatross/one.jpg', '001.Black_footed_Albatross/two.jpg', '002.Owl/three.jpg']
+    for name in names:
+        image(tmp_path / 'CUB_200_2011/images' / name, 100, (400, 300))
+    lists = dict(images=names, image_class_labels=[1, 1, 2], train_test_split=[1, 0, 1])
+    lists.update(classes=['001.Black_footed_Albatross', '002.Owl'])
+    for name, values in lists.items():
+        (tmp_path / f'CUB_200_2011/{name}.txt').write_text(''.join(f'{i + 1} {v}\n' for i, v in enumerate(values)))
+    files = run('cub', 'CUB_200_2011', side=('--side', '224'))
+    assert files == {'train': [names[0], names[2]], 'validation': [names[1]]}
+    assert Image.open(tmp_path / 'sets/cub/train' / names[0]).size == (299, 224)
+
+
+def test_official_cars_as_they_are(run, tmp_path):
+    """Laid out as the archives unpack: test labels in a file of their own, numbers that both splits have."""
+    root = tmp_path / 'stanford_cars'
+    (root / 'devkit').mkdir(parents=True)
+    classes = np.array([['AM General Hummer SUV 2000', 'Ram C/V Cargo Van 2012']], dtype=object)
+    savemat(root / 'devkit/cars_meta.mat', dict(class_names=classes))
+    for split, file, labels in (
+        ('train', 'devkit/cars_train_annos.mat', (2, 1)),
+        ('test', 'cars_test_annos_withlabels.mat', (1, 1, 2)),
+    ):
+        names = [f'{i + 1:05d}.jpg' for i in range(len(labels))]
+        annotations = np.array(list(zip(labels, names, strict=True)), dtype=[('class', 'i4'), ('fname', 'O')])
+        savemat(root / file, dict(annotations=annotations))
+        for name in names:
+            image(root / f'cars_{split}' / name, 80, (300, 200))
+    files = run('stanford_cars', '.', side=('--side', '0'))
+    first, second = 'AM_General_Hummer_SUV_2000', 'Ram_C_V_Cargo_Van_2012'
+    assert files['train'] == [f'{first}/00002.jpg', f'{second}/00001.jpg']
+    assert files['validation'] == [f'{first}/00001.jpg', f'{first}/00002.jpg', f'{second}/00003.jpg']
+    copy = tmp_path / f'sets/stanford_cars/train/{second}/00001.jpg'
+    assert copy.read_bytes() == (root / 'cars_train/00001.jpg').read_bytes()
+
+
+def test_official_aircraft_are_variants(run, tmp_path):
+    data = tmp_path / 'fgvc-aircraft-2013b/data'
+    lists = dict(trainval=['0034309 F-16A/B', '0034958 707-320'], test=['1025794 F-16A/B'])
+    for split, lines in lists.items():
+        for line in lines:
+            image(data / 'images' / f'{line.split()[0]}.jpg', 90)
+        (data / f'images_variant_{split}.txt').write_text('\n'.join(lines) + '\n')
+    (data / 'variants.txt').write_text('707-320\nF-16A/B\n')
+    files = run('aircraft', '.')
+    assert files['train'] == ['707-320/0034958.jpg', 'F-16A_B/0034309.jpg']
+    assert files['validation'] == ['F-16A_B/1025794.jpg']
 
 
 @pytest.fixture
