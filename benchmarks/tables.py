@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Callable, Dict, List
 
 import accuracy_table
+import nuisance
 from accuracy import JOB, Row, read
 from accuracy_table import Comparison, groups, show
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / 'benchmarks' / 'results'
 MARKED = re.compile(r'(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)', re.DOTALL)
 
 HEADS = {
@@ -58,9 +60,8 @@ def markdown(titles: List[str], rows: List[List[str]]) -> str:
 
 def rows_of(name: str) -> List[Row]:
     """Read the rows of a file in benchmarks/results, with plain names; the last of those that repeat a run counts."""
-    file = ROOT / 'benchmarks' / 'results' / f'{name}.jsonl'
     found = {}
-    for row in read(file):
+    for row in read(RESULTS / f'{name}.jsonl'):
         named = dict(row, backbone=BACKBONES.get(row['backbone'], row['backbone']), head=plain(row['head']))
         found[tuple(named.get(k) for k in JOB)] = named
     return list(found.values())
@@ -173,6 +174,7 @@ TABLES: Dict[str, Callable[[], str]] = {
     'rates': lambda: accuracy_table.choice_table(rows_of('accuracy'), LINEAR),
     'start': lambda: accuracy_table.grid_table(rows_of('start')),
     'frozen': lambda: frozen([row for row in rows_of('frozen') if row['head'] in (PROBE, 'ZZZ r 0, fitted', FITTED)]),
+    'nuisance': lambda: nuisance.table(read(RESULTS / 'nuisance.jsonl')),
     'ranks': lambda: frozen(
         [row for row in rows_of('frozen') if row['backbone'] == 'MobileNetV2' and row['shots'] in (0, 5)]
     ),
