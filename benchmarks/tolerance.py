@@ -23,7 +23,6 @@ import torch
 from accuracy import RATES, Row, Runs, Worker, final, quality, read, shared_parser, spectrum
 from corruptions import CORRUPTIONS, STRENGTHS, corrupt, middle_crops
 from images import Images
-from outliers import class_means
 from starts import parse
 from subspaces import shares
 from torch import Tensor, nn
@@ -35,6 +34,12 @@ from timm_zzz.head import ZZZHead
 from timm_zzz.scores import class_gaussians_of
 
 RATES_FILE = Path(__file__).parent / 'results/accuracy.jsonl'
+
+
+def class_means(x: Tensor, target: Tensor) -> Tensor:
+    """Average the rows (N, d) of each class, (C, d)."""
+    means = x.new_zeros(int(target.max()) + 1, x.shape[1]).index_add_(0, target, x)
+    return means / target.bincount()[:, None]
 
 
 class Corrupted:

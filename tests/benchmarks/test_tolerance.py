@@ -201,7 +201,8 @@ def test_a_random_subspace_holds_its_part_and_a_fitted_one_more():
 
 
 def inner(head, shots, lr, top1=50.0, data='gradients', backbone='test_vit'):
-    return dict(head=head, shots=shots, lr=lr, head_lr=5.0, top1=top1, data=data, backbone=backbone, split='inner')
+    found = dict(head=head, shots=shots, lr=lr, head_lr=5.0, top1=top1, data=data, backbone=backbone)
+    return dict(found, seed=0, split='inner')
 
 
 @pytest.fixture(scope='module')
