@@ -23,6 +23,7 @@ HEADS = {
     'linear': 'linear, as timm starts it',
     'linear:rows=zero': 'linear, from zero',
     'linear:rows=probe': 'logistic regression',
+    'linear:rows=probe,train=0': 'logistic regression',
     'zzz_r8': 'ZZZ r 8, flat',
     'zzz_r0': 'ZZZ r 0, flat',
     'zzz_r8:init=reference': 'ZZZ r 8, reference',
@@ -82,6 +83,12 @@ def frozen(rows: List[Row]) -> str:
 
 def column(rows: List[Row], key: str) -> List[float]:
     return [row[key] for row in rows]
+
+
+def outliers(rows: List[Row]) -> str:
+    """Make the tables of outliers of a frozen backbone, without their title."""
+    text = accuracy_table.outlier_tables(rows, PROBE)
+    return '\n'.join(line for line in text.splitlines() if not line.startswith('###')).strip()
 
 
 def summary() -> str:
@@ -175,6 +182,7 @@ TABLES: Dict[str, Callable[[], str]] = {
     'start': lambda: accuracy_table.grid_table(rows_of('start')),
     'frozen': lambda: frozen([row for row in rows_of('frozen') if row['head'] in (PROBE, 'ZZZ r 0, fitted', FITTED)]),
     'nuisance': lambda: nuisance.table(read(RESULTS / 'nuisance.jsonl')),
+    'outliers': lambda: outliers(rows_of('outliers')),
     'ranks': lambda: frozen(
         [row for row in rows_of('frozen') if row['backbone'] == 'MobileNetV2' and row['shots'] in (0, 5)]
     ),
