@@ -46,6 +46,7 @@ COVERED = {
 LEFT_OUT = {
     'python3.11': 'installs: .ci/run does it',
     'git': 'downloads',
+    'pip': 'downloads',
     'cp': 'copies from what git downloaded',
     'torchrun': 'needs several GPUs; its options of train.py are parsed',
     'tail': 'the end of a loop',
