@@ -103,18 +103,13 @@ class Comparison:
         return {pair: self.mean_difference(pair, lambda row: row['top1']) for pair in self.pairs}
 
     def error(self) -> Optional[float]:
-        """Standard error over seeds of the mean over pairs; None for one seed."""
-        seeds = sorted({row['seed'] for own, _ in self.matched.values() for row in own})
-        means = []
-        for seed in seeds:
-            found = [
-                a['top1'] - b['top1']
-                for own, base in self.matched.values()
-                for a, b in zip(own, base, strict=True)
-                if a['seed'] == seed
-            ]
-            means.append(statistics.fmean(found))
-        return mean_and_error(means)[1]
+        """Standard error over seeds of the mean over pairs; None for one. Seeds that some pairs lack are left out."""
+        of_seed: Dict[int, List[float]] = {}
+        for own, base in self.matched.values():
+            for a, b in zip(own, base, strict=True):
+                of_seed.setdefault(a['seed'], []).append(a['top1'] - b['top1'])
+        means = [statistics.fmean(found) for found in of_seed.values() if len(found) == len(self.pairs)]
+        return mean_and_error(means)[1] if means else None
 
     def error_over_pairs(self) -> float:
         """Standard error over pairs of the mean over pairs."""

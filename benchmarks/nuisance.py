@@ -3,10 +3,11 @@
     python benchmarks/nuisance.py --results FILE.jsonl
 
 On the beetles of ``python -m timm_zzz demo``, whose nuisances are known: beetles of a class are drawn with one of them
-varied (color, pose, background, noise) and all else fixed, or with ``all`` varied; for contrast, beetles of every
-``class`` with all else fixed. The figures are the parts of the variance that this makes among the embeddings that lie
-inside span(U_c) of the head. Each seed has a backbone, training images and drawn images of its own; seeds that the
-file has are not repeated. Prints a table of all rows. Runs on a CPU, two to three minutes a seed.
+varied (color, pose, background, noise) and all else fixed but the grain of the noise, which Pillow draws without a
+seed, or with ``all`` varied; for contrast, beetles of every ``class`` with all else fixed. The figures are the parts of
+the variance that this makes among the embeddings that lie inside span(U_c) of the head. Each seed has a backbone,
+training images and drawn images of its own; seeds that the file has are not repeated. Prints a table of all rows. Runs
+on a CPU, two to three minutes a seed.
 """
 
 import argparse

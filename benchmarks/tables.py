@@ -92,7 +92,7 @@ def outliers(rows: List[Row]) -> str:
 
 
 def summary() -> str:
-    """Make the table that docs/results.md begins with: differences to the best-started linear head, in the mean."""
+    """Make the table that docs/results.md begins with: mean differences to the best-started linear head."""
     lines = []
     tuned, fitted = rows_of('accuracy'), rows_of('frozen')
     for shots, name in ((0, 'all images'), (5, 'five images a class')):

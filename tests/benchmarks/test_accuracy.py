@@ -214,6 +214,8 @@ def test_table():
     cells = [cell.strip() for cell in line.split('|')[1:-1]]
     mean, error = statistics.fmean([15.25, 15.75]), statistics.stdev([15.25, 15.75]) / math.sqrt(2)
     assert cells[:5] == ['zzz_r8', '2', f'{mean:+.2f} ± {error:.2f}', '+0.50', '1, 0']
+    more = [row(base, 2, 50.0), row('zzz_r8', 2, 80.5, nll=0.5, nll_t=0.4)]  # a seed that one pair has
+    assert f'| {mean:+.2f} ± {error:.2f} |' in accuracy_table.tables([*rows, *more])
     assert cells[5:] == ['+15.50', '+0.0 %', '-20.0 %', '4.0, 2.0', '+8.00', '-10.6 %']
     assert '| net | cars | zzz_r8 | 0.001 × 1 | 50.50 ± 0.00 |' in accuracy_table.tables(rows, pairs=True)
     assert accuracy_table.choice_table(rows).splitlines()[2:] == [
@@ -235,6 +237,8 @@ def test_bootstrap_and_holm():
     assert accuracy_table.p_value(difference) == pytest.approx(stats.binomtest(30, 45).pvalue, abs=0.012)
     assert accuracy_table.p_value(-difference) == pytest.approx(accuracy_table.p_value(difference), abs=0.005)
     assert accuracy_table.p_value(torch.zeros(3, 50)) == 1
+    seeds = torch.tensor([1.0, 1, -1])[:, None].expand(3, 50)  # of 27 draws of seeds, 7 have two or three of the last
+    assert accuracy_table.p_value(seeds) == pytest.approx(2 * 7 / 27, abs=0.02)
     assert accuracy_table.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 

@@ -125,6 +125,7 @@ def test_commands(page, place, backbone, monkeypatch, capsys):
             assert first in {*COVERED, *LEFT_OUT}, line
         elif arguments[0].startswith('benchmarks/'):  # take hours: their options exist, tests/benchmarks runs them
             script = (ROOT / arguments[0]).read_text()
+            script += (ROOT / 'benchmarks/accuracy.py').read_text() if 'shared_parser' in script else ''
             assert all(f"'{option}'" in script for option in arguments if option.startswith('--')), line
         else:
             assert arguments[:2] == ['-m', 'timm_zzz'], line

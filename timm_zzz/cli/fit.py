@@ -48,7 +48,7 @@ from .run import args_of
 __all__ = ['TRAINING', 'main']
 
 # Options for train.py that neither the recipe nor the command line gives: those of the quickstart recipe, with a
-# learning rate that suits this start (docs/results.md). train.py's defaults, SGD at 0.05, would undo it at once.
+# learning rate that suits this start (docs/results/accuracy.md). train.py's defaults, SGD at 0.05, would undo it.
 TRAINING = dict(opt='adamw', lr=5e-4, weight_decay=0.05, epochs=20, warmup_epochs=2)
 _NUMBERS = ('sigma2', 'max_precision', 'mean_spread', 'v_ratio', 'shrinkage', 'prior_count', 'temperature')
 _FIT = tuple(f'{OPTION_PREFIX}{name}' for name in FIT_OPTIONS)
