@@ -111,9 +111,12 @@ class Comparison:
         means = [statistics.fmean(found) for found in of_seed.values() if len(found) == len(self.pairs)]
         return mean_and_error(means)[1] if means else None
 
-    def error_over_pairs(self) -> float:
-        """Standard error over pairs of the mean over pairs."""
-        return mean_and_error(list(self.top1().values()))[1] or math.nan
+    def error_over_sets(self) -> float:
+        """Standard error over sets of the mean over pairs: the backbones of one set share its images."""
+        of_set: Dict[str, List[float]] = {}
+        for (data, _), value in self.top1().items():
+            of_set.setdefault(data, []).append(value)
+        return mean_and_error([statistics.fmean(values) for values in of_set.values()])[1] or math.nan
 
     def relative(self, key: str) -> float:
         """Mean over pairs of the difference in the logarithm of a value, as a change in percent."""
@@ -144,16 +147,18 @@ def _same_seeds(rows: List[Row], base: List[Row]) -> Tuple[List[Row], List[Row]]
     return [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
 
 
-def grid_difference(rows: List[Row], base: List[Row]) -> Tuple[Optional[float], Optional[float]]:
-    """Mean over pairs and rates of the difference in inner top-1, and in NLL at one temperature, percent."""
-    keys = ('data', 'backbone', 'seed', *RATES)
-    ours, theirs = ({tuple(row[k] for k in keys): row for row in each} for each in (rows, base))
-    both = ours.keys() & theirs.keys()
-    if not both:
-        return None, None
-    top1 = statistics.fmean(ours[key]['top1'] - theirs[key]['top1'] for key in both)
-    nll = statistics.fmean(math.log(ours[key]['nll_t'] / theirs[key]['nll_t']) for key in both)
-    return top1, 100 * (math.exp(nll) - 1)
+def shared_runs(rows: Iterable[Row]) -> Dict[Tuple[int, str], Dict[str, List[Row]]]:
+    """List by (images a class, backbone) and head the inner runs whose set, rates and seed all heads have."""
+    found = {}
+    inner = groups((row for row in rows if row['split'] == 'inner'), 'shots', 'backbone')
+    for (shots, backbone), group in sorted(inner.items()):
+        by_run = {
+            head: {tuple(row[k] for k in ('data', *RATES, 'seed')): row for row in own}
+            for (head,), own in groups(group, 'head').items()
+        }
+        keys = sorted(set.intersection(*map(set, by_run.values())))
+        found[shots, backbone] = {head: [own[key] for key in keys] for head, own in by_run.items()}
+    return found
 
 
 def tables(rows: List[Row], base: str = BASE, pairs: bool = False) -> str:
@@ -183,38 +188,28 @@ def at_own_rates(rows: Iterable[Row]) -> Dict[Tuple[Any, ...], List[Row]]:
 
 
 def comparison_table(rows: List[Row], base: str) -> str:
-    inner = groups((row for row in rows if row['split'] == 'inner'), 'head')
+    """Every head against the base at their own rates; in brackets the base's ECE on the same pairs."""
     final = at_own_rates(rows)
     backbones = list(dict.fromkeys(row['backbone'] for row in rows))
-    names = list(dict.fromkeys(row['head'] for row in rows))
-    lines = [
-        '| head | pairs | top-1 | least | above, below | '
-        + ' | '.join(backbones)
-        + ' | NLL | NLL at one temperature | ECE, the same | over the grid: top-1 | NLL at one temperature |',
-        '|---|---|---|---|---|' + '---|' * (len(backbones) + 5),
-    ]
-    for name in names:
-        cells = [name, *[''] * (len(backbones) + 9)]
-        if (name,) in final and (base,) in final:
-            comparison = Comparison(final[name,], final[base,])
-            top1 = comparison.top1()
-            error = comparison.error()
-            cells[1:4] = str(len(top1)), f'{statistics.fmean(top1.values()):+.2f}', f'{min(top1.values()):+.2f}'
-            cells[2] += '' if error is None else f' ± {error:.2f}'
-            if name != base:
-                cells[4] = ', '.join(str(len(each)) for each in comparison.significant())
-            for i, backbone in enumerate(backbones):
-                found = [value for (_, its), value in top1.items() if its == backbone]
-                cells[5 + i] = f'{statistics.fmean(found):+.2f}' if found else ''
-            after = 5 + len(backbones)
-            cells[after : after + 2] = (f'{comparison.relative(key):+.1f} %' for key in ('nll', 'nll_t'))
-            ours = [row for own, _ in comparison.matched.values() for row in own]
-            cells[after + 2] = ', '.join(
-                f'{statistics.fmean(row[key] for row in ours):.1f}' for key in ('ece', 'ece_t')
-            )
-        grid = grid_difference(inner.get((name,), []), inner.get((base,), []))
-        cells[-2:] = ('' if value is None else f'{value:+.{2 - i}f}' + ' %' * i for i, value in enumerate(grid))
-        lines.append('| ' + ' | '.join(cells) + ' |')
+    titles = ['head', 'pairs', 'top-1', 'least', 'above, below', *backbones]
+    titles += ['NLL', 'NLL at one temperature', 'ECE at it']
+    lines = ['| ' + ' | '.join(titles) + ' |', '|' + '---|' * len(titles)]
+    for (name,) in final:
+        if name == base or (base,) not in final:
+            continue
+        comparison = Comparison(final[name,], final[base,])
+        top1 = comparison.top1()
+        error = comparison.error()
+        mean = f'{statistics.fmean(top1.values()):+.2f}' + ('' if error is None else f' ± {error:.2f}')
+        cells = [name, str(len(top1)), mean, f'{min(top1.values()):+.2f}']
+        cells.append(', '.join(str(len(each)) for each in comparison.significant()))
+        for backbone in backbones:
+            found = [value for (_, its), value in top1.items() if its == backbone]
+            cells.append(f'{statistics.fmean(found):+.2f}' if found else '')
+        cells += (f'{comparison.relative(key):+.1f} %' for key in ('nll', 'nll_t'))
+        ours, theirs = ([row for pair in comparison.matched.values() for row in pair[i]] for i in (0, 1))
+        errors = [statistics.fmean(row['ece_t'] for row in each) for each in (ours, theirs)]
+        lines.append('| ' + ' | '.join([*cells, f'{errors[0]:.1f} ({errors[1]:.1f})']) + ' |')
     return '\n'.join(lines)
 
 
@@ -251,37 +246,28 @@ def grid_table(rows: List[Row]) -> str:
 
 
 def choice_table(rows: List[Row], base: str = BASE) -> str:
-    """By backbone, what heads reach on the inner split: at their own rates, and over the rates that all have."""
+    """By backbone, what heads reach on the inner split: at their own rates, and over the runs that all have."""
     lines = [
         '| images a class | backbone | head | own rates | top-1 at them | over the grid | NLL at one temperature, '
         'own rates | over the grid |',
         '|---|---|---|---|---|---|---|---|',
     ]
     chosen = chosen_rates(rows)
-    inner = groups((row for row in rows if row['split'] == 'inner'), 'shots', 'backbone')
-    for (shots, backbone), of_all in sorted(inner.items()):
-        heads = groups(of_all, 'head')
-        runs = {
-            head: {tuple(row[k] for k in ('data', *RATES, 'seed')): row for row in each} for head, each in heads.items()
-        }
-        shared = sorted(set.intersection(*(set(each) for each in runs.values())))
-        if (base,) not in heads or not shared:
-            continue
-        own, grid = {}, {}
-        for head, each in heads.items():
-            rates = chosen[backbone, head[0], shots]
-            own[head] = [row for row in each if all(row[k] == rates[k] for k in RATES)]
-            grid[head] = [runs[head][key] for key in shared]
+    for (shots, backbone), grid in shared_runs(rows).items():
+        own = {}
+        for head in grid:
+            rates = dict(chosen[backbone, head, shots], split='inner', shots=shots, backbone=backbone, head=head)
+            own[head] = [row for row in rows if all(row[k] == v for k, v in rates.items())]
         sets = set.intersection(*({row['data'] for row in each} for each in own.values()))
         own = {head: [row for row in each if row['data'] in sets] for head, each in own.items()}
-        if not sets:
+        if base not in grid or not sets or not grid[base]:
             continue
-        for head in heads:
-            cells = [str(shots or 'all'), backbone, head[0], f'{own[head][0]["lr"]:g} × {own[head][0]["head_lr"]:g}']
+        for head in grid:
+            cells = [str(shots or 'all'), backbone, head, f'{own[head][0]["lr"]:g} × {own[head][0]["head_lr"]:g}']
             cells += [f'{statistics.fmean(row["top1"] for row in each[head]):.1f}' for each in (own, grid)]
             for each in (own, grid):
-                logs = [statistics.fmean(math.log(row['nll_t']) for row in each[name]) for name in (head, (base,))]
-                cells.append('' if head == (base,) else f'{100 * math.expm1(logs[0] - logs[1]):+.0f} %')
+                logs = [statistics.fmean(math.log(row['nll_t']) for row in each[name]) for name in (head, base)]
+                cells.append('' if head == base else f'{100 * math.expm1(logs[0] - logs[1]):+.0f} %')
             lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 

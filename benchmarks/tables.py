@@ -5,6 +5,7 @@
 Between ``<!-- table NAME -->`` and ``<!-- end -->`` stands what :data:`TABLES` makes of that name.
 """
 
+import math
 import re
 import statistics
 from pathlib import Path
@@ -47,11 +48,11 @@ def plain(head: str) -> str:
     """Name a head in words."""
     if head in HEADS:
         return HEADS[head]
-    match = re.fullmatch(r'zzz_r(\d+):fit=(\w+)(,train=0)?(?:,(.*))?', head)
+    match = re.fullmatch(r'zzz_r(\d+):fit=(finetune|frozen,train=0)(?:,(.*))?', head)
     if match is None:
         return head
-    start = 'fitted' if match[3] else '`zzz_fit`'
-    return f'ZZZ r {match[1]}, {start}' + (f', {match[4]}' if match[4] else '')
+    start = '`zzz_fit`' if match[2] == 'finetune' else 'fitted'
+    return f'ZZZ r {match[1]}, {start}' + (f', {match[3]}' if match[3] else '')
 
 
 def markdown(titles: List[str], rows: List[List[str]]) -> str:
@@ -106,7 +107,7 @@ def summary() -> str:
                     continue
                 comparison = Comparison(of_head[head,], of_head[base,])
                 top1 = comparison.top1()
-                error = comparison.error_over_pairs()
+                error = comparison.error_over_sets()
                 backbones = len({backbone for _, backbone in top1})
                 lines.append(
                     [
@@ -135,7 +136,7 @@ def readme() -> str:
                 )
             ]
             shared = set.intersection(*map(set, of_head))
-            if shared:
+            if len({data for data, _ in shared}) == 6:
                 means = [statistics.fmean(top1[key] for key in shared) for top1 in of_head]
                 seeds = len({seed for _, seed in shared})
                 lines.append([f'{name}, {backbone}', *(f'{mean:.1f}' for mean in means), str(seeds)])
@@ -143,19 +144,22 @@ def readme() -> str:
 
 
 def forgiving() -> str:
-    """Make the table of means over all pairs of learning rates that linear ran at too, on the inner split."""
+    """Make the table of differences to linear over all pairs of learning rates that the heads ran at, inner split."""
     lines = []
+    runs = accuracy_table.shared_runs(rows_of('accuracy'))
     for shots, name in ((0, 'all images'), (5, 'five images a class')):
-        inner = [row for row in of_shots('accuracy', shots) if row['split'] == 'inner']
         for head in (FLAT, FIT):
-            of_backbone = []
-            for backbone in BACKBONES.values():
-                own, base = ([r for r in inner if (r['head'], r['backbone']) == (h, backbone)] for h in (head, LINEAR))
-                of_backbone.append(accuracy_table.grid_difference(own, base))
-            top1, nll = zip(*of_backbone, strict=True)
-            cells = [f'{difference:+.1f}' for difference in (*top1, statistics.fmean(top1))]
-            lines.append([f'{name}, fine-tuned', head, *cells, f'{statistics.fmean(nll):+.0f} %'])
-    return markdown(['', 'head', *BACKBONES.values(), 'top-1, mean', 'NLL at one temperature'], lines)
+            pairs = [
+                list(zip(runs[shots, backbone][head], runs[shots, backbone][LINEAR], strict=True))
+                for backbone in BACKBONES.values()
+            ]
+            differences = [[own['top1'] - base['top1'] for own, base in each] for each in pairs]
+            logs = [statistics.fmean(math.log(own['nll_t'] / base['nll_t']) for own, base in each) for each in pairs]
+            cells = [f'{statistics.fmean(each):+.1f} ({statistics.median(each):+.1f})' for each in differences]
+            mean = [statistics.fmean(map(average, differences)) for average in (statistics.fmean, statistics.median)]
+            cells += [f'{mean[0]:+.1f} ({mean[1]:+.1f})', f'{100 * math.expm1(statistics.fmean(logs)):+.0f} %']
+            lines.append([name, head, *cells])
+    return markdown(['fine-tuned', 'head', *BACKBONES.values(), 'mean', 'NLL at one temperature'], lines)
 
 
 def final_rows(rows: List[Row], shots: int) -> List[Row]:

@@ -210,13 +210,16 @@ def test_table():
     for head, values in ((base, (60, 40)), ('zzz_r8', (61, 55))):
         for lr, top1 in zip((1e-3, 1e-4), values, strict=True):
             rows.append(row(head, 0, top1, 'inner', lr=lr, nll_t=0.4 if (head, lr) == ('zzz_r8', 1e-3) else 0.5))
-    line = next(line for line in accuracy_table.tables(rows).splitlines() if line.startswith('| zzz_r8'))
+    (line,) = [line for line in accuracy_table.tables(rows).splitlines() if line.startswith(('| zzz_r8', f'| {base}'))]
     cells = [cell.strip() for cell in line.split('|')[1:-1]]
     mean, error = statistics.fmean([15.25, 15.75]), statistics.stdev([15.25, 15.75]) / math.sqrt(2)
     assert cells[:5] == ['zzz_r8', '2', f'{mean:+.2f} ± {error:.2f}', '+0.50', '1, 0']
-    more = [row(base, 2, 50.0), row('zzz_r8', 2, 80.5, nll=0.5, nll_t=0.4)]  # a seed that one pair has
-    assert f'| {mean:+.2f} ± {error:.2f} |' in accuracy_table.tables([*rows, *more])
-    assert cells[5:] == ['+15.50', '+0.0 %', '-20.0 %', '4.0, 2.0', '+8.00', '-10.6 %']
+    assert cells[5:] == ['+15.50', '+0.0 %', '-20.0 %', '2.0 (2.0)']
+    final = accuracy_table.at_own_rates(rows)
+    comparison = accuracy_table.Comparison(final['zzz_r8',], final[base,])
+    assert comparison.error_over_sets() == pytest.approx((30.5 - 0.5) / 2)
+    (runs,) = accuracy_table.shared_runs([*rows, row('zzz_r8', 1, 9, 'inner')]).values()  # linear lacks that one
+    assert {head: [each['top1'] for each in own] for head, own in runs.items()} == {base: [40, 60], 'zzz_r8': [55, 61]}
     assert '| net | cars | zzz_r8 | 0.001 × 1 | 50.50 ± 0.00 |' in accuracy_table.tables(rows, pairs=True)
     assert accuracy_table.choice_table(rows).splitlines()[2:] == [
         f'| all | net | {base} | 0.001 × 1 | 60.0 | 50.0 |  |  |',

@@ -29,4 +29,5 @@ def test_plain_names():
         'ZZZ r 16, fitted',
         'ZZZ r 0, `zzz_fit`',
     ]
-    assert tables.plain('arcface:rows=flat') == 'arcface:rows=flat'
+    for name in ('arcface:rows=flat', 'zzz_r8:fit=frozen'):
+        assert tables.plain(name) == name
