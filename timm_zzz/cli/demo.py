@@ -77,7 +77,7 @@ class Method(NamedTuple):
 
 
 COARSE_RATES, ZZZ_RATES = Rates(4e-3, 4e-3), Rates(1e-4, 5e-4)
-# docs/results/demo.md lists the rates and scores that were tried
+# docs/results/demo.md says how the rates were chosen
 METHODS = {
     'linear, best rates': Method(None, Rates(3e-5, 3.2e-2), 'max_softmax'),
     "linear, ZZZ's rates": Method(None, ZZZ_RATES, 'energy'),
