@@ -13,7 +13,7 @@ from typing import Callable, Dict, List
 
 import accuracy_table
 import nuisance
-from accuracy import JOB, Row, read
+from accuracy import JOB, RATES, Row, read
 from accuracy_table import Comparison, groups, show
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +41,7 @@ BACKBONES = {
 
 
 LINEAR, PROBE, FLAT = (HEADS[name] for name in ('linear:rows=zero', 'linear:rows=probe', 'zzz_r8'))
-FIT, FITTED = 'ZZZ r 8, `zzz_fit`', 'ZZZ r 8, fitted'
+FIT, FIT_0, FITTED = 'ZZZ r 8, `zzz_fit`', 'ZZZ r 0, `zzz_fit`', 'ZZZ r 8, fitted'
 
 
 def plain(head: str) -> str:
@@ -162,6 +162,21 @@ def forgiving() -> str:
     return markdown(['fine-tuned', 'head', *BACKBONES.values(), 'mean', 'NLL at one temperature'], lines)
 
 
+def rates() -> str:
+    """Make the table of inner top-1 by learning rates, means over the sets that all heads with these rates ran on."""
+    inner = [row for row in rows_of('accuracy') if row['split'] == 'inner']
+    heads = [LINEAR, FLAT, FIT, FIT_0]
+    lines = []
+    for (shots, backbone, lr, head_lr), group in sorted(groups(inner, 'shots', 'backbone', *RATES).items()):
+        of_head = {head: {row['data']: row['top1'] for row in own} for (head,), own in groups(group, 'head').items()}
+        sets = set.intersection(*map(set, of_head.values()))
+        means = [statistics.fmean(of_head[head][name] for name in sets) if head in of_head else None for head in heads]
+        if LINEAR in of_head and len(of_head) > 2 and len(sets) > 1:
+            cells = ['' if mean is None else f'{mean:.1f}' for mean in means]
+            lines.append([str(shots or 'all'), backbone, f'{lr:g} × {head_lr:g}', *cells])
+    return markdown(['images a class', 'backbone', 'rates', *heads], lines)
+
+
 def final_rows(rows: List[Row], shots: int) -> List[Row]:
     return [
         row
@@ -183,6 +198,7 @@ TABLES: Dict[str, Callable[[], str]] = {
     'all-images-pairs': lambda: accuracy_table.pair_table(of_shots('accuracy', 0)),
     'five-images-pairs': lambda: accuracy_table.pair_table(of_shots('accuracy', 5)),
     'rates': lambda: accuracy_table.choice_table(rows_of('accuracy'), LINEAR),
+    'every-rate': rates,
     'start': lambda: accuracy_table.grid_table(rows_of('start')),
     'frozen': lambda: frozen([row for row in rows_of('frozen') if row['head'] in (PROBE, 'ZZZ r 0, fitted', FITTED)]),
     'nuisance': lambda: nuisance.table(read(RESULTS / 'nuisance.jsonl')),
