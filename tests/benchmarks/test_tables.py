@@ -5,10 +5,12 @@ import re
 import pytest
 import tables
 
+PAGES = [page.relative_to(tables.ROOT).as_posix() for page in tables.pages() if '<!-- table ' in page.read_text()]
 
-@pytest.mark.parametrize('page', [page for page in tables.pages() if '<!-- table ' in page.read_text()], ids=str)
+
+@pytest.mark.parametrize('page', PAGES)
 def test_tables_are_those_of_the_rows(page):
-    text = page.read_text()
+    text = (tables.ROOT / page).read_text()
     assert text.count('<!-- table ') == text.count('<!-- end -->') == len(tables.MARKED.findall(text))
     assert tables.filled(text) == text, 'run python benchmarks/tables.py'
 
