@@ -1,4 +1,4 @@
-"""How much of a scatter of embeddings lies inside the subspaces that a ZZZ head has learnt for its classes."""
+"""Measure the share of the scatter of embeddings that lies inside the class subspaces of a ZZZ head."""
 
 from typing import Dict
 

@@ -83,7 +83,7 @@ def test_neighbours_are_those_of_unit_length(sample):
 
 @pytest.fixture(scope='module')
 def kept(folder, backbone, tmp_path_factory):
-    """What accuracy.py keeps of two frozen heads: a set with a class held out, and the set itself as another one."""
+    """Keep two frozen heads with accuracy.py: a class held out, and the same set by another name as far outliers."""
     root = tmp_path_factory.mktemp('kept')
     (root / 'others').symlink_to(folder)
     arguments = ['--data', folder, '--far', folder, root / 'others', '--backbone', *backbone, 0, '--seeds', 0]

@@ -71,7 +71,7 @@ def published_license(hub, repo_id):
 
 
 def test_card_and_config_name_one_licence(hub, model):
-    """What is given, else what timm records for the weights of the backbone, and says so."""
+    """The given licence comes first, then the one that timm records for the backbone, and the card names its source."""
     assert timm.get_pretrained_cfg('test_vit').license == 'apache-2.0'
     own_card = '---\nlicense: other\nlicense_name: mine\n---\n'
     for kwargs, expected, text in (

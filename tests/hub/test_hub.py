@@ -95,7 +95,7 @@ EXCHANGES = [
 
 @pytest.mark.parametrize('writer, case', EXCHANGES)
 def test_exchange_with_timm(hub, tmp_path, writer, case):
-    """What either package writes, both read, as the same model."""
+    """Both packages read what either one writes, and get the same model."""
     model = create(case)
     WRITERS[writer](model, tmp_path / 'folder')
     place, source = (tmp_path / 'folder', 'local-dir') if 'folder' in writer else (REPO, 'hf-hub')
@@ -165,7 +165,7 @@ def test_the_form_of_the_logits_is_recorded(tmp_path):
 
 
 def test_the_start_is_kept_for_other_classes(tmp_path):
-    """As are the options that a config.json of before the flat start has."""
+    """A config.json without a start keeps its options, too: it is older than the flat start."""
     options = dict(num_classes=5, zzz_init='reference')
     named = timm.create_model('test_vit.zzz_r4', **options)
     attached = timm_zzz.attach(timm.create_model('test_vit', num_classes=5), rank=4, init='reference')
