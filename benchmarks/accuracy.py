@@ -175,6 +175,12 @@ def read(path: Path) -> List[Row]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
+def append(path: Path, row: Row) -> None:
+    """Add a row to a results file, its numbers rounded to six digits."""
+    with path.open('a') as f:
+        f.write(json.dumps(short(row)) + '\n')
+
+
 def chosen_rates(rows: Iterable[Row]) -> Dict[Tuple[Any, ...], Dict[str, float]]:
     """Choose the learning rates of each (backbone, head, shots), by the mean over the sets of the inner top-1.
 
@@ -370,8 +376,7 @@ class Runs:
             self.failed.append(row)
             print(f'{label}: {row["error"]}', file=sys.stderr, flush=True)
             return
-        with self.options.results.open('a') as f:
-            f.write(json.dumps(short(row)) + '\n')
+        append(self.options.results, row)
         figures = ', '.join(f'{k} {row[k]:.3f}' for k in ('top1', 'nll', 'nll_t', 'seconds'))
         print(f'{label}: {figures}', file=sys.stderr, flush=True)
 

@@ -43,6 +43,16 @@ def show(values: Sequence[float], digits: int = 2) -> str:
     return f'{mean:.{digits}f}' + ('' if error is None else f' ± {error:.{digits}f}')
 
 
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ['| ' + ' | '.join(titles) + ' |', '|' + '---|' * len(titles)]
+    return '\n'.join([*lines, *('| ' + ' | '.join(cells) + ' |' for cells in rows)])
+
+
+def latest(rows: Iterable[Row], keys: Sequence[str] = JOB) -> List[Row]:
+    """Keep the last of the rows that repeat a run."""
+    return list({tuple(row.get(k) for k in keys): row for row in rows}.values())
+
+
 def groups(rows: Iterable[Row], *keys: str) -> Dict[Tuple[Any, ...], List[Row]]:
     """Group the rows by the values of some keys."""
     found: Dict[Tuple[Any, ...], List[Row]] = {}
@@ -175,8 +185,8 @@ def tables(rows: List[Row], base: str = BASE, pairs: bool = False) -> str:
     return '\n'.join(parts)
 
 
-def at_own_rates(rows: Iterable[Row]) -> Dict[Tuple[Any, ...], List[Row]]:
-    """The rows on the validation images at the chosen rates, by head."""
+def at_own_rates(rows: Iterable[Row]) -> List[Row]:
+    """Select the rows on the validation images at the chosen rates."""
     rows = list(rows)
     chosen = chosen_rates(rows)
     found = []
@@ -184,16 +194,16 @@ def at_own_rates(rows: Iterable[Row]) -> Dict[Tuple[Any, ...], List[Row]]:
         rates = chosen.get((row['backbone'], row['head'], row['shots']), {})
         if row['split'] == 'validation' and all(row[k] == rates.get(k, row[k]) for k in RATES):
             found.append(row)
-    return groups(found, 'head')
+    return found
 
 
 def comparison_table(rows: List[Row], base: str) -> str:
     """Every head against the base at their own rates; in brackets the base's ECE on the same pairs."""
-    final = at_own_rates(rows)
+    final = groups(at_own_rates(rows), 'head')
     backbones = list(dict.fromkeys(row['backbone'] for row in rows))
     titles = ['head', 'pairs', 'top-1', 'least', 'above, below', *backbones]
     titles += ['NLL', 'NLL at one temperature', 'ECE at it']
-    lines = ['| ' + ' | '.join(titles) + ' |', '|' + '---|' * len(titles)]
+    lines = []
     for (name,) in final:
         if name == base or (base,) not in final:
             continue
@@ -209,24 +219,21 @@ def comparison_table(rows: List[Row], base: str) -> str:
         cells += (f'{comparison.relative(key):+.1f} %' for key in ('nll', 'nll_t'))
         ours, theirs = ([row for pair in comparison.matched.values() for row in pair[i]] for i in (0, 1))
         errors = [statistics.fmean(row['ece_t'] for row in each) for each in (ours, theirs)]
-        lines.append('| ' + ' | '.join([*cells, f'{errors[0]:.1f} ({errors[1]:.1f})']) + ' |')
-    return '\n'.join(lines)
+        lines.append([*cells, f'{errors[0]:.1f} ({errors[1]:.1f})'])
+    return markdown(titles, lines)
 
 
 def pair_table(rows: List[Row]) -> str:
-    lines = [
-        '| backbone | set | head | rates | top-1 | NLL | at one temperature | ECE % |',
-        '|---|---|---|---|---|---|---|---|',
-    ]
-    final = [row for group in at_own_rates(rows).values() for row in group]
-    for (backbone, data, head), group in sorted(groups(final, 'backbone', 'data', 'head').items()):
+    titles = ['backbone', 'set', 'head', 'rates', 'top-1', 'NLL', 'at one temperature', 'ECE %']
+    lines = []
+    for (backbone, data, head), group in sorted(groups(at_own_rates(rows), 'backbone', 'data', 'head').items()):
         rates = f'{group[0]["lr"]:g} × {group[0]["head_lr"]:g}'
         figures = (
             show([row[key] for row in group], digits)
             for key, digits in (('top1', 2), ('nll', 3), ('nll_t', 3), ('ece', 1))
         )
-        lines.append('| ' + ' | '.join((backbone, data, head, rates, *figures)) + ' |')
-    return '\n'.join(lines)
+        lines.append([backbone, data, head, rates, *figures])
+    return markdown(titles, lines)
 
 
 def grid_table(rows: List[Row]) -> str:
@@ -234,24 +241,22 @@ def grid_table(rows: List[Row]) -> str:
     inner = [row for row in rows if row['split'] == 'inner']
     rates = sorted({tuple(row[k] for k in RATES) for row in inner})
     titles = ['images a class', 'backbone', 'set', 'head', *(f'{lr:g} × {head_lr:g}' for lr, head_lr in rates), 'mean']
-    lines = ['| ' + ' | '.join(titles) + ' |', '|' + '---|' * len(titles)]
+    lines = []
     by_head = groups(inner, 'shots', 'backbone', 'data', 'head')
     for (shots, backbone, data, head), group in sorted(by_head.items(), key=lambda item: item[0][:3]):
         of_rates = groups(group, *RATES)
         means = {rate: statistics.fmean(row['top1'] for row in each) for rate, each in of_rates.items()}
         cells = [f'{means[rate]:.1f}' if rate in means else '' for rate in rates]
         cells.append(f'{statistics.fmean(means.values()):.1f}' if len(means) == len(rates) else '')
-        lines.append('| ' + ' | '.join((str(shots or 'all'), backbone, data, head, *cells)) + ' |')
-    return '\n'.join(lines)
+        lines.append([str(shots or 'all'), backbone, data, head, *cells])
+    return markdown(titles, lines)
 
 
 def choice_table(rows: List[Row], base: str = BASE) -> str:
     """By backbone, what heads reach on the inner split: at their own rates, and over the runs that all have."""
-    lines = [
-        '| images a class | backbone | head | own rates | top-1 at them | over the grid | NLL at one temperature, '
-        'own rates | over the grid |',
-        '|---|---|---|---|---|---|---|---|',
-    ]
+    titles = ['images a class', 'backbone', 'head', 'own rates', 'top-1 at them', 'over the grid']
+    titles += ['NLL at one temperature, own rates', 'over the grid']
+    lines = []
     chosen = chosen_rates(rows)
     for (shots, backbone), grid in shared_runs(rows).items():
         own = {}
@@ -268,8 +273,8 @@ def choice_table(rows: List[Row], base: str = BASE) -> str:
             for each in (own, grid):
                 logs = [statistics.fmean(math.log(row['nll_t']) for row in each[name]) for name in (head, base)]
                 cells.append('' if head == base else f'{100 * math.expm1(logs[0] - logs[1]):+.0f} %')
-            lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+            lines.append(cells)
+    return markdown(titles, lines)
 
 
 def outlier_values(row: Row, kind: str, without: str = '') -> Dict[str, List[float]]:
@@ -307,9 +312,8 @@ def outlier_tables(rows: Sequence[Row], base: str = BASE) -> str:
     parts = []
     for (shots, every), group in groups(rows, 'shots', 'hold_out_every').items():
         title = f'{shots} images a class' if shots else 'All images'
-        parts += [f'### {title}, each {every}th class held out', '']
-        parts += ['| outliers | head | pairs | scores | AUROC | FPR95 | AUROC against the base | least | above |']
-        parts += ['|---' * 9 + '|']
+        titles = ['outliers', 'head', 'pairs', 'scores', 'AUROC', 'FPR95', 'AUROC against the base', 'least', 'above']
+        lines = []
         by_head = groups(group, 'head')
         for kind in ('near', 'far'):
             of_base = judged(by_head.get((base,), []), kind)
@@ -324,8 +328,9 @@ def outlier_tables(rows: Sequence[Row], base: str = BASE) -> str:
                 cells += [''] * 3
                 if differences and head != base:
                     cells[-3:] = show(differences, 1), f'{min(differences):.1f}', str(sum(d > 0 for d in differences))
-                parts.append('| ' + ' | '.join(cells) + ' |')
-        parts += ['', '| head | score | near: AUROC | FPR95 | far: AUROC | FPR95 |', '|---' * 6 + '|']
+                lines.append(cells)
+        parts += [f'### {title}, each {every}th class held out', '', markdown(titles, lines), '']
+        lines = []
         for (head,), own in by_head.items():
             columns = [[outlier_values(row, kind) for row in own] for kind in ('near', 'far')]
             for name in columns[0][0] or columns[1][0]:
@@ -333,8 +338,8 @@ def outlier_tables(rows: Sequence[Row], base: str = BASE) -> str:
                 for column in columns:
                     values = [each[name] for each in column if name in each]
                     cells += (f'{statistics.fmean(v[i] for v in values):.1f}' if values else '' for i in (0, 1))
-                parts.append('| ' + ' | '.join(cells) + ' |')
-        parts.append('')
+                lines.append(cells)
+        parts += [markdown(['head', 'score', 'near: AUROC', 'FPR95', 'far: AUROC', 'FPR95'], lines), '']
     return '\n'.join(parts)
 
 
@@ -346,8 +351,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     parser.add_argument('--grid', action='store_true', help='only the runs by which rates are chosen')
     parser.add_argument('--outliers', action='store_true', help='of the rows of outliers.py')
     options = parser.parse_args(arguments)
-    unique = {tuple(row[k] for k in JOB): row for row in read(options.results)}
-    rows = list(unique.values())
+    rows = latest(read(options.results))
     if options.outliers:
         print(outlier_tables(rows, options.base))
         return

@@ -8,13 +8,12 @@ tables.py makes tables of them.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from accuracy import quality, short
+from accuracy import append, quality, read
 from measure import environment_line
 from probe import fit_probe
 from timm.data import resolve_data_config
@@ -82,9 +81,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     options = parser.parse_args(arguments)
     name, checkpoint, size = options.backbone
     backbone, cpu = Backbone(name, checkpoint, int(size)), torch.device('cpu')
-    options.results.touch()
-    rows = [json.loads(line) for line in options.results.read_text().splitlines()]
-    done = {tuple(row[k] for k in JOB) for row in rows}
+    done = {tuple(row[k] for k in JOB) for row in read(options.results)}
     for root in options.data:
         data = features_of(root, backbone, options.cache)
         (x, y), (test_x, test_y) = data['train'], data['validation']
@@ -98,8 +95,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
                     with torch.no_grad():
                         found = quality(make()(test_x), test_y)
                     row = dict(zip(JOB, job, strict=True), **found, environment=environment_line(cpu))
-                    with options.results.open('a') as f:
-                        f.write(json.dumps(short(row)) + '\n')
+                    append(options.results, row)
                     print(*job, f'{found["top1"]:.2f} {found["nll"]:.3f}', file=sys.stderr, flush=True)
 
 

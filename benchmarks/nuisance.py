@@ -11,7 +11,6 @@ on a CPU, two to three minutes a seed.
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,8 +18,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
-from accuracy import Row, read, short
-from accuracy_table import groups, show
+from accuracy import Row, append, read
+from accuracy_table import groups, markdown, show
 from measure import environment_line
 from subspaces import shares
 from timm.utils import random_seed
@@ -140,19 +139,17 @@ def run(seed: int, images: Sequence[int], rank: int, coarse_epochs: int, epochs:
 
 def table(rows: Sequence[Row]) -> str:
     """Show the shares of every head by what varied, as means over seeds with standard errors."""
-    lines = [
-        "| images a class | head | top-1 | varied | variance | inside its own subspace, % | another class's "
-        '| a random one | tolerated, % | with random directions |',
-        '|---|---|---|---|---|---|---|---|---|---|',
-    ]
+    titles = ['images a class', 'head', 'top-1', 'varied', 'variance', 'inside its own subspace, %', "another class's"]
+    titles += ['a random one', 'tolerated, %', 'with random directions']
+    lines = []
     for (count, rank, name), group in sorted(groups(rows, 'images', 'rank', 'head').items()):
         for varied in VARIED:
             columns = {k: [row[varied][k] for row in group] for k in group[0][varied]}
             cells = [str(count), f'{name}, rank {rank}', show([row['top1'] for row in group], 1), varied]
             cells.append(show(columns['variance'], 4))
             cells += [show(columns[k], 1) for k in ('own', 'other', 'random', 'tolerated', 'tolerated_random')]
-            lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+            lines.append(cells)
+    return markdown(titles, lines)
 
 
 def main(arguments: Optional[List[str]] = None) -> None:
@@ -171,8 +168,8 @@ def main(arguments: Optional[List[str]] = None) -> None:
         done = {(row['seed'], row['images'], row['rank']) for row in read(options.results)}
         images = [count for count in options.images if (seed, count, options.rank) not in done]
         rows = run(seed, images, options.rank, options.coarse_epochs, options.epochs) if images else []
-        with options.results.open('a') as f:
-            f.writelines(json.dumps(short(row)) + '\n' for row in rows)
+        for row in rows:
+            append(options.results, row)
     print(table(read(options.results)))
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
-from accuracy import JOB, short
+from accuracy import JOB, append, read
 from measure import environment_line
 from pytorch_ood.detector import KNN, RMD, EnergyBased, MaxLogit, MaxSoftmax, ViM
 from safetensors import safe_open
@@ -130,7 +130,7 @@ def row_of(file: Path, done: List[Dict[str, Any]], device: torch.device) -> Opti
             return None
         tensors = {key: kept.get_tensor(key) for key in kept.keys()}
     train, target = tensors['train'].float(), tensors['train_target']
-    kind = parse(job['head'].partition(':')[0])  # how it started is of no use here
+    kind = parse(job['head'].partition(':')[0])  # how it started does not matter here
     head = build(kind, train[:1], target, int(target.max()) + 1)
     head.load_state_dict({key[5:]: value for key, value in tensors.items() if key.startswith('head.')})
     outliers = Outliers(head, train, target, tensors['validation'])
@@ -145,13 +145,11 @@ def main(arguments: Optional[List[str]] = None) -> None:
     parser.add_argument('--results', type=Path, required=True, metavar='FILE.jsonl')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     options = parser.parse_args(arguments)
-    lines = options.results.read_text().splitlines() if options.results.exists() else []
-    done = [{key: row[key] for key in JOB} for row in map(json.loads, lines)]
+    done = [{key: row[key] for key in JOB} for row in read(options.results)]
     for file in sorted(options.kept.glob('*.safetensors')):
         row = row_of(file, done, torch.device(options.device))
         if row is not None:
-            with options.results.open('a') as f:
-                f.write(json.dumps(short(row)) + '\n')
+            append(options.results, row)
             print(file.stem, file=sys.stderr, flush=True)
 
 

@@ -13,8 +13,8 @@ from typing import Callable, Dict, List
 
 import accuracy_table
 import nuisance
-from accuracy import JOB, RATES, Row, read
-from accuracy_table import Comparison, groups, show
+from accuracy import RATES, Row, read
+from accuracy_table import Comparison, at_own_rates, groups, latest, markdown, show
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
@@ -55,18 +55,12 @@ def plain(head: str) -> str:
     return f'ZZZ r {match[1]}, {start}' + (f', {match[3]}' if match[3] else '')
 
 
-def markdown(titles: List[str], rows: List[List[str]]) -> str:
-    lines = [titles, ['---'] * len(titles), *rows]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
-
-
 def rows_of(name: str) -> List[Row]:
     """Read the rows of a file in benchmarks/results, with plain names; the last of those that repeat a run counts."""
-    found = {}
-    for row in read(RESULTS / f'{name}.jsonl'):
-        named = dict(row, backbone=BACKBONES.get(row['backbone'], row['backbone']), head=plain(row['head']))
-        found[tuple(named.get(k) for k in JOB)] = named
-    return list(found.values())
+    rows = read(RESULTS / f'{name}.jsonl')
+    return latest(
+        dict(row, backbone=BACKBONES.get(row['backbone'], row['backbone']), head=plain(row['head'])) for row in rows
+    )
 
 
 def frozen(rows: List[Row]) -> str:
@@ -98,7 +92,7 @@ def summary() -> str:
     tuned, fitted = rows_of('accuracy'), rows_of('frozen')
     for shots, name in ((0, 'all images'), (5, 'five images a class')):
         for kind, rows, base, heads in (
-            ('fine-tuned', final_rows(tuned, shots), LINEAR, (FLAT, FIT)),
+            ('fine-tuned', at_own_rates(row for row in tuned if row['shots'] == shots), LINEAR, (FLAT, FIT)),
             ('frozen backbone', [row for row in fitted if row['shots'] == shots], PROBE, (FITTED,)),
         ):
             of_head = groups(rows, 'head')
@@ -127,7 +121,7 @@ def readme() -> str:
     """Make the table of README.md: top-1 by backbone, mean over the sets that all three heads ran on."""
     lines = []
     for shots, name in ((5, 'five images a class'), (0, 'all images')):
-        rows = final_rows(rows_of('accuracy'), shots)
+        rows = at_own_rates(of_shots('accuracy', shots))
         for backbone in BACKBONES.values():
             of_head = [
                 {key: statistics.fmean(column(each, 'top1')) for key, each in groups(own, 'data', 'seed').items()}
@@ -175,14 +169,6 @@ def rates() -> str:
             cells = ['' if mean is None else f'{mean:.1f}' for mean in means]
             lines.append([str(shots or 'all'), backbone, f'{lr:g} × {head_lr:g}', *cells])
     return markdown(['images a class', 'backbone', 'rates', *heads], lines)
-
-
-def final_rows(rows: List[Row], shots: int) -> List[Row]:
-    return [
-        row
-        for group in accuracy_table.at_own_rates(row for row in rows if row['shots'] == shots).values()
-        for row in group
-    ]
 
 
 def of_shots(name: str, shots: int) -> List[Row]:

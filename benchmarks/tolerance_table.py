@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
 
 from accuracy import Row, read
-from accuracy_table import BASE, groups, mean_and_error, show
+from accuracy_table import BASE, groups, latest, markdown, mean_and_error, show
 from corruptions import STRENGTHS
 
 RUN = ('data', 'backbone', 'size', 'seed')
@@ -54,11 +54,6 @@ def _names(rows: Sequence[Row]) -> List[str]:
     return [name for name in rows[0]['corruptions'] if all(name in row['corruptions'] for row in rows)]
 
 
-def _lines(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> List[str]:
-    lines = ['| ' + ' | '.join(titles) + ' |', '|' + '---|' * len(titles)]
-    return [*lines, *('| ' + ' | '.join(row) + ' |' for row in cells), '']
-
-
 def _comparison(rows: List[Row], base: str) -> List[str]:
     """Top-1 of the base head, and what the others have more; the same for the NLL at the clean images' temperature."""
     names = _names(rows)
@@ -74,7 +69,7 @@ def _comparison(rows: List[Row], base: str) -> List[str]:
             for head in others:
                 found = differences(of_head[head], of_head[base], value)
                 cells[-1].append(signed(found) if found else '')
-        parts += _lines([title, base, *(f'{head}, difference' for head in others)], cells)
+        parts += [markdown([title, base, *(f'{head}, difference' for head in others)], cells), '']
     return parts
 
 
@@ -85,17 +80,17 @@ def _strengths(rows: List[Row]) -> List[str]:
         for (head,), group in groups(rows, 'head').items():
             by_strength = zip(*(row['corruptions'][name]['top1'] for row in group), strict=True)
             cells.append([name, head, *(show(each, 1) for each in by_strength)])
-    return _lines(['corruption', 'head', *(f'strength {i}' for i in STRENGTHS)], cells)
+    return [markdown(['corruption', 'head', *(f'strength {i}' for i in STRENGTHS)], cells), '']
 
 
 def _within(rows: List[Row]) -> List[str]:
-    """How much of the variance within classes lies inside their subspaces."""
+    """Table the share of the variance within classes that lies inside their subspaces."""
     cells = []
     for (head,), group in groups((row for row in rows if 'within' in row), 'head').items():
         columns: Dict[str, List[float]] = {k: [row['within'][k] for row in group] for k in group[0]['within']}
         cells.append([head, *(show(columns[k], 1) for k in ('own', 'other', 'random')), show(columns['variance'], 3)])
     titles = ['head', 'inside its own subspace, %', "another class's", 'a random one', 'variance within classes']
-    return _lines(titles, cells) if cells else []
+    return [markdown(titles, cells), ''] if cells else []
 
 
 def tables(rows: List[Row], base: str = BASE, strengths: bool = False) -> str:
@@ -123,8 +118,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     parser.add_argument('--strengths', action='store_true', help='every strength, too')
     options = parser.parse_args(arguments)
     keys = (*RUN, *SETTINGS, 'head')
-    unique = {tuple(row[k] for k in keys): row for row in read(options.results)}
-    print(tables(list(unique.values()), options.base, options.strengths))
+    print(tables(latest(read(options.results), keys), options.base, options.strengths))
 
 
 if __name__ == '__main__':

@@ -9,7 +9,6 @@ and seed is a line of the results file, with the figures of the last epoch; runs
 
 import argparse
 import csv
-import json
 import os
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Dict, List, Optional
 
 import torch
-from accuracy import Row, short
+from accuracy import Row, append, read
 from measure import environment_line
 
 RECIPE = Path(__file__).resolve().parent.parent / 'hparams' / 'quickstart_mobilenetv2_100.zzz_r8.yaml'
@@ -64,13 +63,12 @@ def main(arguments: Optional[List[str]] = None) -> None:
     add('--seeds', type=int, nargs='+', default=[42, 43, 44])
     add('--processes', type=int, default=1, metavar='N', help='runs at the same time, over all GPUs')
     options, options.rest = parser.parse_known_args(arguments)
-    options.results.touch()
-    rows = [json.loads(line) for line in options.results.read_text().splitlines()]
     # Not where the weights lie
     shown = [word for word in options.rest if '/' not in word and word != '--pretrained-path']
     shared = dict(data=options.data_dir.name, options=' '.join(shown))
     jobs = [dict(shared, head=head, seed=seed) for seed, head in product(options.seeds, options.heads)]
-    jobs = [job for job in jobs if job not in [{k: row[k] for k in JOB} for row in rows]]
+    done = [{k: row[k] for k in JOB} for row in read(options.results)]
+    jobs = [job for job in jobs if job not in done]
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     failed = []
     with TemporaryDirectory() as temporary, ThreadPoolExecutor(options.processes) as pool:
@@ -79,8 +77,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
             if 'error' in row:
                 failed.append(row)
                 continue
-            with options.results.open('a') as f:
-                f.write(json.dumps(short(dict(row, environment=environment_line(device)))) + '\n')
+            append(options.results, dict(row, environment=environment_line(device)))
             print(*(row[k] for k in JOB), f'{row["top1"]:.2f} {row["nll"]:.3f}', file=sys.stderr, flush=True)
     if failed:
         raise SystemExit(f'{len(failed)} runs failed, the first with\n{failed[0]["error"]}')

@@ -215,7 +215,7 @@ def test_table():
     mean, error = statistics.fmean([15.25, 15.75]), statistics.stdev([15.25, 15.75]) / math.sqrt(2)
     assert cells[:5] == ['zzz_r8', '2', f'{mean:+.2f} ± {error:.2f}', '+0.50', '1, 0']
     assert cells[5:] == ['+15.50', '+0.0 %', '-20.0 %', '2.0 (2.0)']
-    final = accuracy_table.at_own_rates(rows)
+    final = accuracy_table.groups(accuracy_table.at_own_rates(rows), 'head')
     comparison = accuracy_table.Comparison(final['zzz_r8',], final[base,])
     assert comparison.error_over_sets() == pytest.approx((30.5 - 0.5) / 2)
     (runs,) = accuracy_table.shared_runs([*rows, row('zzz_r8', 1, 9, 'inner')]).values()  # linear lacks that one
