@@ -42,6 +42,7 @@ class HeadSpec:
     scalar_lr: float = 1.0  # factor on the head's learning rate for v_raw, sigma2_raw and a cosine head's scale
     basis_lr: float = 1.0  # the same for A
     train: int = 1  # 0: no training after the start
+    refit: str = ''  # preset of :func:`refit`, after training
 
 
 def parse(text: str) -> HeadSpec:
@@ -116,6 +117,12 @@ def _zzz(spec: HeadSpec, features: Tensor, target: Tensor, num_classes: int) -> 
     if spec.basis and head.A is not None:
         head.A.normal_(std=INIT_STD)
     return head
+
+
+def refit(spec: HeadSpec, head: nn.Module, features: Tensor, target: Tensor) -> None:
+    """Replace a trained ZZZ head by the fit of the trained features (N, d) of the training images."""
+    assert isinstance(head, timm_zzz.ZZZHead)
+    ZZZFit(head.num_classes, spec.rank, preset=spec.refit).fit(features, target).fill(head)
 
 
 def _fit(spec: HeadSpec, head: timm_zzz.ZZZHead, features: Tensor, target: Tensor) -> None:

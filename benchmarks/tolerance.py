@@ -6,21 +6,18 @@
 Every head trains as in accuracy.py, at its own learning rates, which the rows of that say (``--rates``). Then all heads
 see the same corrupted images (corruptions.py). Every run is a line of the results file; runs that are in it already
 are not repeated. tolerance_table.py makes tables of them.
-
-Where not all heads have the whole grid of rates for a number of images a class, they all take those for another number;
-``rates_shots`` in the rows says which.
 """
 
 import argparse
+import itertools
 import sys
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from accuracy import RATES, Row, Runs, Worker, final, quality, read, shared_parser, spectrum
+from accuracy import Row, Runs, Worker, chosen_rates, final, quality, read, shared_parser, spectrum
 from corruptions import CORRUPTIONS, STRENGTHS, corrupt, middle_crops
 from images import Images
 from starts import parse
@@ -116,44 +113,19 @@ class ToleranceWorker(Worker):
         return self.corrupted[key]
 
 
-def rates_shots(rows: Sequence[Row], backbone: str, heads: Sequence[str], shots: int) -> int:
-    """Find the number of images a class whose inner rows choose the rates of all heads: ``shots``, if they can.
-
-    They can if every head has as large a grid of rates, over all its sets, as any head has there. Otherwise it is the
-    largest number for which they can; 0 stands for all images. Raises a ValueError if there is none.
-    """
-    of_head: Dict[Tuple[int, str], Counter[Tuple[float, ...]]] = {}
-    keys = ('shots', 'head', *RATES, 'data')
-    for n, head, *rates, _ in {tuple(row[k] for k in keys) for row in rows if _inner(row, backbone)}:
-        of_head.setdefault((n, head), Counter())[tuple(rates)] += 1
-    sizes = {key: list(counts.values()).count(max(counts.values())) for key, counts in of_head.items()}
-    found = []
-    for each in {n for n, _ in sizes}:
-        largest = max(size for (n, _), size in sizes.items() if n == each)
-        if all(sizes.get((each, head)) == largest for head in heads):
-            found.append(each)
-    if not found:
-        raise ValueError(f'{backbone}: no grid of learning rates that has {", ".join(heads)}')
-    return shots if shots in found else 0 if 0 in found else max(found)
-
-
-def _inner(row: Row, backbone: str) -> bool:
-    return row['split'] == 'inner' and row['backbone'] == backbone
-
-
 def jobs(options: argparse.Namespace, rows: Sequence[Row]) -> List[Row]:
-    """List the runs at each head's own learning rates, which ``rows`` say; those of the first seed come first."""
-    found: List[Row] = []
-    for shots in options.shots:
-        for backbone in options.backbone:
-            try:
-                of = rates_shots(rows, backbone[0], options.heads, shots)
-            except ValueError as e:
-                print(e, file=sys.stderr)
-                continue
-            chosen_by = [dict(row, shots=shots) for row in rows if _inner(row, backbone[0]) and row['shots'] == of]
-            own = argparse.Namespace(**dict(vars(options), backbone=[backbone]))
-            found += [dict(job, rates_shots=of) for job in final(own, shots, chosen_by)]
+    """List the runs at each head's own learning rates, which ``rows`` say; those of the first seed come first.
+
+    A backbone for which ``rows`` choose no rates of a head is left out, with a message.
+    """
+    chosen, found = chosen_rates(rows), []
+    for shots, backbone in itertools.product(options.shots, options.backbone):
+        missing = [head for head in options.heads if (backbone[0], head, shots) not in chosen]
+        if missing:
+            images = f'{shots} images a class' if shots else 'all images'
+            print(f'{backbone[0]}, {images}: no learning rates of {", ".join(missing)}', file=sys.stderr)
+            continue
+        found += final(argparse.Namespace(**dict(vars(options), backbone=[backbone])), shots, rows)
     return sorted(found, key=lambda job: job['seed'])
 
 

@@ -16,7 +16,7 @@ from accuracy_table import BASE, groups, latest, markdown, mean_and_error, show
 from corruptions import STRENGTHS
 
 RUN = ('data', 'backbone', 'size', 'seed')
-SETTINGS = ('shots', 'rates_shots', 'hold_out_every', 'epochs', 'smoothing')
+SETTINGS = ('shots', 'hold_out_every', 'epochs', 'smoothing')
 ALL = 'all corruptions'
 DROP = 'all corruptions, less clean'
 
@@ -96,10 +96,8 @@ def _within(rows: List[Row]) -> List[str]:
 def tables(rows: List[Row], base: str = BASE, strengths: bool = False) -> str:
     """Make the tables of every number of images a class."""
     parts = []
-    for (shots, of, every, epochs, smoothing), group in groups(rows, *SETTINGS).items():
+    for (shots, every, epochs, smoothing), group in groups(rows, *SETTINGS).items():
         title = f'{shots} images a class' if shots else 'All images'
-        if of != shots:
-            title += f', rates of {of} a class' if of else ', rates of all images'
         title += f', each {every}th class held out' if every else ''
         runs = len({tuple(row[k] for k in RUN) for row in group})
         parts += [f'### {title}, {epochs} epochs, label smoothing {smoothing:g}; {runs} runs a head', '']

@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,7 +73,10 @@ def main(arguments: Optional[List[str]] = None) -> None:
     failed = []
     with TemporaryDirectory() as temporary, ThreadPoolExecutor(options.processes) as pool:
         shutil.copy(options.scripts / 'train.py', temporary)
-        for row in pool.map(lambda i: run(jobs[i], options, Path(temporary), i), range(len(jobs))):
+        for done_run in as_completed(
+            [pool.submit(run, job, options, Path(temporary), i) for i, job in enumerate(jobs)]
+        ):
+            row = done_run.result()
             if 'error' in row:
                 failed.append(row)
                 continue

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from training import Backbone, Runner, Settings, create, finish, learning_rates, own_stream
 
 from timm_zzz import ZZZHead
+from timm_zzz.fit import fit_head
 
 metrics = pytest.importorskip('sklearn.metrics')
 
@@ -155,6 +156,15 @@ def test_kept_features_give_the_figures(run, folder, tmp_path):
     assert len(found['near']) == 3 and not any(key.startswith('far') for key in found)  # the set itself is not far
     assert len(found['train']) == len(found['train_target']) == row['train_images'] == 18
     assert len(row['v']) == 2
+
+
+def test_refit_after_training(run, tmp_path):
+    """The kept head is the fit of the kept features, not the one that was trained."""
+    run(tmp_path / 'runs.jsonl', '--heads', 'zzz_r2:refit=frozen', '--at', 1e-3, 1, '--seeds', 0, '--keep', tmp_path)
+    found = load_file(tmp_path / 'gradients-test_vit-zzz_r2_refit_frozen-0-0.safetensors')
+    expected = fit_head(found['train'].float(), found['train_target'], rank=2, num_classes=4)
+    torch.testing.assert_close(found['head.weight'], expected.weight.detach(), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(found['head.sigma2_raw'], expected.sigma2_raw.detach(), atol=1e-2, rtol=1e-2)
 
 
 def test_heads_that_stay_as_they_start_have_no_rates(run, tmp_path):

@@ -1,5 +1,6 @@
 """Corruptions against PIL, SciPy and by hand; runs of tolerance.py and nuisance.py on tiny sets, and their tables."""
 
+import argparse
 import functools
 import json
 import math
@@ -230,9 +231,7 @@ def test_run(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(CORRUPTIONS, 'broken', (broken, (1, 2, 3, 4, 5)))
     path = tmp_path / 'tolerance.jsonl'
     rows = run(path, '--seeds', 0)
-    assert [(row['head'], row['lr'], row['rates_shots'], row['split']) for row in rows] == [
-        (head, 2e-3, 0, 'validation') for head in HEADS
-    ]
+    assert [(row['head'], row['lr'], row['split']) for row in rows] == [(head, 2e-3, 'validation') for head in HEADS]
     for row in rows:
         assert row['failed'] == {'broken': 'RuntimeError: out of order'}
         assert row['corruptions'].keys() == CORRUPTIONS.keys() - {'broken'}
@@ -256,32 +255,26 @@ def test_run(run, tmp_path, monkeypatch, capsys):
     assert table.count('| blur | ') == 4  # in each comparison, and twice by strengths
 
 
-def test_rates_of_whole_grids():
-    """All heads take the rates of one number of images: of the asked one, where each has as many as any."""
-    rows = [inner(head, 5, lr) for head in HEADS for lr in (1, 2)] + [inner(HEADS[0], 0, lr) for lr in (1, 2)]
-    assert tolerance.rates_shots(rows, 'test_vit', HEADS, 0) == tolerance.rates_shots(rows, 'test_vit', HEADS, 5) == 5
-    rows.append(inner(HEADS[1], 0, 1))
-    assert tolerance.rates_shots(rows, 'test_vit', HEADS, 0) == 5
-    assert tolerance.rates_shots(rows, 'test_vit', HEADS[:1], 0) == 0
-    rows.append(inner(HEADS[1], 0, 2))
-    assert tolerance.rates_shots(rows, 'test_vit', HEADS, 0) == 0
-    rows += [inner(head, 0, 1, data='cars') for head in HEADS]  # a second set, of which one pair is there
-    assert tolerance.rates_shots(rows, 'test_vit', HEADS, 0) == 0
-    rows.append(inner(HEADS[0], 0, 2, data='cars'))
-    assert tolerance.rates_shots(rows, 'test_vit', HEADS, 0) == 5
-    with pytest.raises(ValueError, match='other: no grid of learning rates that has linear:rows=zero'):
-        tolerance.rates_shots(rows, 'other', HEADS, 0)
-
-
-def test_a_backbone_without_rates_is_left_out(run, backbone, tmp_path, capsys):
-    (tmp_path / 'tolerance.jsonl').touch()
-    assert run(tmp_path / 'tolerance.jsonl', '--backbone', 'test_resnet', backbone[1], 32, '--seconds', 0) == []
-    assert 'test_resnet: no grid' in capsys.readouterr().err
+def test_heads_take_their_own_rates_for_that_many_images(folder, tmp_path, capsys):
+    """A head may have more pairs of rates than another; a backbone without rates of a head is left out."""
+    rows = [inner(HEADS[0], 0, lr, top1) for lr, top1 in ((1, 50.0), (2, 60.0))]
+    rows += [inner(HEADS[1], 0, lr, top1) for lr, top1 in ((1, 70.0), (2, 60.0), (3, 50.0))]
+    rows += [inner(head, 5, 4) for head in HEADS] + [inner(HEADS[0], 0, 1, backbone='test_resnet')]
+    fixed = dict(data=[folder], heads=HEADS, seeds=[0, 1], at=None, hold_out_every=0, epochs=20, smoothing=0.1)
+    backbones = [(name, '', 32) for name in ('test_vit', 'test_resnet')]
+    found = tolerance.jobs(argparse.Namespace(**fixed, shots=[0, 5], backbone=backbones), rows)
+    keys = ('seed', 'shots', 'head', 'lr', 'backbone')
+    own = [(0, HEADS[0], 2), (0, HEADS[1], 1), (5, HEADS[0], 4), (5, HEADS[1], 4)]
+    expected = [(seed, *each, 'test_vit') for seed in (0, 1) for each in own]
+    assert [tuple(job[k] for k in keys) for job in found] == expected
+    message = capsys.readouterr().err
+    assert f'test_resnet, all images: no learning rates of {HEADS[1]}\n' in message
+    assert f'test_resnet, 5 images a class: no learning rates of {", ".join(HEADS)}\n' in message
 
 
 def row(head, seed, top1, corrupted, data='birds'):
     found = {name: dict(top1=corrupted, nll=[1.0] * 5, nll_t=[0.5] * 5) for name in ('blur', 'hue')}
-    job = dict(data=data, backbone='net', size=32, head=head, seed=seed, shots=0, rates_shots=5, hold_out_every=0)
+    job = dict(data=data, backbone='net', size=32, head=head, seed=seed, shots=0, hold_out_every=0)
     return dict(job, epochs=20, smoothing=0.1, top1=top1, nll=0.9, nll_t=0.4, corruptions=found)
 
 
@@ -293,7 +286,7 @@ def test_table():
     rows += [row('zzz_r8', 0, 99.0, [99.0] * 5, data='cars')]  # which the base has not
     rows[0]['corruptions']['rare'] = rows[0]['corruptions']['blur']
     lines = tolerance_table.tables(rows).splitlines()
-    assert lines[0] == '### All images, rates of 5 a class, 20 epochs, label smoothing 0.1; 3 runs a head'
+    assert lines[0] == '### All images, 20 epochs, label smoothing 0.1; 3 runs a head'
     assert lines[2:9] == [
         f'| top-1, % | {base} | zzz_r8, difference |',
         '|---|---|---|',
