@@ -153,6 +153,30 @@ def test_on_sphere_changes_nothing(num_classes, dim, rank):
     assert not rank or result.gain.max() < a
 
 
+def test_directions_that_few_examples_lack_change_no_decision():
+    """At this precision v_min is 0.6 sigma2, which along directions of much variance would change most decisions."""
+    num_classes, dim, rank = 12, 48, 8
+    scales = torch.logspace(-0.5, -2.5, dim).double()
+    means = 3 + torch.randn(num_classes, dim).double() * scales
+    y, t = (torch.arange(num_classes).repeat(count) for count in (4, 30))  # three directions for each class
+    X, Z = (F.normalize(means[c] + 0.5 * torch.randn(len(c), dim).double() * scales) for c in (y, t))
+    head = double(X, y, rank, **{**PLAIN, 'temperature': 0.03})
+    expected = 0.03 * relative(MultivariateNormal(*dense(X, y, rank, 0.3, 5.0)[:2]).log_prob(Z[:, None]))
+    assert 4000 < precision(head) < 9000
+    assert torch.equal(head(Z).argmax(1), expected.argmax(1)) and torch.equal(expected.argmax(1), t)
+    close(relative(head(Z)), expected, rtol=0, atol=0.2 * float(expected.abs().max()))
+
+
+def test_a_start_has_its_directions_where_all_classes_vary():
+    """Preset finetune gives variance to directions that few examples lack, too."""
+    X, y = draw(3, num_classes=6, dim=20, rank=0)
+    head = double(X, y, 8, preset='finetune')
+    _, own = scatters(X, y)
+    leading = torch.linalg.eigh(own.sum(0))[1][:, -1]
+    basis = class_gaussians_of(head).basis
+    assert (basis.mT @ leading).norm(dim=1).min() > 0.9
+
+
 def test_more_classes_than_dimensions_are_fitted_by_least_squares():
     X, y = draw(20, num_classes=60, dim=16)
     form = Discriminant(moments(X, y, 60, 0), 0)
@@ -625,7 +649,8 @@ def test_finetune_pulls_the_means_of_the_fit_together(options, rank):
     numbers = {**dict(sigma2=1 / 16, mean_spread=0.3, v_ratio=0.1), **options}
     kappa, ratio = numbers.pop('mean_spread'), numbers.pop('v_ratio')
     fitted, start = double(X, y, rank, **numbers), double(X, y, rank, preset='finetune', **options)
-    mu = F.normalize(fitted.weight.detach(), dim=1)
+    apart = double(X, y, rank, v_ratio=ratio, **numbers)  # the same directions where a class has no gain
+    mu = F.normalize(apart.weight.detach(), dim=1)
     m = F.normalize(mu.mean(0), dim=0)
     between = m + kappa * (mu - m)
     close(F.normalize(start.weight.detach(), dim=1), F.normalize(between, dim=1), rtol=0, atol=1e-9)
@@ -635,7 +660,7 @@ def test_finetune_pulls_the_means_of_the_fit_together(options, rank):
     if rank:
         gaussians = class_gaussians_of(start)
         close(gaussians.v, torch.full_like(gaussians.v, ratio * numbers['sigma2']), rtol=1e-6, atol=0)
-        assert torch.equal(start.A, fitted.A)
+        assert torch.equal(start.A, apart.A)
         fraction = (kappa / between.norm(dim=1)).mean()
         at_the_mean = [gaussian_logits(head, X.mean(0)) for head in (start, fitted)]
         close(relative(at_the_mean[0][None]), fraction * relative(at_the_mean[1][None]), rtol=1e-6, atol=1e-6)

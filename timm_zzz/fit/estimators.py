@@ -106,9 +106,17 @@ class Estimator:
 
 
 class Discriminant(Estimator):
-    """Gaussian classes with a shrunken pooled covariance, plus more variance along r directions of each class."""
+    """Gaussian classes with a shrunken pooled covariance, plus more variance along r directions of each class.
 
-    def __init__(self, moments: Moments, rank: int):
+    Args:
+        moments: Of the classes.
+        rank: Number r of directions.
+        leading: Where a class has no gain, directions are those of the largest pooled variance, for a start that gives
+            all of them variance. Otherwise they are those of the least, where v_min changes the logits least.
+    """
+
+    def __init__(self, moments: Moments, rank: int, leading: bool = False):
+        self.leading = leading
         self.count = moments.count
         super().__init__(moments.scatter / max(1.0, float((self.count - 1).sum())), rank)
         self.mean = moments.mean @ self.basis
@@ -138,7 +146,9 @@ class Discriminant(Estimator):
 
     def head_form(self, shrinkage: float, prior_count: float, temperature: float, most: float) -> Quadratic:
         form = super().head_form(shrinkage, prior_count, temperature, most)
-        return on_sphere(form, self.basis.T[len(self.basis) - self.rank :], temperature, most)
+        axes = self.basis.T  # by increasing variance
+        fill = axes[len(axes) - self.rank :] if self.leading else axes[: self.rank]
+        return on_sphere(form, fill, temperature, most)
 
 
 class Density(Estimator):
@@ -147,7 +157,7 @@ class Density(Estimator):
     As in Tipping and Bishop 1999 (doi:10.1111/1467-9868.00196), but with one sigma2 for all classes.
     """
 
-    def __init__(self, moments: Moments, rank: int):
+    def __init__(self, moments: Moments, rank: int, leading: bool = False):
         self.count = moments.count
         mu = normalize(moments.mean)
         off = moments.mean - mu

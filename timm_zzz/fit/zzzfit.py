@@ -22,7 +22,7 @@ __all__ = ['PRESETS', 'ZZZFit', 'fit_head', 'fit_model']
 
 _logger = logging.getLogger(__name__)
 
-OBJECTIVES: Dict[str, Callable[[Moments, int], Estimator]] = {'discriminant': Discriminant, 'density': Density}
+OBJECTIVES: Dict[str, Callable[[Moments, int, bool], Estimator]] = {'discriminant': Discriminant, 'density': Density}
 SHRINKAGES = {'discriminant': (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02), 'density': (0.0,)}
 PRIOR_COUNTS = (1000.0, 100.0, 10.0)  # of options with equal likelihood the first is chosen
 PRECISIONS = (9000.0, 3000.0, 1000.0)  # upper bounds on 1 / sigma2 to choose from
@@ -253,7 +253,7 @@ class ZZZFit:
         temperature, most = self._choose(self._held_out.moments, x, y)
         everything = copy.deepcopy(self._held_out.moments)
         everything.add(x, y)
-        estimator = OBJECTIVES[self.objective](everything, self.rank)
+        estimator = self._estimator(everything)
         if not isinstance(self.temperature, str):
             temperature = self.temperature / estimator.scale
         elif temperature is None:
@@ -289,7 +289,7 @@ class ZZZFit:
                 message = 'no held-out example to choose shrinkage, prior_count or temperature by: defaults are taken'
                 warnings.warn(message, UserWarning, stacklevel=5)
             return None, bounds[0]
-        estimator = OBJECTIVES[self.objective](moments, self.rank)
+        estimator = self._estimator(moments)
 
         def scored(form: Quadratic, x: Tensor) -> Tuple[float, float]:
             """Return the temperature, given or the best, and the mean negative log-likelihood with it in nats."""
@@ -321,6 +321,9 @@ class ZZZFit:
             f'{chosen[0] * estimator.scale:.3g}: negative log-likelihood {best:.4f} of {len(y)} held-out examples.'
         )
         return chosen
+
+    def _estimator(self, moments: Moments) -> Estimator:
+        return OBJECTIVES[self.objective](moments, self.rank, self.v_ratio is not None)
 
     def _tunes(self) -> bool:
         return 'auto' in (self.shrinkage, self.prior_count, self.temperature)
