@@ -9,10 +9,11 @@ import math
 import re
 import statistics
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Callable, Dict, List, Optional
 
 import accuracy_table
 import nuisance
+import tolerance_table
 from accuracy import RATES, Row, read
 from accuracy_table import Comparison, at_own_rates, groups, latest, markdown, show
 
@@ -27,11 +28,20 @@ HEADS = {
     'linear:rows=probe,train=0': 'logistic regression',
     'zzz_r8': 'ZZZ r 8, flat',
     'zzz_r0': 'ZZZ r 0, flat',
-    'zzz_r8:init=reference': 'ZZZ r 8, reference',
+    'zzz_r8:init=reference': 'ZZZ r 8, reference start',
+    'arcface:rows=flat': 'ArcFace',
+    'cosface:rows=flat': 'CosFace',
+    'cosine:rows=flat': 'cosine',
     'zzz_r8:row_std=0.02': 'flat, rows 4 times as long',
     'zzz_r8:basis=random,spread=0.1': 'classes 0.1 apart at random',
     'zzz_r8:basis=random,spread=0.1,row_std=0.02': 'the same, rows 4 times as long',
     'zzz_r8:v_ratio=1': 'flat, variances as large as sigma2',
+    'zzz_r8:refit=frozen': 'flat, a fit of the trained features at the end',
+    'zzz_r8:fit=finetune,refit=frozen': '`zzz_fit`, a fit of the trained features at the end',
+    'zzz_r8:fit=finetune,basis=random': '`zzz_fit`, random subspaces',
+    'zzz_r8:fit=finetune,mean_spread=0.5': '`zzz_fit`, means half as far apart as fitted',
+    'zzz_r8:fit=finetune,row_std=0.02': '`zzz_fit`, rows 4 times as long',
+    'zzz_r8:fit=finetune,v_ratio=1': '`zzz_fit`, variances as large as sigma2',
 }
 BACKBONES = {
     'mobilenetv2_100': 'MobileNetV2',
@@ -39,8 +49,7 @@ BACKBONES = {
     'vit_small_patch14_dinov2': 'ViT-S/14',
 }
 
-
-LINEAR, PROBE, FLAT = (HEADS[name] for name in ('linear:rows=zero', 'linear:rows=probe', 'zzz_r8'))
+TIMM, LINEAR, PROBE, FLAT = (HEADS[name] for name in ('linear', 'linear:rows=zero', 'linear:rows=probe', 'zzz_r8'))
 FIT, FIT_0, FITTED = 'ZZZ r 8, `zzz_fit`', 'ZZZ r 0, `zzz_fit`', 'ZZZ r 8, fitted'
 
 
@@ -63,14 +72,14 @@ def rows_of(name: str) -> List[Row]:
     )
 
 
-def frozen(rows: List[Row]) -> str:
+def by_set(rows: List[Row], nll: str = 'nll') -> str:
     """Make a table of top-1 and NLL by backbone, images a class and set; the columns are classifiers."""
     heads = [head for (head,) in groups(rows, 'head')]
     lines = []
     for (backbone, shots, data), group in sorted(groups(rows, 'backbone', 'shots', 'data').items()):
         of_head = {head: [row for row in group if row['head'] == head] for head in heads}
         cells = [
-            f'{show(column(each, "top1"))}, {show(column(each, "nll"), 3)}' if each else '' for each in of_head.values()
+            f'{show(column(each, "top1"))}, {show(column(each, nll), 3)}' if each else '' for each in of_head.values()
         ]
         lines.append([backbone, str(shots or 'all'), data, *cells])
     return markdown(['backbone', 'images a class', 'set', *heads], lines)
@@ -80,9 +89,8 @@ def column(rows: List[Row], key: str) -> List[float]:
     return [row[key] for row in rows]
 
 
-def outliers(rows: List[Row]) -> str:
-    """Make the tables of outliers of a frozen backbone, without their title."""
-    text = accuracy_table.outlier_tables(rows, PROBE)
+def untitled(text: str) -> str:
+    """Leave out the titles of tables."""
     return '\n'.join(line for line in text.splitlines() if not line.startswith('###')).strip()
 
 
@@ -117,24 +125,73 @@ def summary() -> str:
     return markdown(titles, lines)
 
 
+def in_whole_seeds(rows: List[Row], pairs: int) -> Optional[float]:
+    """Average the top-1 over the seeds that ran on so many pairs of set and backbone; None if there are none."""
+    whole = [row['top1'] for own in groups(rows, 'seed').values() if len(own) == pairs for row in own]
+    return statistics.fmean(whole) if whole else None
+
+
+def percent(value: Optional[float]) -> str:
+    return '' if value is None else f'{value:.1f}'
+
+
 def readme() -> str:
-    """Make the table of README.md: top-1 by backbone, mean over the sets that all three heads ran on."""
+    """Make the table of README.md: top-1 by its own commands, and by backbone, mean over six sets."""
+    heads = (TIMM, LINEAR, FLAT, FIT)
     lines = []
-    for shots, name in ((5, 'five images a class'), (0, 'all images')):
-        rows = at_own_rates(of_shots('accuracy', shots))
-        for backbone in BACKBONES.values():
-            of_head = [
-                {key: statistics.fmean(column(each, 'top1')) for key, each in groups(own, 'data', 'seed').items()}
-                for own in (
-                    [r for r in rows if (r['head'], r['backbone']) == (h, backbone)] for h in (LINEAR, FLAT, FIT)
-                )
-            ]
-            shared = set.intersection(*map(set, of_head))
-            if len({data for data, _ in shared}) == 6:
-                means = [statistics.fmean(top1[key] for key in shared) for top1 in of_head]
-                seeds = len({seed for _, seed in shared})
-                lines.append([f'{name}, {backbone}', *(f'{mean:.1f}' for mean in means), str(seeds)])
-    return markdown(['top-1, mean over six sets', 'linear from zero', 'ZZZ', 'ZZZ, `zzz_fit`', 'seeds'], lines)
+    for (data,), rows in groups(trained(), 'data').items():
+        means = [statistics.fmean(column([row for row in rows if row['head'] == head], 'top1')) for head in heads]
+        lines.append([f'{data}, all images, MobileNetV2, by the commands below', *map(percent, means)])
+    few, every = (at_own_rates([*of_shots('accuracy', shots), *of_shots('heads', shots)]) for shots in (5, 0))
+    for backbone in BACKBONES.values():
+        own = groups((row for row in few if row['backbone'] == backbone), 'head')
+        means = [in_whole_seeds(own.get((head,), []), 6) for head in heads]
+        lines.append([f'six sets, five images a class, {backbone}', *map(percent, means)])
+    own = groups(every, 'head')
+    means = [in_whole_seeds(own.get((head,), []), 18) for head in heads]
+    lines.append(['six sets, all images, mean of these backbones', *map(percent, means)])
+    return markdown(['top-1', 'linear, as timm starts it', 'linear, from zero', 'ZZZ', 'ZZZ, `zzz_fit`'], lines)
+
+
+def trained() -> List[Row]:
+    """Read the rows of train_script.py, with plain names."""
+    return [
+        dict(row, head=plain(row['head']), data=row['data'].replace('grocery81', 'groceries'))
+        for row in read(RESULTS / 'train.jsonl')
+    ]
+
+
+def train() -> str:
+    """Make the table of the runs through timm's train.py."""
+    lines = []
+    for (data, head), rows in groups(trained(), 'data', 'head').items():
+        lines.append([data, head, str(len(rows)), show(column(rows, 'top1')), show(column(rows, 'nll'), 3)])
+    return markdown(['set', 'head', 'seeds', 'top-1', 'NLL'], sorted(lines))
+
+
+def ranks_tuned() -> str:
+    """Make the table of ranks after fine-tuning; the rows of rank 8 are those of the same rates in accuracy.jsonl."""
+    others = rows_of('ranks')
+    keys = ('data', 'backbone', 'shots', 'split', 'seed', *RATES)
+    runs = {tuple(row[k] for k in keys) for row in others}
+    rank_8 = [row for row in rows_of('accuracy') if row['head'] == FIT and tuple(row[k] for k in keys) in runs]
+    return by_set(sorted([*others, *rank_8], key=lambda row: int(row['head'].split()[2].strip(','))), 'nll_t')
+
+
+def search() -> str:
+    """Make the table of changes to a start against the start itself: same sets, rates and seed, inner split."""
+    run = ('shots', 'data', 'backbone', 'seed', *RATES)
+    inner = [row for row in rows_of('accuracy') if row['split'] == 'inner']
+    of_base = {head: {tuple(row[k] for k in run): row for row in inner if row['head'] == head} for head in (FLAT, FIT)}
+    lines = []
+    for (shots, head), rows in sorted(groups(rows_of('search'), 'shots', 'head').items()):
+        base = of_base[FIT if 'zzz_fit' in head else FLAT]
+        both = [(row, base[key]) for row in rows if (key := tuple(row[k] for k in run)) in base]
+        top1 = show([row['top1'] - its['top1'] for row, its in both], 1)
+        change = statistics.fmean(math.log(row['nll_t'] / its['nll_t']) for row, its in both)
+        lines.append([str(shots or 'all'), head, str(len(both)), top1, f'{100 * math.expm1(change):+.0f} %'])
+    titles = ['images a class', 'start', 'sets', 'top-1 against the start without that', 'NLL at one temperature']
+    return markdown(titles, lines)
 
 
 def forgiving() -> str:
@@ -186,10 +243,21 @@ TABLES: Dict[str, Callable[[], str]] = {
     'rates': lambda: accuracy_table.choice_table(rows_of('accuracy'), LINEAR),
     'every-rate': rates,
     'start': lambda: accuracy_table.grid_table(rows_of('start')),
-    'frozen': lambda: frozen([row for row in rows_of('frozen') if row['head'] in (PROBE, 'ZZZ r 0, fitted', FITTED)]),
+    'frozen': lambda: by_set([row for row in rows_of('frozen') if row['head'] in (PROBE, 'ZZZ r 0, fitted', FITTED)]),
     'nuisance': lambda: nuisance.table(read(RESULTS / 'nuisance.jsonl')),
-    'outliers': lambda: outliers(rows_of('outliers')),
-    'ranks': lambda: frozen(
+    'outliers': lambda: untitled(accuracy_table.outlier_tables(rows_of('outliers'), PROBE)),
+    'outliers-tuned': lambda: untitled(accuracy_table.outlier_tables(rows_of('tuned_outliers'), LINEAR)),
+    'tolerance': lambda: untitled(tolerance_table.tables(rows_of('tolerance'), LINEAR)),
+    'train': train,
+    'other-heads': lambda: accuracy_table.comparison_table(
+        [*of_shots('heads', 5), *(row for row in of_shots('accuracy', 5) if row['head'] == LINEAR)], LINEAR
+    ),
+    'ranks-tuned': ranks_tuned,
+    'few': lambda: by_set(
+        [dict(row, head=f'{row["head"]}, {row["lr"]:g} × {row["head_lr"]:g}') for row in rows_of('few')], 'nll_t'
+    ),
+    'search': search,
+    'ranks': lambda: by_set(
         [row for row in rows_of('frozen') if row['backbone'] == 'MobileNetV2' and row['shots'] in (0, 5)]
     ),
 }
