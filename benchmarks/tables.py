@@ -142,7 +142,7 @@ def readme() -> str:
     for (data,), rows in groups(trained(), 'data').items():
         means = [statistics.fmean(column([row for row in rows if row['head'] == head], 'top1')) for head in heads]
         lines.append([f'{data}, all images, MobileNetV2, by the commands below', *map(percent, means)])
-    few, every = (at_own_rates([*of_shots('accuracy', shots), *of_shots('heads', shots)]) for shots in (5, 0))
+    few, every = (at_own_rates(of_shots('accuracy', shots)) for shots in (5, 0))
     for backbone in BACKBONES.values():
         own = groups((row for row in few if row['backbone'] == backbone), 'head')
         means = [in_whole_seeds(own.get((head,), []), 6) for head in heads]
