@@ -18,7 +18,7 @@ def test_python_snippets_run(hub, readme, tmp_path, monkeypatch):
         for name, here in (("zzz_r8', pretrained=True", "zzz_r8', pretrained=False"), ('USER/', 'owner/')):
             snippet = snippet.replace(name, here)
         exec(compile(snippet, 'README.md', 'exec'), namespace)
-    assert namespace['model'].pretrained_cfg['label_names'] == namespace['names']
+    assert namespace['model'].pretrained_cfg['label_names'] == [f'species {i}' for i in range(200)]
 
 
 def test_ci_runs_the_readmes_test_command(readme, root):
