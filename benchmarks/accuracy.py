@@ -29,7 +29,7 @@ from images import Images, load
 from measure import environment_line
 from probe import held_out
 from safetensors.torch import save_file
-from starts import parse, refit
+from starts import parse
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import Backbone, Run, Runner, Settings, finish, own_stream
@@ -113,8 +113,6 @@ def run(
     model, head = yield from runner.train(training, spec, job['seed'], job['lr'], job['head_lr'])
     embed = functools.partial(runner.embed, model) if spec.train else runner.frozen
     features = embed(judged)
-    if spec.refit:
-        refit(spec, head, embed(training), training.target)
     with torch.no_grad():
         logits = head.eval()(features).float()
     seconds = time.perf_counter() - start

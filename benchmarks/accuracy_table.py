@@ -113,20 +113,11 @@ class Comparison:
         return {pair: self.mean_difference(pair, lambda row: row['top1']) for pair in self.pairs}
 
     def error(self) -> Optional[float]:
-        """Standard error over seeds of the mean over pairs; None for one. Seeds that some pairs lack are left out."""
-        of_seed: Dict[int, List[float]] = {}
-        for own, base in self.matched.values():
-            for a, b in zip(own, base, strict=True):
-                of_seed.setdefault(a['seed'], []).append(a['top1'] - b['top1'])
-        means = [statistics.fmean(found) for found in of_seed.values() if len(found) == len(self.pairs)]
-        return mean_and_error(means)[1] if means else None
-
-    def error_over_sets(self) -> float:
-        """Standard error over sets of the mean over pairs: the backbones of one set share its images."""
+        """Standard error over sets of the mean over pairs, None for one: the backbones of a set share its images."""
         of_set: Dict[str, List[float]] = {}
         for (data, _), value in self.top1().items():
             of_set.setdefault(data, []).append(value)
-        return mean_and_error([statistics.fmean(values) for values in of_set.values()])[1] or math.nan
+        return mean_and_error([statistics.fmean(values) for values in of_set.values()])[1]
 
     def relative(self, key: str) -> float:
         """Mean over pairs of the difference in the logarithm of a value, as a change in percent."""

@@ -15,7 +15,7 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from accuracy import append, quality, read
 from measure import environment_line
-from probe import fit_probe
+from probe import fit_probe, held_out
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 from training import Backbone, create
@@ -25,6 +25,8 @@ from timm_zzz.fit import fit_head
 from timm_zzz.metrics import predict
 
 JOB = ('data', 'backbone', 'size', 'shots', 'seed', 'head')  # what tells rows apart
+
+SVM_PENALTIES = (1.0, 10.0, 100.0)
 
 Set = Dict[str, Tuple[Tensor, Tensor]]
 
@@ -55,8 +57,29 @@ def draw(target: Tensor, shots: int, seed: int) -> Tensor:
     return torch.cat([order[target[order] == c][:shots] for c in range(int(target.max()) + 1)])
 
 
-def classifiers(x: Tensor, y: Tensor, ranks: Sequence[int]) -> Dict[str, Callable[[], nn.Module]]:
-    """List what is compared, by name, each made from the same features (N, d), which the fit normalises."""
+class KernelMachine(nn.Module):
+    """Support vector machine with an RBF kernel on standardised features (N, d), its C chosen on held-out examples."""
+
+    def __init__(self, x: Tensor, y: Tensor):
+        super().__init__()
+        from sklearn.svm import SVC
+
+        self.mean, self.spread = x.mean(0), x.std(0).clamp(min=1e-6)
+        mask, x = held_out(y), (x - self.mean) / self.spread
+        scores = {c: SVC(C=c).fit(x[~mask], y[~mask]).score(x[mask], y[mask]) for c in SVM_PENALTIES}
+        self.machine = SVC(C=max(scores, key=lambda c: scores[c])).fit(x, y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = torch.from_numpy(self.machine.decision_function((x - self.mean) / self.spread)).float()
+        return found if found.ndim == 2 else torch.stack([-found, found], 1)  # one column for two classes
+
+
+def classifiers(x: Tensor, y: Tensor, ranks: Sequence[int], several: bool) -> Dict[str, Callable[[], nn.Module]]:
+    """List what is compared, by name, each made from the same features (N, d), which the fit normalises.
+
+    Args:
+        several: The classes are of several kinds, which a kernel may tell apart better than a linear classifier.
+    """
 
     def probe() -> nn.Module:
         head = nn.Linear(x.shape[1], int(y.max()) + 1)
@@ -66,7 +89,8 @@ def classifiers(x: Tensor, y: Tensor, ranks: Sequence[int]) -> Dict[str, Callabl
     def fit(rank: int) -> Callable[[], nn.Module]:
         return lambda: fit_head(x, y, rank=rank, num_classes=int(y.max()) + 1)
 
-    return {'linear:rows=probe': probe, **{f'zzz_r{rank}:fit=frozen,train=0': fit(rank) for rank in ranks}}
+    machine = {'svm': lambda: KernelMachine(x, y)} if several else {}
+    return {'linear:rows=probe': probe, **machine, **{f'zzz_r{rank}:fit=frozen,train=0': fit(rank) for rank in ranks}}
 
 
 def main(arguments: Optional[List[str]] = None) -> None:
@@ -78,18 +102,20 @@ def main(arguments: Optional[List[str]] = None) -> None:
     parser.add_argument('--shots', type=int, nargs='+', default=[1, 2, 5, 10, 0], help='examples per class; 0: all')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of the draws of examples')
     parser.add_argument('--ranks', type=int, nargs='+', default=[0, 8], help='of the fit')
+    parser.add_argument('--merge', type=int, default=1, metavar='K', help='K classes in a row are one, of K kinds')
     options = parser.parse_args(arguments)
     name, checkpoint, size = options.backbone
     backbone, cpu = Backbone(name, checkpoint, int(size)), torch.device('cpu')
     done = {tuple(row[k] for k in JOB) for row in read(options.results)}
     for root in options.data:
         data = features_of(root, backbone, options.cache)
-        (x, y), (test_x, test_y) = data['train'], data['validation']
+        (x, y), (test_x, test_y) = ((x, y // options.merge) for x, y in (data['train'], data['validation']))
+        title = root.name if options.merge == 1 else f'{root.name}, {options.merge} in one'
         for shots in options.shots:
             for seed in options.seeds if shots else options.seeds[:1]:
                 index = draw(y, shots, seed)
-                for head, make in classifiers(x[index], y[index], options.ranks).items():
-                    job = (root.name, name, backbone.size, shots, seed, head)
+                for head, make in classifiers(x[index], y[index], options.ranks, options.merge > 1).items():
+                    job = (title, name, backbone.size, shots, seed, head)
                     if job in done:
                         continue
                     with torch.no_grad():

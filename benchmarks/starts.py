@@ -61,6 +61,8 @@ def parse(text: str) -> HeadSpec:
         changes[key] = known[key](value)
     if changes.get('rows', 'zero') not in ROWS:
         raise ValueError(f'head {text}: expected rows of {", ".join(ROWS)}, got {changes["rows"]}')
+    if changes.get('refit') and not kind.startswith('zzz'):
+        raise ValueError(f'head {text}: only a ZZZ head can be fitted')
     return replace(spec, **changes)
 
 
@@ -119,9 +121,8 @@ def _zzz(spec: HeadSpec, features: Tensor, target: Tensor, num_classes: int) -> 
     return head
 
 
-def refit(spec: HeadSpec, head: nn.Module, features: Tensor, target: Tensor) -> None:
-    """Replace a trained ZZZ head by the fit of the trained features (N, d) of the training images."""
-    assert isinstance(head, timm_zzz.ZZZHead)
+def refit(spec: HeadSpec, head: timm_zzz.ZZZHead, features: Tensor, target: Tensor) -> None:
+    """Replace a trained head by the fit of the trained features (N, d) of the training images."""
     ZZZFit(head.num_classes, spec.rank, preset=spec.refit).fit(features, target).fill(head)
 
 

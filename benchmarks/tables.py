@@ -32,9 +32,10 @@ HEADS = {
     'arcface:rows=flat': 'ArcFace',
     'cosface:rows=flat': 'CosFace',
     'cosine:rows=flat': 'cosine',
+    'svm': 'SVM, RBF kernel',
     'zzz_r8:row_std=0.02': 'flat, rows 4 times as long',
     'zzz_r8:basis=random,spread=0.1': 'classes 0.1 apart at random',
-    'zzz_r8:basis=random,spread=0.1,row_std=0.02': 'the same, rows 4 times as long',
+    'zzz_r8:basis=random,spread=0.1,row_std=0.02': 'classes 0.1 apart at random, rows 4 times as long',
     'zzz_r8:v_ratio=1': 'flat, variances as large as sigma2',
     'zzz_r8:refit=frozen': 'flat, a fit of the trained features at the end',
     'zzz_r8:fit=finetune,refit=frozen': '`zzz_fit`, a fit of the trained features at the end',
@@ -109,7 +110,7 @@ def summary() -> str:
                     continue
                 comparison = Comparison(of_head[head,], of_head[base,])
                 top1 = comparison.top1()
-                error = comparison.error_over_sets()
+                error = comparison.error() or math.nan
                 backbones = len({backbone for _, backbone in top1})
                 lines.append(
                     [
@@ -142,7 +143,7 @@ def readme() -> str:
     for (data,), rows in groups(trained(), 'data').items():
         means = [statistics.fmean(column([row for row in rows if row['head'] == head], 'top1')) for head in heads]
         lines.append([f'{data}, all images, MobileNetV2, by the commands below', *map(percent, means)])
-    few, every = (at_own_rates(of_shots('accuracy', shots)) for shots in (5, 0))
+    few, every = (at_own_rates([*of_shots('accuracy', shots), *of_shots('heads', shots)]) for shots in (5, 0))
     for backbone in BACKBONES.values():
         own = groups((row for row in few if row['backbone'] == backbone), 'head')
         means = [in_whole_seeds(own.get((head,), []), 6) for head in heads]
@@ -253,6 +254,7 @@ TABLES: Dict[str, Callable[[], str]] = {
         [*of_shots('heads', 5), *(row for row in of_shots('accuracy', 5) if row['head'] == LINEAR)], LINEAR
     ),
     'ranks-tuned': ranks_tuned,
+    'kinds': lambda: by_set(rows_of('kinds'), 'nll_t'),
     'few': lambda: by_set(
         [dict(row, head=f'{row["head"]}, {row["lr"]:g} × {row["head_lr"]:g}') for row in rows_of('few')], 'nll_t'
     ),

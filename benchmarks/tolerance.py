@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from accuracy import Row, Runs, Worker, chosen_rates, final, quality, read, shared_parser, spectrum
+from accuracy import Row, Runs, Worker, chosen_rates, final, is_trained, quality, read, shared_parser, spectrum
 from corruptions import CORRUPTIONS, STRENGTHS, corrupt, middle_crops
 from images import Images
 from starts import parse
@@ -120,7 +120,7 @@ def jobs(options: argparse.Namespace, rows: Sequence[Row]) -> List[Row]:
     """
     chosen, found = chosen_rates(rows), []
     for shots, backbone in itertools.product(options.shots, options.backbone):
-        missing = [head for head in options.heads if (backbone[0], head, shots) not in chosen]
+        missing = [head for head in options.heads if is_trained(head) and (backbone[0], head, shots) not in chosen]
         if missing:
             images = f'{shots} images a class' if shots else 'all images'
             print(f'{backbone[0]}, {images}: no learning rates of {", ".join(missing)}', file=sys.stderr)

@@ -40,6 +40,8 @@ def run(job: Row, options: argparse.Namespace, folder: Path, index: int) -> Row:
     data, name = options.data_dir.resolve(), f'{index}'
     command = [sys.executable, 'train.py', '--config', str(RECIPE), '--data-dir', str(data)]
     command += ['--num-classes', str(options.num_classes), '--seed', str(job['seed']), '--experiment', name]
+    if options.pretrained_path:
+        command += ['--pretrained-path', str(options.pretrained_path.resolve())]
     command += ['--output', str(folder), *(word.replace('DIR', str(data)) for word in HEADS[job['head']])]
     env = dict(os.environ)
     if torch.cuda.device_count() > 1:
@@ -62,10 +64,9 @@ def main(arguments: Optional[List[str]] = None) -> None:
     add('--heads', nargs='+', choices=tuple(HEADS), default=list(HEADS), metavar='HEAD')
     add('--seeds', type=int, nargs='+', default=[42, 43, 44])
     add('--processes', type=int, default=1, metavar='N', help='runs at the same time, over all GPUs')
+    add('--pretrained-path', type=Path, metavar='FILE', help="weights of the backbone, in place of timm's own")
     options, options.rest = parser.parse_known_args(arguments)
-    # Not where the weights lie
-    shown = [word for word in options.rest if '/' not in word and word != '--pretrained-path']
-    shared = dict(data=options.data_dir.name, options=' '.join(shown))
+    shared = dict(data=options.data_dir.name, options=' '.join(options.rest))
     jobs = [dict(shared, head=head, seed=seed) for seed, head in product(options.seeds, options.heads)]
     done = [{k: row[k] for k in JOB} for row in read(options.results)]
     jobs = [job for job in jobs if job not in done]

@@ -9,7 +9,7 @@ import timm
 import torch
 from baselines import CosineHead
 from images import Images, batches, center_boxes, crop, jitter, random_boxes
-from starts import HeadSpec, build, needs_features, parameter_groups
+from starts import HeadSpec, build, needs_features, parameter_groups, refit
 from timm.data import resolve_data_config
 from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
@@ -153,6 +153,8 @@ class Runner:
                 yield
                 torch.cuda.current_stream().synchronize()
         loop.close()
+        if spec.refit:
+            refit(spec, head, self.embed(model, images), images.target)
         return model, head
 
 

@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import queue
-import statistics
 
 import accuracy
 import accuracy_table
@@ -222,12 +221,11 @@ def test_table():
             rows.append(row(head, 0, top1, 'inner', lr=lr, nll_t=0.4 if (head, lr) == ('zzz_r8', 1e-3) else 0.5))
     (line,) = [line for line in accuracy_table.tables(rows).splitlines() if line.startswith(('| zzz_r8', f'| {base}'))]
     cells = [cell.strip() for cell in line.split('|')[1:-1]]
-    mean, error = statistics.fmean([15.25, 15.75]), statistics.stdev([15.25, 15.75]) / math.sqrt(2)
-    assert cells[:5] == ['zzz_r8', '2', f'{mean:+.2f} ± {error:.2f}', '+0.50', '1, 0']
+    assert cells[:5] == ['zzz_r8', '2', '+15.50 ± 15.00', '+0.50', '1, 0']  # +30.5 on one set and +0.5 on the other
     assert cells[5:] == ['+15.50', '+0.0 %', '-20.0 %', '2.0 (2.0)']
     final = accuracy_table.groups(accuracy_table.at_own_rates(rows), 'head')
     comparison = accuracy_table.Comparison(final['zzz_r8',], final[base,])
-    assert comparison.error_over_sets() == pytest.approx((30.5 - 0.5) / 2)
+    assert comparison.error() == pytest.approx((30.5 - 0.5) / 2)
     (runs,) = accuracy_table.shared_runs([*rows, row('zzz_r8', 1, 9, 'inner')]).values()  # linear lacks that one
     assert {head: [each['top1'] for each in own] for head, own in runs.items()} == {base: [40, 60], 'zzz_r8': [55, 61]}
     assert '| net | cars | zzz_r8 | 0.001 × 1 | 50.50 ± 0.00 |' in accuracy_table.tables(rows, pairs=True)
@@ -277,6 +275,16 @@ def test_few_shot(folder, backbone, tmp_path, monkeypatch):
     spread = x.std(0)
     found = regression.fit(x / spread, y).score(test_x / spread, test_y)
     assert rows[6]['top1'] == pytest.approx(100 * found, abs=10)  # the penalties are small here
+    few_shot.main([str(a) for a in (*arguments, '--shots', 0, '--merge', 2, '--ranks', 1)])
+    machine, merged = [json.loads(line) for line in results.read_text().splitlines()][-2:]
+    order = few_shot.draw(y // 2, 0, seed=0)
+    with torch.no_grad():
+        right = fit_head(x[order], y[order] // 2, rank=1, num_classes=2)(test_x).argmax(1) == test_y // 2
+    svm = pytest.importorskip('sklearn.svm')
+    scaled = [(each - x.mean(0)) / x.std(0) for each in (x, test_x)]
+    found = [svm.SVC(C=c).fit(scaled[0], y // 2).score(scaled[1], test_y // 2) for c in few_shot.SVM_PENALTIES]
+    assert machine['head'] == 'svm' and any(machine['top1'] == pytest.approx(100 * share) for share in found)
+    assert merged['data'] == 'gradients, 2 in one' and merged['top1'] == pytest.approx(100 * right.float().mean())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')

@@ -32,6 +32,7 @@ def test_names():
     for text, message in {
         'nearest': 'expected linear, cosine, arcface, cosface or zzz_rN, got nearest',
         'zzz_r4:vinit=1': 'unknown option vinit=1',
+        'linear:refit=frozen': 'only a ZZZ head can be fitted',
         'linear:rows=one': 'expected rows of zero, probe, flat, got one',
     }.items():
         with pytest.raises(ValueError, match=message):

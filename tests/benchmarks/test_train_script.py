@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -42,9 +43,12 @@ def test_figures_are_of_the_last_epoch(monkeypatch, tmp_path):
     (tmp_path / 'train.py').touch()
     monkeypatch.setattr(train_script.subprocess, 'run', finished)
     fixed = ['--scripts', tmp_path, '--data-dir', tmp_path, '--num-classes', 3, '--results', results, '--seeds', 5]
+    fixed += ['--pretrained-path', 'weights.safetensors', '--epochs', 2]
     train_script.main([str(option) for option in fixed])
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     assert [(row['top1'], row['nll'], row['epoch']) for row in rows] == [(80.0, 0.7, 1)] * 4
+    assert [row['options'] for row in rows] == ['--epochs 2'] * 4  # not where the weights lie
     zero = commands[1]
-    assert zero[-4:] == ['--model', 'mobilenetv2_100', '--head-init-scale', '0.0']
-    assert commands[3][-1] == f'zzz_fit={tmp_path}/train'
+    assert zero[-6:] == ['--model', 'mobilenetv2_100', '--head-init-scale', '0.0', '--epochs', '2']
+    assert f'zzz_fit={tmp_path}/train' in commands[3]
+    assert str(Path('weights.safetensors').resolve()) in zero  # train.py runs in another folder

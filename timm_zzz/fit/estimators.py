@@ -154,7 +154,8 @@ class Discriminant(Estimator):
 class Density(Estimator):
     """Maximum likelihood for the head's own model: probabilistic PCA of each class about its mean direction.
 
-    As in Tipping and Bishop 1999 (doi:10.1111/1467-9868.00196), but with one sigma2 for all classes.
+    As in Tipping and Bishop 1999 (doi:10.1111/1467-9868.00196), but with one sigma2 for all classes. A class has r
+    directions of its own and of the pooled scatter in any case, so ``leading`` is of no use.
     """
 
     def __init__(self, moments: Moments, rank: int, leading: bool = False):
