@@ -62,7 +62,8 @@ class ZZZFit:
             1000 by held-out examples; if sigma2 is given it is 200, which trained better.
         mean_spread: Factor on the distances of the class means mu_c from their common direction m, 0 to 1: they become
             normalize(m + mean_spread (mu_c - m)). The bias is adapted so that decisions stay nearly the same.
-        v_ratio: Ratio v / sigma2 of all directions, >= 0, in place of the fitted ones; the directions stay.
+        v_ratio: Ratio v / sigma2 of all directions, >= 0, in place of the fitted ones. The directions stay; those that
+            a class lacks are of the largest pooled variance, not of the least.
         holdout: Share of each class's examples to hold out, 0 to 0.5, at least one of every class that has two.
         max_holdout: Approximate upper limit of held-out examples; one per class is held out in any case.
         class_prior: ``'uniform'``, or ``'empirical'`` for a bias from the class frequencies.
