@@ -66,7 +66,7 @@ class _Repo:
 
 
 class _Answer(Exception):
-    """What goes back to the client; an exception too, so that checks can refuse from anywhere."""
+    """Hold a response; it is an exception, so that any check can end the request with it."""
 
     def __init__(self, status: int = 200, body: Any = b'', **headers: Any):
         self.status = status
@@ -390,7 +390,7 @@ _ROUTES = (
 
 
 def _card_errors(text: str) -> List[str]:
-    """What the Hub refuses in a card's metadata."""
+    """List the errors for which the Hub refuses a card's metadata."""
     found = re.match(r'\s*---\n(.*?)^---$', text, re.DOTALL | re.MULTILINE)
     try:
         card = yaml.safe_load(found[1]) if found else {}

@@ -129,7 +129,7 @@ def test_no_decay_on_variances():
 
 @pytest.mark.parametrize('name', ['test_vit', 'test_resnet'])  # with and without a no_weight_decay of its own
 def test_no_decay_on_variances_of_a_scripted_model(name):
-    """As train.py --torchscript does."""
+    """Script the model before the optimizer is created, which is the order of train.py --torchscript."""
     model = attach(timm.create_model(name, num_classes=5, scriptable=True), rank=3)
     scripted = torch.jit.script(model)
     expected = {f'{path}.{n}' for path in (model.pretrained_cfg['classifier'],) for n in ('v_raw', 'sigma2_raw')}
@@ -160,7 +160,7 @@ def test_wrappers_that_are_looked_into(wrap, used):
 
 
 class _Saved(nn.Module):
-    """As PEFT's wrapper of a module in ``modules_to_save``."""
+    """Wrap a module the way PEFT wraps those in ``modules_to_save``."""
 
     def __init__(self, module):
         super().__init__()
@@ -198,7 +198,7 @@ def test_other_wrappers_are_refused():
 
 
 def is_flat(head):
-    """Whether all classes are the same Gaussian."""
+    """Say whether all classes are the same Gaussian."""
     return all(torch.equal(p, p[:1].expand_as(p)) for p in head.parameters()) and not head.bias.any()
 
 

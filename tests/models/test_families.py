@@ -120,7 +120,7 @@ def test_architecture(name):
 
 @pytest.mark.parametrize('name', families('test_vit', 'dla46_c', 'repvit_m0_9', 'efficientvim_m1_dist'))
 def test_gradients_reach_every_parameter_that_timms_reach(name):
-    """As DistributedDataParallel needs it: no unused parameters but timm's own."""
+    """Find no unused parameters but timm's own; DistributedDataParallel fails on others."""
     unused = []
     for m in build(name):
         m.train()
