@@ -9,7 +9,7 @@ import math
 import re
 import statistics
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import accuracy_table
 import nuisance
@@ -51,7 +51,7 @@ BACKBONES = {
 }
 
 TIMM, LINEAR, PROBE, FLAT = (HEADS[name] for name in ('linear', 'linear:rows=zero', 'linear:rows=probe', 'zzz_r8'))
-FIT, FIT_0, FITTED = 'ZZZ r 8, `zzz_fit`', 'ZZZ r 0, `zzz_fit`', 'ZZZ r 8, fitted'
+FIT, FIT_0, FITTED, LDA = 'ZZZ r 8, `zzz_fit`', 'ZZZ r 0, `zzz_fit`', 'ZZZ r 8, fitted', 'ZZZ r 0, fitted'
 
 
 def plain(head: str) -> str:
@@ -95,6 +95,28 @@ def untitled(text: str) -> str:
     return '\n'.join(line for line in text.splitlines() if not line.startswith('###')).strip()
 
 
+def against(comparison: Comparison) -> List[str]:
+    """Write a head's mean difference in top-1 with its error over sets, the range and how many are below, the NLL."""
+    top1 = list(comparison.top1().values())
+    mean = f'{statistics.fmean(top1):+.1f} ± {comparison.error() or math.nan:.1f}'
+    below = sum(value < 0 for value in top1)
+    return [mean, f'{min(top1):+.1f} to {max(top1):+.1f}, {below} below', f'{comparison.relative("nll_t"):+.0f} %']
+
+
+def differences(rows: List[Row], pairs: Sequence[Tuple[str, str]]) -> str:
+    """Make a table of heads against others, by images a class and by how many kinds are one class."""
+    lines = []
+    kinds = [dict(row, kinds=row['data'].partition(', ')[2].partition(' ')[0] or '1') for row in rows]
+    for (shots, count), group in groups(kinds, 'shots', 'kinds').items():
+        of_head = groups(group, 'head')
+        for head, base in pairs:
+            if {(head,), (base,)} <= of_head.keys():
+                cells = against(Comparison(of_head[head,], of_head[base,]))
+                lines.append([str(shots or 'all'), count, head, base, *cells])
+    titles = ['images a class', 'kinds a class', 'head', 'against', 'top-1, mean', 'pairs of set and backbone']
+    return markdown([*titles, 'NLL at one temperature'], lines)
+
+
 def summary() -> str:
     """Make the table that docs/results.md begins with: mean differences to the best-started linear head."""
     lines = []
@@ -109,19 +131,8 @@ def summary() -> str:
                 if (head,) not in of_head:
                     continue
                 comparison = Comparison(of_head[head,], of_head[base,])
-                top1 = comparison.top1()
-                error = comparison.error() or math.nan
-                backbones = len({backbone for _, backbone in top1})
-                lines.append(
-                    [
-                        f'{name}, {kind}',
-                        head,
-                        f'{statistics.fmean(top1.values()):+.1f} ± {error:.1f}',
-                        f'{min(top1.values()):+.1f} to {max(top1.values()):+.1f}',
-                        f'{comparison.relative("nll_t"):+.0f} %',
-                        f'{len({data for data, _ in top1})} × {backbones}',
-                    ]
-                )
+                count = ' × '.join(str(len(set(each))) for each in zip(*comparison.pairs, strict=True))
+                lines.append([f'{name}, {kind}', head, *against(comparison), count])
     titles = ['', 'head', 'top-1, mean', 'pairs of set and backbone', 'NLL at one temperature', 'sets × backbones']
     return markdown(titles, lines)
 
@@ -181,18 +192,13 @@ def ranks_tuned() -> str:
 
 def search() -> str:
     """Make the table of changes to a start against the start itself: same sets, rates and seed, inner split."""
-    run = ('shots', 'data', 'backbone', 'seed', *RATES)
-    inner = [row for row in rows_of('accuracy') if row['split'] == 'inner']
-    of_base = {head: {tuple(row[k] for k in run): row for row in inner if row['head'] == head} for head in (FLAT, FIT)}
+    inner = groups((row for row in rows_of('accuracy') if row['split'] == 'inner'), 'head', 'shots', *RATES)
     lines = []
-    for (shots, head), rows in sorted(groups(rows_of('search'), 'shots', 'head').items()):
-        base = of_base[FIT if 'zzz_fit' in head else FLAT]
-        both = [(row, base[key]) for row in rows if (key := tuple(row[k] for k in run)) in base]
-        top1 = show([row['top1'] - its['top1'] for row, its in both], 1)
-        change = statistics.fmean(math.log(row['nll_t'] / its['nll_t']) for row, its in both)
-        lines.append([str(shots or 'all'), head, str(len(both)), top1, f'{100 * math.expm1(change):+.0f} %'])
-    titles = ['images a class', 'start', 'sets', 'top-1 against the start without that', 'NLL at one temperature']
-    return markdown(titles, lines)
+    for (shots, head, *rates), rows in sorted(groups(rows_of('search'), 'shots', 'head', *RATES).items()):
+        comparison = Comparison(rows, inner[(FIT if 'zzz_fit' in head else FLAT, shots, *rates)])
+        lines.append([str(shots or 'all'), head, str(len(comparison.pairs)), *against(comparison)])
+    titles = ['images a class', 'start', 'sets', 'top-1 against the start without that, mean', 'each set']
+    return markdown([*titles, 'NLL at one temperature'], lines)
 
 
 def forgiving() -> str:
@@ -224,8 +230,7 @@ def rates() -> str:
         sets = set.intersection(*map(set, of_head.values()))
         means = [statistics.fmean(of_head[head][name] for name in sets) if head in of_head else None for head in heads]
         if LINEAR in of_head and len(of_head) > 2 and len(sets) > 1:
-            cells = ['' if mean is None else f'{mean:.1f}' for mean in means]
-            lines.append([str(shots or 'all'), backbone, f'{lr:g} × {head_lr:g}', *cells])
+            lines.append([str(shots or 'all'), backbone, f'{lr:g} × {head_lr:g}', *map(percent, means)])
     return markdown(['images a class', 'backbone', 'rates', *heads], lines)
 
 
@@ -244,7 +249,7 @@ TABLES: Dict[str, Callable[[], str]] = {
     'rates': lambda: accuracy_table.choice_table(rows_of('accuracy'), LINEAR),
     'every-rate': rates,
     'start': lambda: accuracy_table.grid_table(rows_of('start')),
-    'frozen': lambda: by_set([row for row in rows_of('frozen') if row['head'] in (PROBE, 'ZZZ r 0, fitted', FITTED)]),
+    'frozen': lambda: by_set([row for row in rows_of('frozen') if row['head'] in (PROBE, LDA, FITTED)]),
     'nuisance': lambda: nuisance.table(read(RESULTS / 'nuisance.jsonl')),
     'outliers': lambda: untitled(accuracy_table.outlier_tables(rows_of('outliers'), PROBE)),
     'outliers-tuned': lambda: untitled(accuracy_table.outlier_tables(rows_of('tuned_outliers'), LINEAR)),
@@ -252,6 +257,13 @@ TABLES: Dict[str, Callable[[], str]] = {
     'train': train,
     'other-heads': lambda: accuracy_table.comparison_table(
         [*of_shots('heads', 5), *(row for row in of_shots('accuracy', 5) if row['head'] == LINEAR)], LINEAR
+    ),
+    'against-cosface': lambda: differences(
+        at_own_rates([*of_shots('heads', 5), *of_shots('accuracy', 5)]), [(FLAT, 'CosFace'), (FIT, 'CosFace')]
+    ),
+    'fitted': lambda: differences(
+        [*of_shots('frozen', 0), *of_shots('frozen', 5), *rows_of('kinds')],
+        [(FITTED, PROBE), (FITTED, HEADS['svm']), (LDA, PROBE), (FITTED, LDA), ('ZZZ r 16, fitted', FITTED)],
     ),
     'ranks-tuned': ranks_tuned,
     'kinds': lambda: by_set(rows_of('kinds'), 'nll_t'),
